@@ -191,7 +191,7 @@ def sweep_grid(
     "A labelled grid: a row for each prompt and seed, a column for each value."
     from cf_guidance.plots import plot_grid
     cols = len(res['expts'])
-    rows = [f'{p}, seed {s}' for p,s in zip(res['prompts'][::cols], res['seeds'][::cols])]
+    rows = [f'{p}\nseed {s}' for p,s in zip(res['prompts'][::cols], res['seeds'][::cols])]
     return plot_grid(res['images'], cols=cols, row_labels=rows, col_labels=[f"{e['val']:.4g}" for e in res['expts']], xlabel=param, ylabel='prompt')
 
 # %% ../nbs/13_sweeps.ipynb #47
@@ -280,7 +280,7 @@ def _report(df, out):
     "What a reader wants to see first."
     n = len(df)//df.value.nunique()
     print(f'{len(df)} images in {df.seconds.sum():.1f} s; means over {n} images a value (shares of {n} have steps of {1/n:.2f})')
-    print(summarise(df).drop(columns=['n', 'nfe']).rename(columns={'step': 'step from previous'}).to_string(float_format=lambda v: f'{v:.3f}', na_rep=''))
+    print(summarise(df).drop(columns=['n', 'nfe']).rename(index='{:.4g}'.format).rename(columns={'step': 'step from previous'}).to_string(float_format=lambda v: f'{v:.3f}', na_rep=''))
     print(f'{Path(out)/"grid.png"}\n{Path(out)/"results.parquet"}')
 
 # %% ../nbs/13_sweeps.ipynb #59

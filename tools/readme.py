@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 INDEX, README = ROOT/'nbs/index.ipynb', ROOT/'README.md'
 NOTE = '<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook, not this file. -->'
 
-def fence(s, lang): return f'```{lang}\n{s.strip()}\n```'
+def fence(s, lang):
+    s = s.strip('\n').rstrip()
+    return f'```{lang}\n{s}\n```'
 
 def _from_root(m):
     path = m[2] if re.match(r'\w+:|#', m[2]) else posixpath.normpath('nbs/' + m[2])
