@@ -274,7 +274,7 @@ def fit(
 )->nn.Module: # a copy of the model with the averaged weights
     "Train with AdamW and a one-cycle schedule, resumably."
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-    from tqdm.auto import trange
+    from tqdm import trange
     file = Path(folder)/'state.pt'; file.parent.mkdir(parents=True, exist_ok=True)
     opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(.9,.99), fused=True)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
@@ -440,7 +440,7 @@ def train_fashion(
     for f in out.glob('fashion-*/**/*.safetensors'): f.chmod(0o644)
     return out
 
-# %% ../nbs/09_fashion.ipynb #80
+# %% ../nbs/09_fashion.ipynb #85
 EMBEDDED = ('fashion-sd',)
 def fashion_path(
     name:str='fashion-sd', # 'fashion-sd', the pipeline, or 'fashion-net', the judge
@@ -449,7 +449,7 @@ def fashion_path(
     if name not in (allowed := (*EMBEDDED, 'fashion-net')): raise ValueError(f'name={name!r}: allowed are {allowed}')
     return _HERE/'models'/name
 
-# %% ../nbs/09_fashion.ipynb #81
+# %% ../nbs/09_fashion.ipynb #86
 def load_net(
     folder=None, # with `model.safetensors`; None: the embedded one
     device:str='cpu',
@@ -460,7 +460,7 @@ def load_net(
     net.load_state_dict(load_file(Path(folder or fashion_path('fashion-net'))/'model.safetensors'))
     return net.float().eval().to(device)
 
-# %% ../nbs/09_fashion.ipynb #85
+# %% ../nbs/09_fashion.ipynb #90
 @torch.no_grad()
 def adherence(
     x:torch.Tensor, # (N, 3, 32, 32) images in [0, 1]
@@ -475,7 +475,7 @@ def adherence(
     seen = torch.cat([torch.stack([o.argmax(1) for o in net(b.float()*2-1)], 1) for b in x.split(500)]).cpu()
     return torch.where(asked.isnan(), asked, (seen == asked).float())
 
-# %% ../nbs/09_fashion.ipynb #87
+# %% ../nbs/09_fashion.ipynb #92
 def wilson(
     k:int, # successes
     n:int, # trials
@@ -486,7 +486,7 @@ def wilson(
     mid,half = k/n + z*z/(2*n), z*math.sqrt(k/n*(1-k/n)/n + z*z/(4*n*n))
     return tuple((mid+s*half)/(1+z*z/n) for s in (-1, 1))
 
-# %% ../nbs/09_fashion.ipynb #89
+# %% ../nbs/09_fashion.ipynb #94
 def shares(
     right:torch.Tensor, # (N, 3) from `adherence`
 )->dict: # part -> (share, lower, upper, n), and 'all' for images with no part wrong
@@ -497,7 +497,7 @@ def shares(
         if n: out[name] = (k/n, *wilson(k, n), n)
     return out
 
-# %% ../nbs/09_fashion.ipynb #94
+# %% ../nbs/09_fashion.ipynb #99
 @torch.no_grad()
 def psnr(
     vae, # autoencoder
@@ -507,7 +507,7 @@ def psnr(
     y = torch.cat([vae.decode(vae.encode(b).latent_dist.mode()).sample for b in x.split(500)]).clamp(-1, 1)
     return -10*((x-y)/2).square().mean((1,2,3)).log10()
 
-# %% ../nbs/09_fashion.ipynb #100
+# %% ../nbs/09_fashion.ipynb #104
 def draw(
     pipe, # `diffusers.StableDiffusionPipeline`
     prompts:list, # N prompts
