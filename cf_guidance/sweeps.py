@@ -295,7 +295,7 @@ def cf_sweep(
     prompt:str=';'.join(PROMPTS), # One prompt, or several separated by semicolons
     transform:str='t-norm', # cfg, base-norm, t-norm or full-norm
     param:str='g', # What is swept: g, or with --schedule cosine a parameter of get_cos_sched such as max_val
-    values:str='0.01:0.3:10', # from:to:count, or numbers separated by commas
+    values:str='0.01:0.3:10', # from:to:count, or numbers separated by commas; cfg and base-norm want larger ones, such as 1:7.5:10
     schedule:str='constant', # constant or cosine
     fixed:str='', # Other parameters of a cosine schedule: max_val=0.25,min_val=0.1
     steps:int=50, # Sampling steps
