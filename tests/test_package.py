@@ -16,7 +16,8 @@ after = state()
 print([k for k in before if before[k] != after[k]])
 '''
 # what a module must not load, though it is installed
-LIGHT = dict(transforms=['diffusers', 'transformers', 'matplotlib', 'pandas', 'scipy', 'ipywidgets'],
+_HEAVY = ['diffusers', 'transformers', 'matplotlib', 'pandas', 'scipy', 'ipywidgets']
+LIGHT = dict(transforms=_HEAVY, denoisers=_HEAVY, karras=_HEAVY+['torchsde'], toy=_HEAVY,
              plots=['diffusers', 'transformers'])
 
 @pytest.mark.parametrize('mod', MODULES)

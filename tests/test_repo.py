@@ -9,7 +9,7 @@ def ruff(*args): return subprocess.run([sys.executable, '-m', 'ruff', 'check', '
 
 def test_no_undefined_names():
     "Undefined and unused names and star imports in code; undefined names in notebooks, also in cells that the tests skip"
-    r = ruff('--select', 'F', *CODE)
+    r = ruff('--select', 'F', '--ignore', 'F811', *CODE) # @patch gives methods of several classes the same name
     assert r.returncode == 0, r.stdout + r.stderr
     r = ruff('--select', 'F821', 'nbs')
     assert r.returncode == 0, r.stdout + r.stderr
