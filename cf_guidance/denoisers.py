@@ -44,7 +44,9 @@ def per_sample(
     x:torch.Tensor, # (B, ...)
 )->torch.Tensor: # (B,) on the device of `x`, in its type but at least float32
     "One noise level a sample."
-    sigma = torch.as_tensor(sigma, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    like = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    if isinstance(sigma, (int, float)): return torch.full((len(x),), sigma, **like)
+    sigma = torch.as_tensor(sigma, **like)
     if sigma.ndim == 0: return sigma.repeat(len(x))
     if sigma.shape != (len(x),): raise ValueError(f'sigma has shape {tuple(sigma.shape)} and x {tuple(x.shape)}: allowed are one number, or one a sample, shape ({len(x)},)')
     return sigma
@@ -173,23 +175,19 @@ class NetDenoiser(Denoiser):
         "Preconditioning at `sigma`."
         return scalings(self.prediction, sigma)
     def forward(self, x, sigma, **cond):
-        self._check(x)
-        c_skip,c_out,_ = self.scalings(_as(sigma, x))
-        return (c_skip*x + c_out*self.predict(x, sigma, **cond)).to(x.dtype)
+        c_skip,c_out,pred = self._ask(x, sigma, cond)
+        return torch.addcmul(c_skip*x, c_out, pred.to(c_out.dtype)).to(x.dtype)
 
 # %% ../nbs/03_denoisers.ipynb #34
 @patch
-def predict(self:NetDenoiser,
-    x:torch.Tensor, # (B, ...) images with noise, not scaled
-    sigma:torch.Tensor, # (B,) noise levels, or one number
-    **cond # what the network is conditioned on
-)->torch.Tensor: # (B, ...) of the shape of `x`
-    "What the network itself says of `x`."
-    c_in = self.scalings(_as(sigma, x))[2]
-    out = self.inner_model((c_in*x).to(x.dtype), self.sigma_to_t(per_sample(sigma, x)), **cond)
-    return _prediction(out, x)
+def _ask(self:NetDenoiser, x, sigma, cond):
+    "c_skip, c_out, and what the network says of `x`."
+    self._check(x)
+    sigma = per_sample(sigma, x)
+    c_skip,c_out,c_in = self.scalings(sigma.view(-1, *(1,)*(x.ndim-1)))
+    out = self.inner_model((c_in*x).to(x.dtype), self.sigma_to_t(sigma), **cond)
+    return c_skip, c_out, _prediction(out, x)
 
-# %% ../nbs/03_denoisers.ipynb #35
 def _prediction(out, x):
     "The tensor in what a network gives back."
     out = getattr(out, 'sample', out)
@@ -197,6 +195,16 @@ def _prediction(out, x):
     if x.ndim > 1 and out.shape == (x.shape[0], 2*x.shape[1], *x.shape[2:]): return out.chunk(2, dim=1)[0]
     if out.shape != x.shape: raise ValueError(f'net gives shape {tuple(out.shape)} for x of shape {tuple(x.shape)}: allowed are the same shape, or twice the channels (a variance)')
     return out
+
+# %% ../nbs/03_denoisers.ipynb #35
+@patch
+def predict(self:NetDenoiser,
+    x:torch.Tensor, # (B, ...) images with noise, not scaled
+    sigma:torch.Tensor, # (B,) noise levels, or one number
+    **cond # what the network is conditioned on
+)->torch.Tensor: # (B, ...) of the shape of `x`
+    "What the network itself says of `x`."
+    return self._ask(x, sigma, cond)[2]
 
 # %% ../nbs/03_denoisers.ipynb #37
 @patch
@@ -217,8 +225,8 @@ def loss(self:NetDenoiser,
 )->torch.Tensor: # (B,) one a sample
     "Mean squared error of the network's prediction."
     x = _noised(x0, noise, sigma)
-    c_skip,c_out,_ = self.scalings(_as(sigma, x))
-    return _mse(self.predict(x, sigma, **cond), (x0 - c_skip*x)/c_out)
+    c_skip,c_out,pred = self._ask(x, sigma, cond)
+    return _mse(pred, (x0 - c_skip*x)/c_out)
 
 # %% ../nbs/03_denoisers.ipynb #45
 class TimeDenoiser(NetDenoiser):
@@ -286,7 +294,8 @@ def make_quantizer(
 ): # a function from noise levels of any shape to those nearest among `sigmas`
     "Rounding to the nearest of `sigmas` in the logarithm. Ties go down, zero stays zero, NaN stays NaN."
     levels = _levels(sigmas)
-    return lambda sigma: _nearest(levels, sigma)
+    between = _between(levels)
+    return lambda sigma: _nearest(levels, between, sigma)
 
 # %% ../nbs/03_denoisers.ipynb #61
 def _levels(sigmas):
@@ -296,15 +305,14 @@ def _levels(sigmas):
     if not len(s) or not (s.isfinite().all() and s[0] > 0): raise ValueError(f'sigmas={sigmas}: allowed is at least one noise level, all of them finite and above 0')
     return s
 
-def _index(levels, sigma):
-    "Number of the nearest of ascending `levels` in the logarithm, the lower one at a tie."
-    return torch.bucketize(sigma, (levels[1:]*levels[:-1]).sqrt())
+def _between(levels): return (levels[1:]*levels[:-1]).sqrt()
 
-def _nearest(levels, sigma):
-    "`sigma` rounded to `levels`, where `sigma` is."
+def _nearest(levels, between, sigma):
+    "`sigma` rounded to `levels`, whose boundaries are `between`, on the device of `sigma`."
     sigma = torch.as_tensor(sigma)
-    levels,wide = levels.to(sigma.device),sigma.to(levels.dtype)
-    return torch.where(wide > 0, levels[_index(levels, wide)], wide).to(sigma.dtype if sigma.is_floating_point() else levels.dtype)
+    wide = sigma.to(levels.dtype)
+    near = levels.to(sigma.device)[torch.bucketize(wide, between.to(sigma.device))]
+    return torch.where(wide > 0, near, wide).to(sigma.dtype if sigma.is_floating_point() else levels.dtype)
 
 # %% ../nbs/03_denoisers.ipynb #66
 class DiscreteDenoiser(NetDenoiser):
@@ -318,7 +326,13 @@ class DiscreteDenoiser(NetDenoiser):
         abar = torch.as_tensor(scaled_linear() if alphas_cumprod is None else alphas_cumprod).double().clamp(min=2**-24)
         sigmas = _levels(abar_to_sigma(abar))
         super().__init__(net, prediction, sigmas[0], sigmas[-1])
-        self.quantize,self.sigmas = quantize,sigmas.float() # sigmas: ascending, also where alphas_cumprod is not
+        self.quantize,self.sigmas = quantize,sigmas.float()
+    @property
+    def sigmas(self):
+        "The noise levels, (n,) float32, ascending."
+        return self._sigmas
+    @sigmas.setter
+    def sigmas(self, sigmas): self._sigmas,self._between = sigmas,_between(sigmas)
 
 # %% ../nbs/03_denoisers.ipynb #68
 @patch
@@ -332,7 +346,7 @@ def quantize_sigma(self:DiscreteDenoiser,
     sigma:torch.Tensor, # noise levels, any shape
 )->torch.Tensor: # noise levels
     "The nearest level in the logarithm; with `quantize=False`, all are allowed. Ties go down, zero stays zero."
-    return _nearest(self.sigmas, sigma) if self.quantize else sigma
+    return _nearest(self.sigmas, self._between, sigma) if self.quantize else sigma
 
 # %% ../nbs/03_denoisers.ipynb #70
 @patch
@@ -342,7 +356,7 @@ def sigma_to_t(self:DiscreteDenoiser,
 )->torch.Tensor: # number of the step: whole numbers (int64) if quantised, else between 0 and n-1
     "Time step of a noise level; levels beyond the ends belong to the first and the last."
     levels,sigma = self.sigmas.to(sigma.device),sigma.to(self.sigmas.dtype)
-    if self.quantize if quantize is None else quantize: return _index(levels, sigma)
+    if self.quantize if quantize is None else quantize: return torch.bucketize(sigma, self._between.to(sigma.device))
     hi = torch.bucketize(sigma, levels).clamp(1, max(1, len(levels)-1))
     a,b = levels[hi-1],levels[hi]
     return hi-1 + ((sigma/a).log()/(b/a).log()).clamp(0, 1)

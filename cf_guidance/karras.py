@@ -14,7 +14,7 @@ __all__ = ['euler', 'heun', 'dpm2', 'euler_ancestral', 'heun_ancestral', 'dpm2_a
 
 # %% ../nbs/04_karras.ipynb #3
 import math
-from functools import wraps
+from functools import cache, wraps
 from itertools import pairwise
 from typing import NamedTuple
 import numpy as np
@@ -105,10 +105,11 @@ def get_sigmas_karras(self:Denoiser,
 # %% ../nbs/04_karras.ipynb #16
 @patch
 def get_sigmas(self:Denoiser,
-    n:int, # number of noise levels
+    n:int=None, # number of noise levels; None: all, for a model that has a list of them
     device='cpu', # where the tensor is
 )->torch.Tensor: # (n+1,) float32, decreasing, ends in 0; shorter where rounding makes levels equal
     "Noise levels evenly spaced in the model's time, from its largest to its smallest."
+    if n is None: n = len(getattr(self, 'sigmas', ()))
     _check_ladder_args(n, self.sigma_min, self.sigma_max)
     hi,lo = self.sigma_to_t(torch.tensor([self.sigma_max, self.sigma_min])).double()
     sigmas = self.t_to_sigma(hi + torch.linspace(0, 1, n, dtype=torch.float64)*(lo-hi)).float()
@@ -268,10 +269,12 @@ def lms(D, x, sigma, sigma_next, state,
 
 def _lms_coeffs(levels, sigma, sigma_next):
     "Integrals from `sigma` to `sigma_next` of the Lagrange polynomials at `levels`, by Gauss-Legendre quadrature, which is exact for them."
-    nodes,weights = np.polynomial.legendre.leggauss(len(levels)//2+1)
     half = (sigma_next-sigma)/2
-    s = sigma+half*(nodes+1)
-    return [float(half*weights @ np.prod([(s-o)/(l-o) for o in levels if o != l] or [np.ones_like(s)], axis=0)) for l in levels]
+    points = [(sigma+half*(o+1), half*w) for o,w in _leggauss(len(levels)//2+1)]
+    return [sum(w*math.prod((s-o)/(l-o) for o in levels if o != l) for s,w in points) for l in levels]
+
+@cache
+def _leggauss(n): return [*zip(*(o.tolist() for o in np.polynomial.legendre.leggauss(n)))]
 
 # %% ../nbs/04_karras.ipynb #49
 def dpmpp_2s(D, x, sigma, sigma_next, state):
@@ -429,7 +432,7 @@ class _Bound:
     def _check(self, x0, x, sigma):
         "The estimate in the type of `x`, which autocast may have changed."
         if x0.shape != x.shape: raise ValueError(f'model: its estimate has shape {tuple(x0.shape)}, but x has {tuple(x.shape)}')
-        if not x0.sum(dtype=torch.promote_types(x0.dtype, torch.float32)).isfinite(): raise ValueError(f'model: its estimate at step {self.i} (sigma={sigma:.6g}) is not finite')
+        if not math.isfinite(x0.sum(dtype=torch.promote_types(x0.dtype, torch.float32)).item()): raise ValueError(f'model: its estimate at step {self.i} (sigma={sigma:.6g}) is not finite')
         return x0.to(x.dtype)
     def __call__(self, x, sigma): return self._check(self._ask(self.D, x, sigma), x, sigma)
     def parts(self, x, sigma):

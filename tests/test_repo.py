@@ -3,7 +3,7 @@ import ast, json, re, subprocess, sys
 import pytest
 from conftest import ENV, NBS, ROOT, copy_repo, name, python, repo_files
 
-CODE = ['cf_guidance', 'tools', 'tests', 'setup.py']
+CODE = ['cf_guidance', 'tools', 'tests', 'benchmarks', 'setup.py']
 
 def ruff(*args): return subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise', *args], cwd=ROOT, capture_output=True, text=True)
 
