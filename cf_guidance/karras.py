@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['euler', 'heun', 'dpm2', 'euler_ancestral', 'heun_ancestral', 'dpm2_ancestral', 'dpmpp_2s_ancestral',
            'get_sigmas_karras', 'get_sigmas_exponential', 'get_sigmas_polyexponential', 'get_sigmas_vp',
-           'get_premature_sigma_min', 'on_ladder', 'check_ladder', 'toward', 'State', 'churned', 'get_ancestral_step',
-           'ancestral', 'ddim', 'ddpm', 'lms', 'dpmpp_2s', 'dpmpp_2m', 'dpmpp_sde', 'dpmpp_2m_sde', 'dpmpp_3m_sde',
-           'cfgpp', 'split_generator', 'randn', 'brownian_noise', 'samples', 'sample', 'sample_euler', 'sample_heun',
-           'sample_dpm_2', 'sample_euler_ancestral', 'sample_heun_ancestral', 'sample_dpm_2_ancestral',
+           'get_premature_sigma_min', 'check_ladder', 'on_ladder', 'split_generator', 'randn', 'toward', 'State',
+           'churned', 'samples', 'sample', 'get_ancestral_step', 'ancestral', 'ddim', 'ddpm', 'lms', 'dpmpp_2s',
+           'dpmpp_2m', 'brownian_noise', 'dpmpp_sde', 'dpmpp_2m_sde', 'dpmpp_3m_sde', 'cfgpp', 'sample_euler',
+           'sample_heun', 'sample_dpm_2', 'sample_euler_ancestral', 'sample_heun_ancestral', 'sample_dpm_2_ancestral',
            'sample_dpmpp_2s_ancestral', 'sample_lms', 'sample_dpmpp_2m', 'sample_dpmpp_sde', 'sample_dpmpp_2m_sde',
            'sample_dpmpp_3m_sde', 'sample_ddim', 'sample_ddpm', 'sample_euler_cfg_pp']
 
 # %% ../nbs/04_karras.ipynb #3
 import math
-from functools import cache, wraps
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 import numpy as np
@@ -30,7 +30,7 @@ def _ladder(ramp, n, sigma_min, sigma_max, device, concat_zero):
     return torch.cat([sigmas, sigmas.new_zeros(int(concat_zero))]).float().to(device)
 
 def _check_ladder_args(n, sigma_min, sigma_max):
-    if not n >= 1 or n != int(n): raise ValueError(f'n={n}: allowed are whole numbers from 1')
+    if not n >= 1 or n != n//1: raise ValueError(f'n={n}: allowed are whole numbers from 1')
     if not 0 < sigma_min < math.inf: raise ValueError(f'sigma_min={sigma_min}: allowed are finite numbers above 0')
     if not sigma_min < sigma_max < math.inf: raise ValueError(f'sigma_max={sigma_max}: allowed are finite numbers above sigma_min={sigma_min}')
 
@@ -67,7 +67,7 @@ def get_sigmas_polyexponential(
     device='cpu', # where the tensor is
     concat_zero:bool=True, # end in a 0?
 )->torch.Tensor: # (n+1,) or (n,) float32, decreasing
-    "Noise levels whose logarithm is a polynomial of the step."
+    "Noise levels whose logarithm is a power of the step, as in k-diffusion."
     if not 0 < rho < math.inf: raise ValueError(f'rho={rho}: allowed are finite numbers above 0')
     def ramp(o): return (math.log(sigma_min) + (1-o)**rho*math.log(sigma_max/sigma_min)).exp()
     return _ladder(ramp, n, sigma_min, sigma_max, device, concat_zero)
@@ -93,9 +93,9 @@ def _quantized(D, sigmas): return torch.unique_consecutive(D.quantize_sigma(sigm
 @patch
 def get_sigmas_karras(self:Denoiser,
     n:int, # number of noise levels
-    rho:float=7., # see `get_sigmas_karras`
     sigma_min:float=None, # smallest; None: the model's
     sigma_max:float=None, # largest; None: the model's
+    rho:float=7., # see `get_sigmas_karras`
     device='cpu', # where the tensor is
 )->torch.Tensor: # (n+1,) float32, decreasing, ends in 0; shorter where rounding makes levels equal
     "Karras's noise levels among those of the model."
@@ -127,22 +127,10 @@ def get_premature_sigma_min(
     return get_sigmas_karras(steps, sigma_min_nominal, sigma_max, rho, concat_zero=False)[-2].item()
 
 # %% ../nbs/04_karras.ipynb #27
-def on_ladder(
-    values, # one number a step, such as `get_cos_sched` gives
-    sigmas, # (n+1,) the ladder: decreasing noise levels, one more than steps
-): # a function from noise levels, any shape, to values
-    "One value a step as a function of sigma: `values[i]` for `sigmas[i] >= sigma > sigmas[i+1]`; the ends hold beyond."
-    levels,values = check_ladder(sigmas),torch.as_tensor(values)
-    if values.shape != (len(levels)-1,): raise ValueError(f'values has shape {tuple(values.shape)}: allowed is one value a step, shape ({len(levels)-1},)')
-    ends = torch.tensor(levels[1:-1][::-1], dtype=torch.float64)
-    def at(sigma): return values.to(sigma.device).flip(0)[torch.bucketize(sigma.double(), ends.to(sigma.device))].to(sigma.dtype)
-    return at
-
-# %% ../nbs/04_karras.ipynb #29
 def check_ladder(
     sigmas, # (n+1,) noise levels, a tensor or a list
 )->list: # n+1 floats
-    "A ladder as numbers, or an error: at least one step, finite, decreasing, above 0 but for the last."
+    "A ladder as numbers, or a ValueError: at least one step, finite, decreasing, above 0 but for the last."
     s = torch.as_tensor(sigmas).detach()
     if s.ndim != 1 or len(s) < 2: raise ValueError(f'sigmas has shape {tuple(s.shape)}: allowed is a list of at least two noise levels')
     levels = s.tolist()
@@ -150,94 +138,229 @@ def check_ladder(
         if not (math.inf > a > b >= 0): raise ValueError(f'sigmas: levels {i} and {i+1} are {a:.6g} and {b:.6g}; allowed are finite levels that decrease, above 0 but for the last, which may be 0')
     return levels
 
+# %% ../nbs/04_karras.ipynb #29
+def on_ladder(
+    values, # one number a step, such as `get_cos_sched` gives
+    sigmas, # (n+1,) the ladder: decreasing noise levels, one more than steps
+): # a function from noise levels, any shape, to values
+    "One value a step as a function of sigma: `values[i]` around `sigmas[i]`; the ends hold beyond."
+    levels,values = check_ladder(sigmas)[:-1],torch.as_tensor(values)
+    if values.shape != (len(levels),): raise ValueError(f'values has shape {tuple(values.shape)}: allowed is one value a step, shape ({len(levels)},)')
+    between = torch.tensor([(a*b)**.5*(1-1e-4) for a,b in pairwise(levels)][::-1])
+    def at(sigma): return values.to(sigma.device).flip(0)[torch.bucketize(sigma.float(), between.to(sigma.device))].to(sigma.dtype)
+    return at
+
 # %% ../nbs/04_karras.ipynb #33
+def split_generator(
+    generator, # a `torch.Generator`, or a list of them, one a sample; None: one with a fresh seed
+    n:int, # number of samples
+)->list: # n generators
+    "One generator a sample."
+    if generator is None: (generator := torch.Generator()).seed()
+    several = isinstance(generator, (list, tuple))
+    if not all(isinstance(g, torch.Generator) for g in (generator if several else [generator])): raise TypeError(f'generator={generator!r}: allowed are a torch.Generator, a list of them, or None')
+    if several and len(generator) != n: raise ValueError(f'generator: {len(generator)} were given for {n} samples; allowed are one, or one a sample')
+    return list(generator) if several else _children(generator, n)
+
+def _children(g, n):
+    return [torch.Generator(g.device).manual_seed(torch.randint(2**62, (), generator=g, device=g.device).item()) for _ in range(n)]
+
+# %% ../nbs/04_karras.ipynb #34
+def randn(
+    shape:tuple, # (B, ...)
+    generator=None, # see `split_generator`
+    device=None, # where the tensor is; None: the generator's device
+    dtype:torch.dtype=torch.float32,
+)->torch.Tensor: # (B, ...) of variance 1
+    "Noise whose sample `i` does not depend on how many there are."
+    gs = split_generator(generator, shape[0])
+    wide = torch.promote_types(dtype, torch.float32)
+    out = [torch.randn(shape[1:], generator=g, device=g.device, dtype=wide) for g in gs]
+    return torch.stack(out).to(device, dtype) if out else torch.empty(shape, device=device, dtype=dtype)
+
+# %% ../nbs/04_karras.ipynb #37
 def toward(x, x0, sigma, sigma_next):
     "`x` moved towards the estimate `x0`, from noise level `sigma` to `sigma_next`."
     return torch.lerp(x0, x, sigma_next/sigma)
 
-# %% ../nbs/04_karras.ipynb #35
+# %% ../nbs/04_karras.ipynb #39
 class State(NamedTuple):
     "What a step knows besides `x`."
     n:int # steps of the ladder
     i:int # number of this step, from 0
     noise:object # function of two noise levels that gives noise (B, ...) of variance 1 for the way between them
-    x:torch.Tensor=None # (B, ...) where the step looked first
-    sigma:float=None # and at which noise level
-    x0:torch.Tensor=None # (B, ...) what it saw
+    x:torch.Tensor=None # (B, ...) where the step evaluated first
+    sigma:float=None # at which noise level
+    x0:torch.Tensor=None # (B, ...) the estimate there
     past:tuple=() # (sigma, tensor) of former steps, the latest first, for multistep methods
-    def look(self, D, x, sigma):
-        "The state after a first look at `x`."
+    def evaluate(self, D, x, sigma):
+        "The state after the step's first evaluation."
         return self._replace(x=x, sigma=sigma, x0=D(x, sigma))
 
-# %% ../nbs/04_karras.ipynb #37
+# %% ../nbs/04_karras.ipynb #41
 def _euler(D, x, sigma, sigma_next, state):
-    state = state.look(D, x, sigma)
+    "Euler's method for the probability-flow equation; with `s_churn`, algorithm 2 of arXiv:2206.00364 without its correction. One evaluation a step, order 1."
+    state = state.evaluate(D, x, sigma)
     return toward(x, state.x0, sigma, sigma_next), state
 
+# %% ../nbs/04_karras.ipynb #42
 def _heun(D, x, sigma, sigma_next, state):
-    state = state.look(D, x, sigma)
+    "Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2). Two evaluations a step (one to 0), order 2."
+    state = state.evaluate(D, x, sigma)
     end = toward(x, state.x0, sigma, sigma_next)
     if sigma_next == 0: return end, state
     slope = (end-D(end, sigma_next)).div_(sigma_next)
     return slope.add_(x, alpha=1/sigma).sub_(state.x0, alpha=1/sigma).mul_((sigma_next-sigma)/2).add_(x), state
 
+# %% ../nbs/04_karras.ipynb #43
 def _dpm2(D, x, sigma, sigma_next, state):
-    state = state.look(D, x, sigma)
+    "DPM-Solver-2 (arXiv:2206.00927, algorithm 4) as in k-diffusion: the slope in the middle of the logarithm. Two evaluations a step (one to 0), order 2."
+    state = state.evaluate(D, x, sigma)
     if sigma_next == 0: return toward(x, state.x0, sigma, sigma_next), state
     mid = (sigma*sigma_next)**.5
     x_mid = toward(x, state.x0, sigma, mid)
     return (x_mid-D(x_mid, mid)).mul_((sigma_next-sigma)/mid).add_(x), state
 
-# %% ../nbs/04_karras.ipynb #39
+# %% ../nbs/04_karras.ipynb #45
 def churned(
     step, # a deterministic step
 ): # the step with the options `s_churn`, `s_tmin`, `s_tmax`, `s_noise` and `quantize`
-    "The step, after adding noise (Karras et al. 2022, algorithm 2)."
-    @wraps(step)
-    def _step(D, x, sigma, sigma_next, state, s_churn=0., s_tmin=0., s_tmax=math.inf, s_noise=1., quantize=None):
+    "The step, after adding noise (Karras et al. 2022, arXiv:2206.00364, algorithm 2)."
+    def _step(D, x, sigma, sigma_next, state,
+        s_churn:float=0., # amount of churn over all steps; 0 is none
+        s_tmin:float=0., # lowest noise level with churn
+        s_tmax:float=math.inf, # highest
+        s_noise:float=1., # factor on the noise
+        quantize=None, # rounding of the raised noise level; None: the model's `quantize_sigma`
+    ):
+        if not s_churn >= 0: raise ValueError(f's_churn={s_churn}: allowed are numbers from 0')
         gamma = min(s_churn/state.n, 2**.5-1) if s_tmin <= sigma <= s_tmax else 0.
         sigma_hat = max(sigma, _number(quantize or D.quantize_sigma, sigma*(1+gamma))) if gamma > 0 else sigma
         if sigma_hat > sigma: x = torch.add(x, state.noise(sigma, sigma_hat), alpha=s_noise*(sigma_hat**2-sigma**2)**.5)
         return step(D, x, sigma_hat, sigma_next, state)
-    _step.__name__ = step.__name__.strip('_')
-    return _step
+    return _named(_step, step.__name__.strip('_'), step.__doc__)
 
+# %% ../nbs/04_karras.ipynb #46
 def _number(f, sigma): return float(f(torch.tensor(sigma, dtype=torch.float64)))
 
-# %% ../nbs/04_karras.ipynb #40
-euler,heun,dpm2 = churned(_euler),churned(_heun),churned(_dpm2)
-euler.__doc__ = "Euler's method for the probability-flow equation; with `s_churn`, algorithm 2 of arXiv:2206.00364 without its correction. One evaluation a step, order 1."
-heun.__doc__ = "Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2). Two evaluations a step (one to 0), order 2."
-dpm2.__doc__ = "The midpoint method in the logarithm of sigma: DPM-Solver-2 (arXiv:2206.00927) as in k-diffusion. Two evaluations a step (one to 0), order 2."
+def _named(f, name, doc):
+    f.__name__ = f.__qualname__ = name
+    f.__doc__ = doc
+    return f
 
-# %% ../nbs/04_karras.ipynb #42
+# %% ../nbs/04_karras.ipynb #47
+euler,heun,dpm2 = churned(_euler),churned(_heun),churned(_dpm2)
+
+# %% ../nbs/04_karras.ipynb #50
+def _fresh_noise(x, sigmas, generator):
+    gs = None
+    def noise(sigma, sigma_next):
+        nonlocal gs
+        gs = split_generator(generator, len(x)) if gs is None else gs
+        return randn(shape, gs, device, dtype)
+    shape,device,dtype = x.shape,x.device,x.dtype
+    return noise
+
+# %% ../nbs/04_karras.ipynb #51
+class _Bound:
+    "A denoiser with its conditions, for noise levels that are single numbers."
+    def __init__(self, D, cond): self.D,self.cond,self.i = D,cond,0
+    def _ask(self, f, x, sigma): return f(x, per_sample(sigma, x), **self.cond)
+    def quantize_sigma(self, sigma): return getattr(self.D, 'quantize_sigma', lambda o: o)(sigma)
+    def __call__(self, x, sigma): return self._check(self._ask(self.D, x, sigma), x, sigma)
+    def _check(self, x0, x, sigma):
+        "The estimate in the type of `x`, which autocast may have changed."
+        if x0.shape != x.shape: raise ValueError(f'model: its estimate has shape {tuple(x0.shape)}, but x has {tuple(x.shape)}')
+        if not math.isfinite(x0.sum(dtype=torch.promote_types(x0.dtype, torch.float32)).item()): raise ValueError(f'model: its estimate at step {self.i} (sigma={sigma:.6g}) is not finite')
+        return x0.to(x.dtype)
+
+# %% ../nbs/04_karras.ipynb #52
+@patch
+def parts(self:_Bound, x, sigma):
+    if not hasattr(self.D, 'parts'): raise ValueError('model: this sampler reads the parts of a guided denoiser, such as CFGDenoiser, and it has no `parts`')
+    return [self._check(o, x, sigma) for o in self._ask(self.D.parts, x, sigma)]
+
+# %% ../nbs/04_karras.ipynb #53
+def _walk(D, x, sigmas, step, cond, generator, noise, options):
+    "Yield `x` and the state after each step; neither is kept here while the next one runs."
+    levels,D = check_ladder(sigmas),_Bound(D, cond or {})
+    if not x.isfinite().all(): raise ValueError('x has values that are not finite')
+    make = brownian_noise if getattr(step, 'brownian', False) else _fresh_noise
+    state = State(len(levels)-1, 0, noise or make(x, sigmas, generator))
+    for D.i,sigma,sigma_next in zip(range(len(levels)), levels, levels[1:]):
+        with torch.no_grad(): x,state = step(D, x, sigma, sigma_next, state._replace(i=D.i), **options)
+        yield x, state
+        state = state._replace(x=None, x0=None)
+
+# %% ../nbs/04_karras.ipynb #54
+def samples(
+    D, # `D(x, sigma, **cond) -> x0`, sigma (B,)
+    x:torch.Tensor, # (B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise
+    sigmas, # (n+1,) decreasing noise levels, see the ladders above
+    step=heun, # such as `euler`, `dpmpp_2m`, `ancestral(heun)`
+    cond:dict=None, # what `D` is conditioned on, by name
+    generator=None, # for steps that draw noise: see `split_generator`
+    noise=None, # in its place: a function of two noise levels that gives (B, ...) of variance 1
+    **options # of the step, such as `s_churn` or `eta`
+): # yields `x` (B, ...) and the first estimate (B, ...) of each step
+    "Walk down a ladder, a step at a time."
+    for x,state in _walk(D, x, sigmas, step, cond, generator, noise, options):
+        yield x, state.x0
+        state = None
+
+# %% ../nbs/04_karras.ipynb #55
+def sample(D, x, sigmas, step=heun, cond=None, generator=None, noise=None,
+    progress:bool=False, # show a bar
+    **options # of the step
+)->torch.Tensor: # (B, ...) at the last noise level
+    "Walk down a ladder to its end; the arguments are those of `samples`."
+    return _run(step, D, x, sigmas, cond, None, not progress, generator, noise, **options)
+
+# %% ../nbs/04_karras.ipynb #56
+def _run(step, model, x, sigmas, extra_args, callback, disable, generator=None, noise=None, **options):
+    from tqdm.auto import tqdm
+    with tqdm(total=len(check_ladder(sigmas))-1, disable=disable) as bar:
+        for x,state in _walk(model, x, sigmas, step, extra_args, generator, noise, options):
+            if callback: callback(dict(x=state.x, i=state.i, sigma=sigmas[state.i], sigma_hat=state.sigma, denoised=state.x0))
+            state = None
+            bar.update()
+    return x
+
+# %% ../nbs/04_karras.ipynb #65
 def get_ancestral_step(
     sigma:float, # from this noise level
     sigma_next:float, # to this
     eta:float=1., # share of the fresh noise
 )->tuple: # noise level to walk to, and standard deviation of the noise to add
     "How far down an ancestral step walks, and how much noise it adds: the posterior of DDPM (arXiv:2006.11239, eq. 7) in terms of sigma."
+    _check_eta(eta)
     up = min(sigma_next, eta*sigma_next*(sigma**2-sigma_next**2)**.5/sigma)
     return (sigma_next**2-up**2)**.5, up
 
+# %% ../nbs/04_karras.ipynb #66
 def ancestral(
     step, # a deterministic step
 ): # the step with the options `eta` and `s_noise`
     "The ancestral form of a step."
-    @wraps(step)
-    def _step(D, x, sigma, sigma_next, state, eta=1., s_noise=1.):
+    def _step(D, x, sigma, sigma_next, state,
+        eta:float=1., # share of the fresh noise; 0 is none
+        s_noise:float=1., # factor on the noise
+    ):
         down,up = get_ancestral_step(sigma, sigma_next, eta)
         x,state = step(D, x, sigma, down, state)
         return _renoised(x, up*s_noise, sigma, sigma_next, state), state
-    _step.__name__ = f'{step.__name__.strip("_")}_ancestral'
-    return _step
+    name = step.__name__.strip('_')
+    return _named(_step, f'{name}_ancestral', f'The ancestral form of `{name}`: a step further down, and noise.')
+
+def _check_eta(eta):
+    if not eta >= 0: raise ValueError(f'eta={eta}: allowed are numbers from 0')
 
 def _renoised(x, up, sigma, sigma_next, state): return torch.add(x, state.noise(sigma, sigma_next), alpha=up) if up else x
 
-# %% ../nbs/04_karras.ipynb #43
+# %% ../nbs/04_karras.ipynb #67
 euler_ancestral,heun_ancestral,dpm2_ancestral = ancestral(_euler),ancestral(_heun),ancestral(_dpm2)
 
-# %% ../nbs/04_karras.ipynb #45
+# %% ../nbs/04_karras.ipynb #69
 def ddim(D, x, sigma, sigma_next, state,
     eta:float=0., # 0 is deterministic, 1 is DDPM
 ):
@@ -255,13 +378,13 @@ def ddpm(D, x, sigma, sigma_next, state,
     x,state = _euler(D, x, sigma, down, state)
     return _renoised(x, up*s_noise, sigma, sigma_next, state), state
 
-# %% ../nbs/04_karras.ipynb #47
+# %% ../nbs/04_karras.ipynb #74
 def lms(D, x, sigma, sigma_next, state,
     order:int=4, # slopes that are used, the new one included
 ):
-    "Linear multistep (Adams-Bashforth on uneven levels). One evaluation a step."
+    "Linear multistep (Adams-Bashforth on uneven levels), as in k-diffusion. One evaluation a step."
     if order < 1: raise ValueError(f'order={order}: allowed are whole numbers from 1')
-    state = state.look(D, x, sigma)
+    state = state.evaluate(D, x, sigma)
     slopes = ((sigma, (x-state.x0).div_(sigma)), *state.past)[:order]
     x = x.clone()
     for c,(_,d) in zip(_lms_coeffs([s for s,_ in slopes], sigma, sigma_next), slopes): x.add_(d, alpha=c)
@@ -276,41 +399,65 @@ def _lms_coeffs(levels, sigma, sigma_next):
 @cache
 def _leggauss(n): return [*zip(*(o.tolist() for o in np.polynomial.legendre.leggauss(n)))]
 
-# %% ../nbs/04_karras.ipynb #49
+# %% ../nbs/04_karras.ipynb #76
 def dpmpp_2s(D, x, sigma, sigma_next, state):
     "DPM-Solver++(2S) (arXiv:2211.01095, algorithm 1, with the middle of the logarithm). Two evaluations a step (one to 0), order 2."
-    state = state.look(D, x, sigma)
+    state = state.evaluate(D, x, sigma)
     if sigma_next == 0: return toward(x, state.x0, sigma, sigma_next), state
     mid = (sigma*sigma_next)**.5
     return toward(x, D(toward(x, state.x0, sigma, mid), mid), sigma, sigma_next), state
 
 def dpmpp_2m(D, x, sigma, sigma_next, state):
     "DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2). One evaluation a step, order 2."
-    state = state.look(D, x, sigma)
+    state = state.evaluate(D, x, sigma)
     x0 = state.x0
     if state.past and sigma_next > 0:
         (before,old), = state.past
         x0 = torch.lerp(old, x0, 1 + math.log(sigma/sigma_next)/math.log(before/sigma)/2)
     return toward(x, x0, sigma, sigma_next), state._replace(past=((sigma, state.x0),))
 
-# %% ../nbs/04_karras.ipynb #50
+# %% ../nbs/04_karras.ipynb #77
 dpmpp_2s_ancestral = ancestral(dpmpp_2s)
 
-# %% ../nbs/04_karras.ipynb #52
+# %% ../nbs/04_karras.ipynb #80
+def brownian_noise(
+    x:torch.Tensor, # (B, ...) for shape, type and device
+    sigmas, # the ladder
+    generator=None, # see `split_generator`
+    tree:bool=False, # the same paths for all ladders from `sigmas[0]` to the same smallest level? Slow
+): # a function of two noise levels that gives (B, ...) of variance 1
+    "Noise from Brownian paths in sigma, one a sample."
+    from torchsde import BrownianInterval, BrownianTree
+    lo,hi = _margin(min(o for o in check_ladder(sigmas) if o > 0), float(sigmas[0]))
+    shape,device,dtype = x.shape[1:],x.device,x.dtype
+    def path(seed):
+        if tree: return BrownianTree(lo, torch.zeros(shape), hi, entropy=seed)
+        return BrownianInterval(lo, hi, size=tuple(shape), entropy=seed, cache_size=4)
+    paths = [path(torch.randint(2**62, (), generator=g, device=g.device).item()) for g in split_generator(generator, len(x))]
+    def noise(sigma, sigma_next):
+        a,b = sorted((float(sigma), float(sigma_next)))
+        if not lo <= a < b <= hi: raise ValueError(f'sigma={sigma:.6g}, sigma_next={sigma_next:.6g}: allowed are two different noise levels of the ladder, {lo:.6g} to {hi:.6g}')
+        return torch.stack([p(a, b) for p in paths] or [torch.zeros(shape)])[:len(paths)].mul_((b-a)**-.5 if sigma < sigma_next else -(b-a)**-.5).to(device, dtype)
+    return noise
+
+def _margin(lo, hi): return lo*(1-1e-4), hi*(1+1e-4)
+
+# %% ../nbs/04_karras.ipynb #83
 def _on_brownian_path(step):
     "Mark a step: its noise comes from a Brownian path in sigma."
     step.brownian = True
     return step
 
-# %% ../nbs/04_karras.ipynb #53
+# %% ../nbs/04_karras.ipynb #84
 @_on_brownian_path
 def dpmpp_sde(D, x, sigma, sigma_next, state,
     eta:float=1., # share of the fresh noise
     s_noise:float=1., # factor on the noise
-    r:float=.5, # where the second look is, as a share of the step in the logarithm
+    r:float=.5, # where the second evaluation is, as a share of the step in the logarithm
 ):
     "DPM-Solver++(SDE), singlestep of second order, as in k-diffusion. Two evaluations a step (one to 0)."
-    state = state.look(D, x, sigma)
+    if not 0 < r <= 1: raise ValueError(f'r={r}: allowed are numbers above 0, up to 1')
+    state = state.evaluate(D, x, sigma)
     if sigma_next == 0: return toward(x, state.x0, sigma, sigma_next), state
     mid = sigma**(1-r)*sigma_next**r
     down,up = get_ancestral_step(sigma, mid, eta)
@@ -319,7 +466,7 @@ def dpmpp_sde(D, x, sigma, sigma_next, state,
     x = toward(x, torch.lerp(state.x0, x0, 1/(2*r)), sigma, down)
     return _renoised(x, up*s_noise, sigma, sigma_next, state), state
 
-# %% ../nbs/04_karras.ipynb #55
+# %% ../nbs/04_karras.ipynb #86
 @_on_brownian_path
 def dpmpp_2m_sde(D, x, sigma, sigma_next, state,
     eta:float=1., # share of the fresh noise; 0 with solver_type 'midpoint' is `dpmpp_2m`
@@ -327,8 +474,9 @@ def dpmpp_2m_sde(D, x, sigma, sigma_next, state,
     solver_type:str='midpoint', # or 'heun'
 ):
     "DPM-Solver++(2M SDE) (arXiv:2211.01095, section 5). One evaluation a step."
+    _check_eta(eta)
     if solver_type not in ('midpoint', 'heun'): raise ValueError(f"solver_type={solver_type!r}: allowed are 'midpoint' and 'heun'")
-    state = state.look(D, x, sigma)
+    state = state.evaluate(D, x, sigma)
     if sigma_next == 0: return state.x0.clone(), state
     h,past = math.log(sigma/sigma_next),state.past[:1]
     u = h*(1+eta)
@@ -341,14 +489,15 @@ def dpmpp_2m_sde(D, x, sigma, sigma_next, state,
 def _sde_noise(x, h, eta, s_noise, sigma, sigma_next, state):
     return _renoised(x, s_noise*sigma_next*(-math.expm1(-2*eta*h))**.5, sigma, sigma_next, state)
 
-# %% ../nbs/04_karras.ipynb #56
+# %% ../nbs/04_karras.ipynb #87
 @_on_brownian_path
 def dpmpp_3m_sde(D, x, sigma, sigma_next, state,
     eta:float=1., # share of the fresh noise
     s_noise:float=1., # factor on the noise
 ):
     "DPM-Solver++(3M SDE), the third-order relative of `dpmpp_2m_sde` in k-diffusion. One evaluation a step."
-    state = state.look(D, x, sigma)
+    _check_eta(eta)
+    state = state.evaluate(D, x, sigma)
     if sigma_next == 0: return state.x0.clone(), state
     h,past = math.log(sigma/sigma_next),((sigma, state.x0), *state.past)
     u = h*(1+eta)
@@ -359,193 +508,97 @@ def dpmpp_3m_sde(D, x, sigma, sigma_next, state,
     for c,k in zip((phi+second, -second), range(len(r))): x.add_(past[k][1], alpha=c/r[k]).sub_(past[k+1][1], alpha=c/r[k])
     return _sde_noise(x, h, eta, s_noise, sigma, sigma_next, state), state._replace(past=past[:2])
 
-# %% ../nbs/04_karras.ipynb #58
+# %% ../nbs/04_karras.ipynb #89
 def cfgpp(D, x, sigma, sigma_next, state):
     "CFG++ (arXiv:2406.08070, algorithm 2) in terms of sigma. `D` has `parts`, as `CFGDenoiser` has, with the weight lambda."
     pred,_,neg = D.parts(x, sigma)
     state = state._replace(x=x, sigma=sigma, x0=pred)
     return torch.lerp(neg, x, sigma_next/sigma).add_(pred).sub_(neg), state
 
-# %% ../nbs/04_karras.ipynb #60
-def split_generator(
-    generator, # a `torch.Generator`, or a list of them, one a sample; None: one with seed 0
-    n:int, # number of samples
-)->list: # n generators
-    "One generator a sample."
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != n: raise ValueError(f'generator: {len(generator)} were given for {n} samples; allowed are one, or one a sample')
-        return list(generator)
-    g = torch.Generator().manual_seed(0) if generator is None else generator
-    if not isinstance(g, torch.Generator): raise TypeError(f'generator={g!r}: allowed are a torch.Generator, a list of them, or None')
-    return [torch.Generator(g.device).manual_seed(torch.randint(2**62, (), generator=g, device=g.device).item()) for _ in range(n)]
+# %% ../nbs/04_karras.ipynb #107
+def _shell(step, model, x, sigmas, *args, **kwargs): return _run(step, model, x, torch.unique_consecutive(torch.as_tensor(sigmas)), *args, **kwargs)
 
-def randn(
-    shape:tuple, # (B, ...)
-    generator=None, # see `split_generator`
-    device=None, # where the tensor is; None: the generator's device
-    dtype:torch.dtype=torch.float32,
-)->torch.Tensor: # (B, ...) of variance 1
-    "Noise whose sample `i` does not depend on how many there are."
-    gs = split_generator(generator, shape[0])
-    wide = torch.promote_types(dtype, torch.float32)
-    out = [torch.randn(shape[1:], generator=g, device=g.device, dtype=wide) for g in gs]
-    return torch.stack(out).to(device, dtype) if out else torch.empty(shape, device=device, dtype=dtype)
-
-# %% ../nbs/04_karras.ipynb #63
-def _fresh_noise(x, sigmas, generator):
-    gs = None
-    def noise(sigma, sigma_next):
-        nonlocal gs
-        gs = split_generator(generator, len(x)) if gs is None else gs
-        return randn(shape, gs, device, dtype)
-    shape,device,dtype = x.shape,x.device,x.dtype
-    return noise
-
-# %% ../nbs/04_karras.ipynb #64
-def brownian_noise(
-    x:torch.Tensor, # (B, ...) for shape, type and device
-    sigmas, # the ladder
-    generator=None, # see `split_generator`
-    tree:bool=False, # the same paths for all ladders from `sigmas[0]` to the same smallest level? Slow
-): # a function of two noise levels that gives (B, ...) of variance 1
-    "Noise from Brownian paths in sigma, one a sample."
-    from torchsde import BrownianInterval, BrownianTree
-    lo,hi = _margin(*sorted((float(sigmas[0]), min(o for o in check_ladder(sigmas) if o > 0))))
-    shape,device,dtype = x.shape[1:],x.device,x.dtype
-    def path(seed):
-        if tree: return BrownianTree(lo, torch.zeros(shape), hi, entropy=seed)
-        return BrownianInterval(lo, hi, size=tuple(shape), entropy=seed, cache_size=4)
-    paths = [path(torch.randint(2**62, (), generator=g, device=g.device).item()) for g in split_generator(generator, len(x))]
-    def noise(sigma, sigma_next):
-        a,b = sorted((float(sigma), float(sigma_next)))
-        if not lo <= a < b <= hi: raise ValueError(f'sigma={sigma:.6g}, sigma_next={sigma_next:.6g}: allowed are two different noise levels of the ladder, {lo:.6g} to {hi:.6g}')
-        return torch.stack([p(a, b) for p in paths]).mul_((b-a)**-.5 if sigma < sigma_next else -(b-a)**-.5).to(device, dtype)
-    return noise
-
-def _margin(lo, hi): return lo*(1-1e-4), hi*(1+1e-4)
-
-# %% ../nbs/04_karras.ipynb #68
-class _Bound:
-    "A denoiser with its conditions, for noise levels that are single numbers."
-    def __init__(self, D, cond): self.D,self.cond,self.i = D,cond,0
-    def _ask(self, f, x, sigma): return f(x, per_sample(sigma, x), **self.cond)
-    def _check(self, x0, x, sigma):
-        "The estimate in the type of `x`, which autocast may have changed."
-        if x0.shape != x.shape: raise ValueError(f'model: its estimate has shape {tuple(x0.shape)}, but x has {tuple(x.shape)}')
-        if not math.isfinite(x0.sum(dtype=torch.promote_types(x0.dtype, torch.float32)).item()): raise ValueError(f'model: its estimate at step {self.i} (sigma={sigma:.6g}) is not finite')
-        return x0.to(x.dtype)
-    def __call__(self, x, sigma): return self._check(self._ask(self.D, x, sigma), x, sigma)
-    def parts(self, x, sigma):
-        if not hasattr(self.D, 'parts'): raise ValueError('model: this sampler reads the parts of a guided denoiser, such as CFGDenoiser, and it has no `parts`')
-        return [self._check(o, x, sigma) for o in self._ask(self.D.parts, x, sigma)]
-    def quantize_sigma(self, sigma): return getattr(self.D, 'quantize_sigma', lambda o: o)(sigma)
-
-# %% ../nbs/04_karras.ipynb #69
-def _walk(D, x, sigmas, step, cond, generator, noise, options):
-    "Yield `x` and the state after each step; neither is kept here while the next one runs."
-    levels,D = check_ladder(sigmas),_Bound(D, cond or {})
-    if not x.isfinite().all(): raise ValueError('x has values that are not finite')
-    make = brownian_noise if getattr(step, 'brownian', False) else _fresh_noise
-    state = State(len(levels)-1, 0, noise or make(x, sigmas, generator))
-    for D.i,sigma,sigma_next in zip(range(len(levels)), levels, levels[1:]):
-        with torch.no_grad(): x,state = step(D, x, sigma, sigma_next, state._replace(i=D.i), **options)
-        yield x, state
-        state = state._replace(x=None, x0=None)
-
-# %% ../nbs/04_karras.ipynb #70
-def samples(
-    D, # `D(x, sigma, **cond) -> x0`, sigma (B,)
+# %% ../nbs/04_karras.ipynb #108
+def sample_euler(
+    model, # `model(x, sigma, **extra_args) -> x0`, sigma (B,)
     x:torch.Tensor, # (B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise
-    sigmas, # (n+1,) decreasing noise levels, see the ladders above
-    step=heun, # such as `euler`, `dpmpp_2m`, `ancestral(heun)`
-    cond:dict=None, # what `D` is conditioned on, by name
-    generator=None, # for steps that draw noise: see `split_generator`
-    noise=None, # in its place: a function of two noise levels that gives (B, ...) of variance 1
-    **options # of the step, such as `s_churn` or `eta`
-): # yields `x` (B, ...) and the first estimate (B, ...) of each step
-    "Walk down a ladder, a step at a time."
-    for x,state in _walk(D, x, sigmas, step, cond, generator, noise, options):
-        yield x, state.x0
-        state = None
-
-def sample(D, x, sigmas, step=heun, cond=None, generator=None, noise=None,
-    progress:bool=False, # show a bar
-    **options # as in `samples`
+    sigmas, # (n+1,) noise levels
+    extra_args:dict=None, # what the model is conditioned on, by name
+    callback=None, # called after each step with a dict: x (where it began, with its churn), i, sigma, sigma_hat, denoised
+    disable:bool=None, # no progress bar? None: only in a terminal
+    s_churn:float=0., # amount of churn over all steps
+    s_tmin:float=0., # lowest noise level with churn
+    s_tmax:float=math.inf, # highest
+    s_noise:float=1., # factor on the noise
+    decorate_sigma_hat=None, # rounding of the raised noise level; None: the model's `quantize_sigma`
+    generator=None, # see `split_generator`
 )->torch.Tensor: # (B, ...) at the last noise level
-    "Walk down a ladder to its end: the arguments of `samples`."
-    return _run(step, D, x, sigmas, cond, None, not progress, generator, noise, **options)
-
-# %% ../nbs/04_karras.ipynb #71
-def _run(step, model, x, sigmas, extra_args, callback, disable, generator=None, noise=None, **options):
-    from tqdm.auto import tqdm
-    with tqdm(total=len(check_ladder(sigmas))-1, disable=disable) as bar:
-        for x,state in _walk(model, x, sigmas, step, extra_args, generator, noise, options):
-            if callback: callback(dict(x=state.x, i=state.i, sigma=sigmas[state.i], sigma_hat=state.sigma, denoised=state.x0))
-            state = None
-            bar.update()
-    return x
-
-# %% ../nbs/04_karras.ipynb #94
-def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0., s_tmin=0., s_tmax=math.inf, s_noise=1., decorate_sigma_hat=None, generator=None):
     "`euler` with k-diffusion's signature."
-    return _run(euler, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
+    return _shell(euler, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
 
+# %% ../nbs/04_karras.ipynb #109
 def sample_heun(model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0., s_tmin=0., s_tmax=math.inf, s_noise=1., decorate_sigma_hat=None, generator=None):
-    "`heun` with k-diffusion's signature."
-    return _run(heun, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
+    "`heun` with k-diffusion's signature; see `sample_euler`."
+    return _shell(heun, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
 
 def sample_dpm_2(model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0., s_tmin=0., s_tmax=math.inf, s_noise=1., decorate_sigma_hat=None, generator=None):
-    "`dpm2` with k-diffusion's signature."
-    return _run(dpm2, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
+    "`dpm2` with k-diffusion's signature; see `sample_euler`."
+    return _shell(dpm2, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
 
-# %% ../nbs/04_karras.ipynb #95
-def sample_euler_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, generator=None):
-    "`euler_ancestral` with k-diffusion's signature."
-    return _run(euler_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
+# %% ../nbs/04_karras.ipynb #110
+def sample_euler_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None,
+    eta:float=1., # share of the fresh noise
+    s_noise:float=1., # factor on the noise
+    noise_sampler=None, # function of two noise levels that gives noise (B, ...) of variance 1; None: drawn with `generator`
+    generator=None, # see `split_generator`
+)->torch.Tensor: # (B, ...) at the last noise level
+    "`euler_ancestral` with k-diffusion's signature; the first arguments are those of `sample_euler`."
+    return _shell(euler_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
+# %% ../nbs/04_karras.ipynb #111
 def sample_heun_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, generator=None):
-    "`heun_ancestral` with the signature of k-diffusion's ancestral samplers."
-    return _run(heun_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
+    "`heun_ancestral` with the signature of k-diffusion's ancestral samplers; see `sample_euler_ancestral`."
+    return _shell(heun_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
 def sample_dpm_2_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, generator=None):
-    "`dpm2_ancestral` with k-diffusion's signature."
-    return _run(dpm2_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
+    "`dpm2_ancestral` with k-diffusion's signature; see `sample_euler_ancestral`."
+    return _shell(dpm2_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
 def sample_dpmpp_2s_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, generator=None):
-    "`dpmpp_2s_ancestral` with k-diffusion's signature."
-    return _run(dpmpp_2s_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
+    "`dpmpp_2s_ancestral` with k-diffusion's signature; see `sample_euler_ancestral`."
+    return _shell(dpmpp_2s_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #96
+# %% ../nbs/04_karras.ipynb #112
 def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None, order=4):
-    "`lms` with k-diffusion's signature."
-    return _run(lms, model, x, sigmas, extra_args, callback, disable, order=order)
+    "`lms` with k-diffusion's signature; see `sample_euler`."
+    return _shell(lms, model, x, sigmas, extra_args, callback, disable, order=order)
 
 def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    "`dpmpp_2m` with k-diffusion's signature."
-    return _run(dpmpp_2m, model, x, sigmas, extra_args, callback, disable)
+    "`dpmpp_2m` with k-diffusion's signature; see `sample_euler`."
+    return _shell(dpmpp_2m, model, x, sigmas, extra_args, callback, disable)
 
-# %% ../nbs/04_karras.ipynb #97
+# %% ../nbs/04_karras.ipynb #113
 def sample_dpmpp_sde(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, r=1/2, generator=None):
-    "`dpmpp_sde` with k-diffusion's signature."
-    return _run(dpmpp_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise, r=r)
+    "`dpmpp_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_sde`."
+    return _shell(dpmpp_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise, r=r)
 
 def sample_dpmpp_2m_sde(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, solver_type='midpoint', generator=None):
-    "`dpmpp_2m_sde` with k-diffusion's signature."
-    return _run(dpmpp_2m_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise, solver_type=solver_type)
+    "`dpmpp_2m_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_2m_sde`."
+    return _shell(dpmpp_2m_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise, solver_type=solver_type)
 
 def sample_dpmpp_3m_sde(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, generator=None):
-    "`dpmpp_3m_sde` with k-diffusion's signature."
-    return _run(dpmpp_3m_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
+    "`dpmpp_3m_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_3m_sde`."
+    return _shell(dpmpp_3m_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #98
+# %% ../nbs/04_karras.ipynb #114
 def sample_ddim(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=0., noise_sampler=None, generator=None):
-    "`ddim` with a signature in k-diffusion's manner."
-    return _run(ddim, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta)
+    "`ddim` with a signature in k-diffusion's manner; see `sample_euler_ancestral` and the options of `ddim`."
+    return _shell(ddim, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta)
 
 def sample_ddpm(model, x, sigmas, extra_args=None, callback=None, disable=None, variance='fixed_small', s_noise=1., noise_sampler=None, generator=None):
-    "`ddpm` with a signature in k-diffusion's manner."
-    return _run(ddpm, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, variance=variance, s_noise=s_noise)
+    "`ddpm` with a signature in k-diffusion's manner; see `sample_euler_ancestral` and the options of `ddpm`."
+    return _shell(ddpm, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, variance=variance, s_noise=s_noise)
 
 def sample_euler_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    "`cfgpp` with a signature in k-diffusion's manner."
-    return _run(cfgpp, model, x, sigmas, extra_args, callback, disable)
+    "`cfgpp` with a signature in k-diffusion's manner; see `sample_euler`."
+    return _shell(cfgpp, model, x, sigmas, extra_args, callback, disable)
