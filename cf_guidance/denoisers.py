@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALINGS', 'PATHS', 'Denoiser', 'per_sample', 'scalings', 'to_x0', 'from_x0', 'NetDenoiser', 'TimeDenoiser',
            'CosineDenoiser', 'FlowDenoiser', 'EDMDenoiser', 'scaled_linear', 'abar_to_sigma', 'make_quantizer',
-           'DiscreteDenoiser', 'Parts', 'CFGDenoiser']
+           'DiscreteDenoiser', 'Parts', 'apply_rule', 'CFGDenoiser']
 
 # %% ../nbs/03_denoisers.ipynb #3
 import math
@@ -345,6 +345,7 @@ class DiscreteDenoiser(NetDenoiser):
 
 # %% ../nbs/03_denoisers.ipynb #67
 def _levels_of(abar):
+    if isinstance(abar, str): raise ValueError(f'alphas_cumprod={abar!r}: allowed are numbers; name the prediction, as in prediction={abar!r}')
     abar = torch.as_tensor(abar).double()
     if abar.ndim != 1 or not len(abar) or not ((abar >= 0) & (abar < 1)).all() or not (abar.diff() < 0).all():
         raise ValueError(f'alphas_cumprod of shape {tuple(abar.shape)}: allowed are numbers in [0, 1) that decrease, one a time step')
@@ -395,21 +396,38 @@ class Parts(NamedTuple):
     pos:torch.Tensor # the positive one
     neg:torch.Tensor # the negative one
 
-# %% ../nbs/03_denoisers.ipynb #82
+# %% ../nbs/03_denoisers.ipynb #83
+def apply_rule(
+    rule, # `rule(neg, pos, w)`; its `space` is 'any', 'x0', or a key of `SCALINGS`
+    neg:torch.Tensor, # (B, ...) negative estimate of the image
+    pos:torch.Tensor, # (B, ...) positive one
+    w, # a number or (B,)
+    x:torch.Tensor, # (B, ...) images with noise
+    sigma:torch.Tensor, # (B,) noise levels
+)->torch.Tensor: # (B, ...) guided estimate of the image
+    "A rule applied to estimates of the image, in the space that it is made for."
+    space = getattr(rule, 'space', 'any')
+    if space in ('any', 'x0'): return rule(neg, pos, w)
+    return to_x0(rule(*(from_x0(o, x, sigma, space) for o in (neg, pos)), w), x, sigma, space)
+
+# %% ../nbs/03_denoisers.ipynb #84
 class CFGDenoiser(Denoiser):
-    "Classifier-free guidance of a denoiser (arXiv:2207.12598, eq. 6, whose weight is `w-1`), both questions in one batch."
+    "Classifier-free guidance of a denoiser (arXiv:2207.12598, eq. 6, whose weight is `w-1`), or another rule; both questions in one batch."
     def __init__(self,
         inner_model, # the denoiser
         neg:dict, # the negative's conditions, by name: tensors with one row, or one a sample
-        w=7.5, # 1 is unguided: a number, (B,), or a function of sigma (B,) that gives (B,)
+        w=7.5, # 1 is unguided: a number, (B,), or a function of sigma (B,) that gives (B,), such as `on_ladder` makes
+        rule=cfg, # `rule(neg, pos, w)`, of `transforms`; it is given what its `space` says
     ):
         super().__init__(inner_model)
-        self.neg,self.w = neg,w
+        if not isinstance(neg, dict): raise TypeError(f'neg is a {type(neg).__name__}: allowed is a dict of conditions by name')
+        if not (callable(w) or torch.is_tensor(w) or isinstance(w, (int, float))): raise TypeError(f'w={w!r}: allowed are a number, a tensor (B,), or a function of sigma; for one value a step see on_ladder')
+        self.neg,self.w,self.rule = neg,w,rule
     def forward(self, x, sigma, **cond):
-        if isinstance(self.w, (int, float)) and self.w == 1: return self.inner_model(x, sigma, **cond)
+        if self.rule is cfg and isinstance(self.w, (int, float)) and self.w == 1: return self.inner_model(x, sigma, **cond)
         return self.parts(x, sigma, **cond).pred
 
-# %% ../nbs/03_denoisers.ipynb #83
+# %% ../nbs/03_denoisers.ipynb #85
 @patch
 def parts(self:CFGDenoiser,
     x:torch.Tensor, # (B, ...) images with noise
@@ -421,7 +439,7 @@ def parts(self:CFGDenoiser,
     sigma = per_sample(sigma, x)
     both = {k: _joined(k, _rows(k, self.neg[k], x), _rows(k, v, x)) for k,v in cond.items()}
     neg,pos = self.inner_model(torch.cat([x]*2), torch.cat([sigma]*2), **both).chunk(2)
-    return Parts(cfg(neg, pos, self.w(sigma) if callable(self.w) else self.w), pos, neg)
+    return Parts(apply_rule(self.rule, neg, pos, self.w(sigma) if callable(self.w) else self.w, x, sigma), pos, neg)
 
 def _rows(name, o, x):
     "A condition with one row a sample."

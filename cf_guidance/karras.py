@@ -15,7 +15,9 @@ __all__ = ['euler', 'heun', 'dpm2', 'euler_ancestral', 'heun_ancestral', 'dpm2_a
 # %% ../nbs/04_karras.ipynb #3
 import math
 from functools import cache
+from collections.abc import Mapping
 from itertools import pairwise
+from numbers import Integral
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -140,32 +142,41 @@ def check_ladder(
 
 # %% ../nbs/04_karras.ipynb #29
 def on_ladder(
-    values, # one number a step, such as `get_cos_sched` gives
+    values, # one number a step, such as `get_cos_sched` gives, or for each step one a sample, (n, B)
     sigmas, # (n+1,) the ladder: decreasing noise levels, one more than steps
-): # a function from noise levels, any shape, to values
+): # a function from noise levels, any shape (one a sample: (B,)), to values of that shape
     "One value a step as a function of sigma: `values[i]` around `sigmas[i]`; the ends hold beyond."
     levels,values = check_ladder(sigmas)[:-1],torch.as_tensor(values)
-    if values.shape != (len(levels),): raise ValueError(f'values has shape {tuple(values.shape)}: allowed is one value a step, shape ({len(levels)},)')
+    if values.ndim not in (1, 2) or len(values) != len(levels): raise ValueError(f'values has shape {tuple(values.shape)}: allowed is one value a step, shape ({len(levels)},), or one a step and sample')
     between = torch.tensor([(a*b)**.5*(1-1e-4) for a,b in pairwise(levels)][::-1])
-    def at(sigma): return values.to(sigma.device).flip(0)[torch.bucketize(sigma.float(), between.to(sigma.device))].to(sigma.dtype)
+    def at(sigma):
+        i = torch.bucketize(sigma.float(), between.to(sigma.device))
+        v = values.to(sigma.device).flip(0)
+        return (v[i] if v.ndim == 1 else v[i, torch.arange(v.shape[1], device=i.device)]).to(sigma.dtype)
     return at
 
 # %% ../nbs/04_karras.ipynb #33
 def split_generator(
-    generator, # a `torch.Generator`, or a list of them, one a sample; None: one with a fresh seed
+    generator, # a `torch.Generator` or a seed, or a list of them, one a sample; None: a fresh seed
     n:int, # number of samples
 )->list: # n generators
     "One generator a sample."
-    if generator is None: (generator := torch.Generator()).seed()
-    several = isinstance(generator, (list, tuple))
-    if not all(isinstance(g, torch.Generator) for g in (generator if several else [generator])): raise TypeError(f'generator={generator!r}: allowed are a torch.Generator, a list of them, or None')
-    if several and len(generator) != n: raise ValueError(f'generator: {len(generator)} were given for {n} samples; allowed are one, or one a sample')
-    return list(generator) if several else _children(generator, n)
+    if not isinstance(generator, (list, tuple)): return _children(_as_generator(generator), n)
+    if len(generator) != n: raise ValueError(f'generator: {len(generator)} were given for {n} samples; allowed are one, or one a sample')
+    return [_as_generator(g) for g in generator]
+
+# %% ../nbs/04_karras.ipynb #34
+def _as_generator(g):
+    if isinstance(g, torch.Generator): return g
+    if g is not None and not isinstance(g, Integral): raise TypeError(f'generator={g!r}: allowed are a torch.Generator or a seed, a list of them, or None')
+    new = torch.Generator()
+    new.seed() if g is None else new.manual_seed(int(g))
+    return new
 
 def _children(g, n):
     return [torch.Generator(g.device).manual_seed(torch.randint(2**62, (), generator=g, device=g.device).item()) for _ in range(n)]
 
-# %% ../nbs/04_karras.ipynb #34
+# %% ../nbs/04_karras.ipynb #35
 def randn(
     shape:tuple, # (B, ...)
     generator=None, # see `split_generator`
@@ -178,12 +189,12 @@ def randn(
     out = [torch.randn(shape[1:], generator=g, device=g.device, dtype=wide) for g in gs]
     return torch.stack(out).to(device, dtype) if out else torch.empty(shape, device=device, dtype=dtype)
 
-# %% ../nbs/04_karras.ipynb #37
+# %% ../nbs/04_karras.ipynb #38
 def toward(x, x0, sigma, sigma_next):
     "`x` moved towards the estimate `x0`, from noise level `sigma` to `sigma_next`."
     return torch.lerp(x0, x, sigma_next/sigma)
 
-# %% ../nbs/04_karras.ipynb #39
+# %% ../nbs/04_karras.ipynb #40
 class State(NamedTuple):
     "What a step knows besides `x`."
     n:int # steps of the ladder
@@ -197,13 +208,13 @@ class State(NamedTuple):
         "The state after the step's first evaluation."
         return self._replace(x=x, sigma=sigma, x0=D(x, sigma))
 
-# %% ../nbs/04_karras.ipynb #41
+# %% ../nbs/04_karras.ipynb #42
 def _euler(D, x, sigma, sigma_next, state):
     "Euler's method for the probability-flow equation; with `s_churn`, algorithm 2 of arXiv:2206.00364 without its correction. One evaluation a step, order 1."
     state = state.evaluate(D, x, sigma)
     return toward(x, state.x0, sigma, sigma_next), state
 
-# %% ../nbs/04_karras.ipynb #42
+# %% ../nbs/04_karras.ipynb #43
 def _heun(D, x, sigma, sigma_next, state):
     "Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2). Two evaluations a step (one to 0), order 2."
     state = state.evaluate(D, x, sigma)
@@ -212,7 +223,7 @@ def _heun(D, x, sigma, sigma_next, state):
     slope = (end-D(end, sigma_next)).div_(sigma_next)
     return slope.add_(x, alpha=1/sigma).sub_(state.x0, alpha=1/sigma).mul_((sigma_next-sigma)/2).add_(x), state
 
-# %% ../nbs/04_karras.ipynb #43
+# %% ../nbs/04_karras.ipynb #44
 def _dpm2(D, x, sigma, sigma_next, state):
     "DPM-Solver-2 (arXiv:2206.00927, algorithm 4) as in k-diffusion: the slope in the middle of the logarithm. Two evaluations a step (one to 0), order 2."
     state = state.evaluate(D, x, sigma)
@@ -221,7 +232,7 @@ def _dpm2(D, x, sigma, sigma_next, state):
     x_mid = toward(x, state.x0, sigma, mid)
     return (x_mid-D(x_mid, mid)).mul_((sigma_next-sigma)/mid).add_(x), state
 
-# %% ../nbs/04_karras.ipynb #45
+# %% ../nbs/04_karras.ipynb #46
 def churned(
     step, # a deterministic step
 ): # the step with the options `s_churn`, `s_tmin`, `s_tmax`, `s_noise` and `quantize`
@@ -240,7 +251,7 @@ def churned(
         return step(D, x, sigma_hat, sigma_next, state)
     return _named(_step, step.__name__.strip('_'), step.__doc__)
 
-# %% ../nbs/04_karras.ipynb #46
+# %% ../nbs/04_karras.ipynb #47
 def _number(f, sigma): return float(f(torch.tensor(sigma, dtype=torch.float64)))
 
 def _named(f, name, doc):
@@ -248,20 +259,24 @@ def _named(f, name, doc):
     f.__doc__ = doc
     return f
 
-# %% ../nbs/04_karras.ipynb #47
+# %% ../nbs/04_karras.ipynb #48
 euler,heun,dpm2 = churned(_euler),churned(_heun),churned(_dpm2)
 
-# %% ../nbs/04_karras.ipynb #50
+# %% ../nbs/04_karras.ipynb #51
+def _own_generators(x, generator):
+    "Generators for the noise of a run: others than those of its start, also where they have the same seeds."
+    return [_children(g, 1)[0] for g in split_generator(generator, len(x))]
+
 def _fresh_noise(x, sigmas, generator):
     gs = None
     def noise(sigma, sigma_next):
         nonlocal gs
-        gs = split_generator(generator, len(x)) if gs is None else gs
-        return randn(shape, gs, device, dtype)
-    shape,device,dtype = x.shape,x.device,x.dtype
+        gs = _own_generators(like, generator) if gs is None else gs
+        return randn(like.shape, gs, like.device, like.dtype)
+    like = x.new_empty(()).expand(x.shape)
     return noise
 
-# %% ../nbs/04_karras.ipynb #51
+# %% ../nbs/04_karras.ipynb #52
 class _Bound:
     "A denoiser with its conditions, for noise levels that are single numbers."
     def __init__(self, D, cond): self.D,self.cond,self.i = D,cond,0
@@ -274,16 +289,18 @@ class _Bound:
         if not math.isfinite(x0.sum(dtype=torch.promote_types(x0.dtype, torch.float32)).item()): raise ValueError(f'model: its estimate at step {self.i} (sigma={sigma:.6g}) is not finite')
         return x0.to(x.dtype)
 
-# %% ../nbs/04_karras.ipynb #52
+# %% ../nbs/04_karras.ipynb #53
 @patch
 def parts(self:_Bound, x, sigma):
     if not hasattr(self.D, 'parts'): raise ValueError('model: this sampler reads the parts of a guided denoiser, such as CFGDenoiser, and it has no `parts`')
     return [self._check(o, x, sigma) for o in self._ask(self.D.parts, x, sigma)]
 
-# %% ../nbs/04_karras.ipynb #53
+# %% ../nbs/04_karras.ipynb #54
 def _walk(D, x, sigmas, step, cond, generator, noise, options):
     "Yield `x` and the state after each step; neither is kept here while the next one runs."
-    levels,D = check_ladder(sigmas),_Bound(D, cond or {})
+    levels,D = check_ladder(sigmas),_Bound(D, {} if cond is None else cond)
+    if not callable(step): raise TypeError(f'step={step!r}: allowed are functions such as euler, heun, dpmpp_2m')
+    if not isinstance(D.cond, Mapping): raise TypeError(f'cond is a {type(D.cond).__name__}: allowed is a dict of conditions by name')
     if not x.isfinite().all(): raise ValueError('x has values that are not finite')
     make = brownian_noise if getattr(step, 'brownian', False) else _fresh_noise
     state = State(len(levels)-1, 0, noise or make(x, sigmas, generator))
@@ -292,7 +309,7 @@ def _walk(D, x, sigmas, step, cond, generator, noise, options):
         yield x, state
         state = state._replace(x=None, x0=None)
 
-# %% ../nbs/04_karras.ipynb #54
+# %% ../nbs/04_karras.ipynb #55
 def samples(
     D, # `D(x, sigma, **cond) -> x0`, sigma (B,)
     x:torch.Tensor, # (B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise
@@ -303,12 +320,12 @@ def samples(
     noise=None, # in its place: a function of two noise levels that gives (B, ...) of variance 1
     **options # of the step, such as `s_churn` or `eta`
 ): # yields `x` (B, ...) and the first estimate (B, ...) of each step
-    "Walk down a ladder, a step at a time."
+    "Walk down a ladder, a step at a time. (Nothing runs, and nothing is checked, before the first is asked for.)"
     for x,state in _walk(D, x, sigmas, step, cond, generator, noise, options):
         yield x, state.x0
         state = None
 
-# %% ../nbs/04_karras.ipynb #55
+# %% ../nbs/04_karras.ipynb #56
 def sample(D, x, sigmas, step=heun, cond=None, generator=None, noise=None,
     progress:bool=False, # show a bar
     **options # of the step
@@ -316,32 +333,33 @@ def sample(D, x, sigmas, step=heun, cond=None, generator=None, noise=None,
     "Walk down a ladder to its end; the arguments are those of `samples`."
     return _run(step, D, x, sigmas, cond, None, not progress, generator, noise, **options)
 
-# %% ../nbs/04_karras.ipynb #56
+# %% ../nbs/04_karras.ipynb #57
 def _run(step, model, x, sigmas, extra_args, callback, disable, generator=None, noise=None, **options):
     from tqdm.auto import tqdm
     with tqdm(total=len(check_ladder(sigmas))-1, disable=disable) as bar:
         for x,state in _walk(model, x, sigmas, step, extra_args, generator, noise, options):
-            if callback: callback(dict(x=state.x, i=state.i, sigma=sigmas[state.i], sigma_hat=state.sigma, denoised=state.x0))
+            if callback: callback(dict(x=state.x, i=state.i, sigma=sigmas[state.i], sigma_hat=torch.as_tensor(state.sigma), denoised=state.x0))
             state = None
             bar.update()
     return x
 
-# %% ../nbs/04_karras.ipynb #65
+# %% ../nbs/04_karras.ipynb #66
 def get_ancestral_step(
-    sigma:float, # from this noise level
-    sigma_next:float, # to this
+    sigma_from:float, # from this noise level
+    sigma_to:float, # to this
     eta:float=1., # share of the fresh noise
 )->tuple: # noise level to walk to, and standard deviation of the noise to add
     "How far down an ancestral step walks, and how much noise it adds: the posterior of DDPM (arXiv:2006.11239, eq. 7) in terms of sigma."
     _check_eta(eta)
-    up = min(sigma_next, eta*sigma_next*(sigma**2-sigma_next**2)**.5/sigma)
-    return (sigma_next**2-up**2)**.5, up
+    up = min(sigma_to, eta*sigma_to*(sigma_from**2-sigma_to**2)**.5/sigma_from)
+    return (sigma_to**2-up**2)**.5, up
 
-# %% ../nbs/04_karras.ipynb #66
+# %% ../nbs/04_karras.ipynb #67
 def ancestral(
     step, # a deterministic step
 ): # the step with the options `eta` and `s_noise`
     "The ancestral form of a step."
+    if getattr(step, 'stochastic', False): raise ValueError(f'step={step.__name__}: allowed are steps that draw no noise of their own')
     def _step(D, x, sigma, sigma_next, state,
         eta:float=1., # share of the fresh noise; 0 is none
         s_noise:float=1., # factor on the noise
@@ -350,23 +368,28 @@ def ancestral(
         x,state = step(D, x, sigma, down, state)
         return _renoised(x, up*s_noise, sigma, sigma_next, state), state
     name = step.__name__.strip('_')
-    return _named(_step, f'{name}_ancestral', f'The ancestral form of `{name}`: a step further down, and noise.')
+    return _stochastic(_named(_step, f'{name}_ancestral', f'The ancestral form of `{name}`: a step further down, and noise.'))
+
+def _stochastic(step):
+    step.stochastic = True
+    return step
 
 def _check_eta(eta):
     if not eta >= 0: raise ValueError(f'eta={eta}: allowed are numbers from 0')
 
 def _renoised(x, up, sigma, sigma_next, state): return torch.add(x, state.noise(sigma, sigma_next), alpha=up) if up else x
 
-# %% ../nbs/04_karras.ipynb #67
+# %% ../nbs/04_karras.ipynb #68
 euler_ancestral,heun_ancestral,dpm2_ancestral = ancestral(_euler),ancestral(_heun),ancestral(_dpm2)
 
-# %% ../nbs/04_karras.ipynb #69
+# %% ../nbs/04_karras.ipynb #70
 def ddim(D, x, sigma, sigma_next, state,
     eta:float=0., # 0 is deterministic, 1 is DDPM
 ):
     "DDIM (arXiv:2010.02502, eq. 12): the ancestral Euler step, by default without noise."
     return euler_ancestral(D, x, sigma, sigma_next, state, eta)
 
+@_stochastic
 def ddpm(D, x, sigma, sigma_next, state,
     variance:str='fixed_small', # of the noise: 'fixed_small' is that of the posterior, 'fixed_large' that of the forward step
     s_noise:float=1., # factor on the noise
@@ -378,7 +401,7 @@ def ddpm(D, x, sigma, sigma_next, state,
     x,state = _euler(D, x, sigma, down, state)
     return _renoised(x, up*s_noise, sigma, sigma_next, state), state
 
-# %% ../nbs/04_karras.ipynb #74
+# %% ../nbs/04_karras.ipynb #75
 def lms(D, x, sigma, sigma_next, state,
     order:int=4, # slopes that are used, the new one included
 ):
@@ -399,7 +422,7 @@ def _lms_coeffs(levels, sigma, sigma_next):
 @cache
 def _leggauss(n): return [*zip(*(o.tolist() for o in np.polynomial.legendre.leggauss(n)))]
 
-# %% ../nbs/04_karras.ipynb #76
+# %% ../nbs/04_karras.ipynb #77
 def dpmpp_2s(D, x, sigma, sigma_next, state):
     "DPM-Solver++(2S) (arXiv:2211.01095, algorithm 1, with the middle of the logarithm). Two evaluations a step (one to 0), order 2."
     state = state.evaluate(D, x, sigma)
@@ -416,10 +439,10 @@ def dpmpp_2m(D, x, sigma, sigma_next, state):
         x0 = torch.lerp(old, x0, 1 + math.log(sigma/sigma_next)/math.log(before/sigma)/2)
     return toward(x, x0, sigma, sigma_next), state._replace(past=((sigma, state.x0),))
 
-# %% ../nbs/04_karras.ipynb #77
+# %% ../nbs/04_karras.ipynb #78
 dpmpp_2s_ancestral = ancestral(dpmpp_2s)
 
-# %% ../nbs/04_karras.ipynb #80
+# %% ../nbs/04_karras.ipynb #81
 def brownian_noise(
     x:torch.Tensor, # (B, ...) for shape, type and device
     sigmas, # the ladder
@@ -433,7 +456,7 @@ def brownian_noise(
     def path(seed):
         if tree: return BrownianTree(lo, torch.zeros(shape), hi, entropy=seed)
         return BrownianInterval(lo, hi, size=tuple(shape), entropy=seed, cache_size=4)
-    paths = [path(torch.randint(2**62, (), generator=g, device=g.device).item()) for g in split_generator(generator, len(x))]
+    paths = [path(g.initial_seed()) for g in _own_generators(x, generator)]
     def noise(sigma, sigma_next):
         a,b = sorted((float(sigma), float(sigma_next)))
         if not lo <= a < b <= hi: raise ValueError(f'sigma={sigma:.6g}, sigma_next={sigma_next:.6g}: allowed are two different noise levels of the ladder, {lo:.6g} to {hi:.6g}')
@@ -442,13 +465,13 @@ def brownian_noise(
 
 def _margin(lo, hi): return lo*(1-1e-4), hi*(1+1e-4)
 
-# %% ../nbs/04_karras.ipynb #83
+# %% ../nbs/04_karras.ipynb #84
 def _on_brownian_path(step):
     "Mark a step: its noise comes from a Brownian path in sigma."
     step.brownian = True
-    return step
+    return _stochastic(step)
 
-# %% ../nbs/04_karras.ipynb #84
+# %% ../nbs/04_karras.ipynb #85
 @_on_brownian_path
 def dpmpp_sde(D, x, sigma, sigma_next, state,
     eta:float=1., # share of the fresh noise
@@ -466,7 +489,7 @@ def dpmpp_sde(D, x, sigma, sigma_next, state,
     x = toward(x, torch.lerp(state.x0, x0, 1/(2*r)), sigma, down)
     return _renoised(x, up*s_noise, sigma, sigma_next, state), state
 
-# %% ../nbs/04_karras.ipynb #86
+# %% ../nbs/04_karras.ipynb #87
 @_on_brownian_path
 def dpmpp_2m_sde(D, x, sigma, sigma_next, state,
     eta:float=1., # share of the fresh noise; 0 with solver_type 'midpoint' is `dpmpp_2m`
@@ -489,7 +512,7 @@ def dpmpp_2m_sde(D, x, sigma, sigma_next, state,
 def _sde_noise(x, h, eta, s_noise, sigma, sigma_next, state):
     return _renoised(x, s_noise*sigma_next*(-math.expm1(-2*eta*h))**.5, sigma, sigma_next, state)
 
-# %% ../nbs/04_karras.ipynb #87
+# %% ../nbs/04_karras.ipynb #88
 @_on_brownian_path
 def dpmpp_3m_sde(D, x, sigma, sigma_next, state,
     eta:float=1., # share of the fresh noise
@@ -508,17 +531,17 @@ def dpmpp_3m_sde(D, x, sigma, sigma_next, state,
     for c,k in zip((phi+second, -second), range(len(r))): x.add_(past[k][1], alpha=c/r[k]).sub_(past[k+1][1], alpha=c/r[k])
     return _sde_noise(x, h, eta, s_noise, sigma, sigma_next, state), state._replace(past=past[:2])
 
-# %% ../nbs/04_karras.ipynb #89
+# %% ../nbs/04_karras.ipynb #90
 def cfgpp(D, x, sigma, sigma_next, state):
     "CFG++ (arXiv:2406.08070, algorithm 2) in terms of sigma. `D` has `parts`, as `CFGDenoiser` has, with the weight lambda."
     pred,_,neg = D.parts(x, sigma)
     state = state._replace(x=x, sigma=sigma, x0=pred)
     return torch.lerp(neg, x, sigma_next/sigma).add_(pred).sub_(neg), state
 
-# %% ../nbs/04_karras.ipynb #107
+# %% ../nbs/04_karras.ipynb #108
 def _shell(step, model, x, sigmas, *args, **kwargs): return _run(step, model, x, torch.unique_consecutive(torch.as_tensor(sigmas)), *args, **kwargs)
 
-# %% ../nbs/04_karras.ipynb #108
+# %% ../nbs/04_karras.ipynb #109
 def sample_euler(
     model, # `model(x, sigma, **extra_args) -> x0`, sigma (B,)
     x:torch.Tensor, # (B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise
@@ -536,7 +559,7 @@ def sample_euler(
     "`euler` with k-diffusion's signature."
     return _shell(euler, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
 
-# %% ../nbs/04_karras.ipynb #109
+# %% ../nbs/04_karras.ipynb #110
 def sample_heun(model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0., s_tmin=0., s_tmax=math.inf, s_noise=1., decorate_sigma_hat=None, generator=None):
     "`heun` with k-diffusion's signature; see `sample_euler`."
     return _shell(heun, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
@@ -545,7 +568,7 @@ def sample_dpm_2(model, x, sigmas, extra_args=None, callback=None, disable=None,
     "`dpm2` with k-diffusion's signature; see `sample_euler`."
     return _shell(dpm2, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
 
-# %% ../nbs/04_karras.ipynb #110
+# %% ../nbs/04_karras.ipynb #111
 def sample_euler_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None,
     eta:float=1., # share of the fresh noise
     s_noise:float=1., # factor on the noise
@@ -555,7 +578,7 @@ def sample_euler_ancestral(model, x, sigmas, extra_args=None, callback=None, dis
     "`euler_ancestral` with k-diffusion's signature; the first arguments are those of `sample_euler`."
     return _shell(euler_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #111
+# %% ../nbs/04_karras.ipynb #112
 def sample_heun_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, generator=None):
     "`heun_ancestral` with the signature of k-diffusion's ancestral samplers; see `sample_euler_ancestral`."
     return _shell(heun_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
@@ -568,7 +591,7 @@ def sample_dpmpp_2s_ancestral(model, x, sigmas, extra_args=None, callback=None, 
     "`dpmpp_2s_ancestral` with k-diffusion's signature; see `sample_euler_ancestral`."
     return _shell(dpmpp_2s_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #112
+# %% ../nbs/04_karras.ipynb #113
 def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None, order=4):
     "`lms` with k-diffusion's signature; see `sample_euler`."
     return _shell(lms, model, x, sigmas, extra_args, callback, disable, order=order)
@@ -577,7 +600,7 @@ def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=No
     "`dpmpp_2m` with k-diffusion's signature; see `sample_euler`."
     return _shell(dpmpp_2m, model, x, sigmas, extra_args, callback, disable)
 
-# %% ../nbs/04_karras.ipynb #113
+# %% ../nbs/04_karras.ipynb #114
 def sample_dpmpp_sde(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, r=1/2, generator=None):
     "`dpmpp_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_sde`."
     return _shell(dpmpp_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise, r=r)
@@ -590,7 +613,7 @@ def sample_dpmpp_3m_sde(model, x, sigmas, extra_args=None, callback=None, disabl
     "`dpmpp_3m_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_3m_sde`."
     return _shell(dpmpp_3m_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #114
+# %% ../nbs/04_karras.ipynb #115
 def sample_ddim(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=0., noise_sampler=None, generator=None):
     "`ddim` with a signature in k-diffusion's manner; see `sample_euler_ancestral` and the options of `ddim`."
     return _shell(ddim, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta)

@@ -440,7 +440,8 @@ def _whole(vae):
     dtype = vae.dtype
     up = dtype == torch.float16 and vae.config.get('force_upcast')
     try: yield (vae.float() if up else vae).dtype
-    finally: vae.to(dtype)
+    finally:
+        if up: vae.to(dtype)
 
 # %% ../nbs/11_pipelines.ipynb #89
 @patch

@@ -201,7 +201,7 @@ def churned(monkeypatch):
     "Our walk and k-diffusion's, which draw the same noise"
     def _churned(name, D, sigmas, other=None, dtype=torch.float32, **options):
         def gens(): return [seeded(i) for i in range(len(X))]
-        gs = gens()
+        gs = karras._own_generators(X, gens())
         monkeypatch.setattr(kd.sampling, 'torch', SimpleNamespace(randn_like=lambda x: karras.randn(x.shape, gs, x.device, x.dtype)))
         args = (X*sigmas[0]).to(dtype),sigmas.to(dtype),dict(shift=SHIFT.to(dtype))
         return walk(karras, name, D, *args, generator=gens(), **options), walk(kd.sampling, name, other or D, *args, **options)
