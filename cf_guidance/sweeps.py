@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COS_PARAMS', 'SEED', 'TRANSFORMS', 'PROMPTS', 'cos_harness', 'create_expts', 'create_cos_expts', 'seed_everything',
-           'default_pipeline', 'run', 'saturation', 'step_distance', 'measure', 'summarise', 'parse_values',
-           'make_expts', 'sweep_grid', 'sweep', 'parse_seeds', 'parse_fixed', 'cf_sweep']
+           'default_pipeline', 'run', 'measure', 'summarise', 'parse_values', 'make_expts', 'sweep_grid', 'sweep',
+           'parse_seeds', 'parse_fixed', 'cf_sweep']
 
 # %% ../nbs/13_sweeps.ipynb #3
 import json, math, os, sys, time
@@ -15,6 +15,7 @@ from fastcore.script import call_parse, store_true
 from .schedules import get_cos_sched
 from .transforms import BaseNormGuidance, FullNormGuidance, GuidanceTfm, TNormGuidance
 from .fashion import EMBEDDED, PARTS, adherence, check_prompt, quiet
+from .metrics import saturation, step_distance
 from .pipelines import MinimalDiffusion
 
 # %% ../nbs/13_sweeps.ipynb #7
@@ -100,22 +101,6 @@ def run(
     return res
 
 # %% ../nbs/13_sweeps.ipynb #30
-def saturation(
-    x:torch.Tensor, # (N, 3, H, W) in [0, 1]
-)->torch.Tensor: # (N,) in [0, 1]
-    "Mean HSV saturation, `(max - min)/max` over the channels; black has none."
-    hi,lo = x.amax(1),x.amin(1)
-    return ((hi-lo)/hi.clamp(min=1e-6)).mean((1,2))
-
-# %% ../nbs/13_sweeps.ipynb #32
-def step_distance(
-    x:torch.Tensor, # (rows, columns, 3, H, W), a sweep in each row
-)->torch.Tensor: # (rows, columns), nan in the first column
-    "Root-mean-square pixel difference of each image to the one before it."
-    d = (x[:,1:]-x[:,:-1]).square().mean((2,3,4)).sqrt()
-    return torch.cat([torch.full_like(x[:,:1,0,0,0], torch.nan), d], 1)
-
-# %% ../nbs/13_sweeps.ipynb #34
 def measure(
     res:dict, # from `run`
     judge:bool=True, # is adherence asked of the embedded judge? its prompts must be the embedded model's
@@ -131,7 +116,7 @@ def measure(
     df['saturation'],df['nfe'] = saturation(x).numpy(),res['nfe'].numpy()
     return df
 
-# %% ../nbs/13_sweeps.ipynb #36
+# %% ../nbs/13_sweeps.ipynb #32
 def summarise(
     df, # from `measure`
 ): # `pandas.DataFrame`, a row a value: n, shares of right parts, mean step and saturation
@@ -140,7 +125,7 @@ def summarise(
     by = df.groupby('value' if df.param.nunique() == 1 else ['param', 'value'])
     return by[names].mean().assign(n=by.size())
 
-# %% ../nbs/13_sweeps.ipynb #40
+# %% ../nbs/13_sweeps.ipynb #36
 TRANSFORMS = {'cfg':GuidanceTfm, 'base-norm':BaseNormGuidance, 't-norm':TNormGuidance, 'full-norm':FullNormGuidance}
 PROMPTS = ('a red sneaker on a blue background', 'a green dress on a white background',
            'a purple bag on an orange background', 'a yellow coat on a black background')
@@ -160,7 +145,7 @@ def parse_values(
         raise ValueError(f"values={s!r}: allowed are 'from:to:count' with a count of at least 1, or different numbers separated by commas")
     return vals
 
-# %% ../nbs/13_sweeps.ipynb #42
+# %% ../nbs/13_sweeps.ipynb #38
 def _among(name, o, allowed):
     if o not in allowed: raise ValueError(f'{name}={o!r}: allowed are {", ".join(allowed)}')
     return o
@@ -183,7 +168,7 @@ def make_expts(
     _among('param', param, allowed)
     return create_cos_expts({param: values}, {**COS_PARAMS, **fixed, 'num_steps': steps})
 
-# %% ../nbs/13_sweeps.ipynb #44
+# %% ../nbs/13_sweeps.ipynb #40
 def sweep_grid(
     res:dict, # from `run`
     param:str='g', # what the columns are
@@ -194,7 +179,7 @@ def sweep_grid(
     rows = [f'{p}\nseed {s}' for p,s in zip(res['prompts'][::cols], res['seeds'][::cols])]
     return plot_grid(res['images'], cols=cols, row_labels=rows, col_labels=[f"{e['val']:.4g}" for e in res['expts']], xlabel=param, ylabel='prompt')
 
-# %% ../nbs/13_sweeps.ipynb #47
+# %% ../nbs/13_sweeps.ipynb #43
 def _settled(out, settings, overwrite):
     "The folder, if results of `settings` may go there."
     import pandas as pd
@@ -216,14 +201,14 @@ def _write(file, save):
     try: save(tmp); os.replace(tmp, file)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/13_sweeps.ipynb #48
+# %% ../nbs/13_sweeps.ipynb #44
 _PIPELINE = dict(scheduler=None, device='cpu', dtype=torch.float32, height=None, width=None)
 
 def _distinct(name, os):
     if len(set(os)) < len(os) or not os: raise ValueError(f'{name}={os!r}: allowed is at least one, and none of them twice')
     return list(os)
 
-# %% ../nbs/13_sweeps.ipynb #49
+# %% ../nbs/13_sweeps.ipynb #45
 def sweep(
     model:str='fashion-sd', # 'fashion-sd', a folder, or a hub name
     prompts:tuple=PROMPTS, # what to draw
@@ -256,7 +241,7 @@ def sweep(
     _write(out/'results.parquet', df.to_parquet)
     return df
 
-# %% ../nbs/13_sweeps.ipynb #56
+# %% ../nbs/13_sweeps.ipynb #52
 def _split(s, sep): return tuple(o.strip() for o in s.split(sep) if o.strip())
 
 def parse_seeds(
@@ -275,7 +260,7 @@ def parse_fixed(
     try: return {k: float(v) for k,v in (o.split('=') for o in _split(s, ','))}
     except ValueError: raise ValueError(f"fixed={s!r}: allowed are parameters of get_cos_sched and numbers, 'max_val=0.25,min_val=0.1'") from None
 
-# %% ../nbs/13_sweeps.ipynb #58
+# %% ../nbs/13_sweeps.ipynb #54
 def _report(df, out):
     "What a reader wants to see first."
     n = len(df)//df.value.nunique()
@@ -283,12 +268,12 @@ def _report(df, out):
     print(summarise(df).drop(columns=['n', 'nfe']).rename(index='{:.4g}'.format).rename(columns={'step': 'step from previous'}).to_string(float_format=lambda v: f'{v:.3f}', na_rep=''))
     print(f'{Path(out)/"grid.png"}\n{Path(out)/"results.parquet"}')
 
-# %% ../nbs/13_sweeps.ipynb #59
+# %% ../nbs/13_sweeps.ipynb #55
 def _fail(e):
     print(f'cf_sweep: {" ".join(str(e).split())}', file=sys.stderr)
     return 2
 
-# %% ../nbs/13_sweeps.ipynb #60
+# %% ../nbs/13_sweeps.ipynb #56
 @call_parse
 def cf_sweep(
     model:str='fashion-sd', # The embedded fashion-sd, a folder in diffusers' format, or a name on the Hugging Face hub
