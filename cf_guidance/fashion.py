@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GARMENTS', 'COLOURS', 'COLOUR_NAMES', 'PARTS', 'EMBEDDED', 'quiet', 'find_fashion_mnist', 'read_idx', 'fashion_mnist',
            'colourise', 'random_colours', 'caption', 'check_prompt', 'parse_prompt', 'random_prompts', 'draw_captions',
-           'train_tokenizer', 'FashionNet', 'fashion_vae', 'fashion_unet', 'fashion_text_encoder', 'step_generator',
-           'fit', 'vae_loss', 'net_loss', 'unet_loss', 'encode_colourings', 'save_fashion_sd', 'train_fashion',
-           'fashion_path', 'load_net', 'adherence', 'wilson', 'shares', 'psnr', 'draw']
+           'train_tokenizer', 'FashionNet', 'fashion_vae', 'fashion_sd_unet', 'fashion_text_encoder', 'fit', 'vae_loss',
+           'net_loss', 'unet_loss', 'encode_colourings', 'save_fashion_sd', 'train_fashion', 'train_fashion_ddpm',
+           'fashion_path', 'load_net', 'load_ddpm', 'adherence', 'wilson', 'shares', 'psnr', 'draw']
 
 # %% ../nbs/09_fashion.ipynb #3
 import gzip, hashlib, json, math, os, re, time
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import torch.nn.functional as F
+from .continuous import ContinuousDDPM, fashion_unet, make_accelerator, save_whole, step_generator, train
 
 # %% ../nbs/09_fashion.ipynb #5
 def quiet():
@@ -224,7 +225,7 @@ def fashion_vae(): # `diffusers.AutoencoderKL`, untrained
         norm_num_groups=8, down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3).to(memory_format=torch.channels_last)
 
 # %% ../nbs/09_fashion.ipynb #56
-def fashion_unet(): # `diffusers.UNet2DConditionModel`, untrained
+def fashion_sd_unet(): # `diffusers.UNet2DConditionModel`, untrained
     "The U-Net of fashion-sd: noise in (N, 4, 8, 8) latents, given 64-wide text."
     from diffusers import UNet2DConditionModel
     return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64,128), layers_per_block=1,
@@ -242,24 +243,6 @@ def fashion_text_encoder(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 # %% ../nbs/09_fashion.ipynb #60
-def step_generator(
-    seed:int, # of the run
-    i:int, # of the step
-)->torch.Generator:
-    "Randomness for step `i`, whatever happened before it."
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f'{seed}/{i}'.encode()).digest()[:7], 'big'))
-
-# %% ../nbs/09_fashion.ipynb #61
-def _save_state(parts, extra, file):
-    tmp = file.with_suffix('.tmp')
-    torch.save({**{k: p.state_dict() for k,p in parts.items()}, **extra}, tmp)
-    os.replace(tmp, file)
-def _load_state(parts, file):
-    s = torch.load(file, weights_only=True)
-    for k,p in parts.items(): p.load_state_dict(s[k])
-    return s
-
-# %% ../nbs/09_fashion.ipynb #62
 def fit(
     model:nn.Module, # trained in place
     loss, # `loss(model, generator)`: the mean loss of a batch drawn from `generator`
@@ -280,17 +263,19 @@ def fit(
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
     avg = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
     parts = dict(model=model, opt=opt, sched=sched, avg=avg)
-    done = _load_state(parts, file) if file.exists() else dict(step=0, losses=[])
+    done = torch.load(file, weights_only=True) if file.exists() else dict(step=0, losses=[])
+    for k,p in parts.items():
+        if k in done: p.load_state_dict(done[k])
     losses,saved = done['losses'],time.monotonic()
     for i in (bar := trange(done['step'], steps, initial=done['step'], total=steps, mininterval=5, disable=not progress)):
         losses.append(_train_step(model, loss, step_generator(seed, i), opt, sched))
         avg.update_parameters(model)
         bar.set_postfix(loss=f'{sum(losses[-50:])/len(losses[-50:]):.4f}', refresh=False)
         if time.monotonic()-saved > save_every or i == steps-1:
-            _save_state(parts, dict(step=i+1, losses=losses), file); saved = time.monotonic()
+            save_whole(torch.save, dict(step=i+1, losses=losses, **{k: p.state_dict() for k,p in parts.items()}), file); saved = time.monotonic()
     return avg.module.eval()
 
-# %% ../nbs/09_fashion.ipynb #63
+# %% ../nbs/09_fashion.ipynb #61
 def _train_step(model, loss, generator, opt, sched):
     l = loss(model, generator)
     l.backward()
@@ -298,7 +283,7 @@ def _train_step(model, loss, generator, opt, sched):
     opt.step(); sched.step(); opt.zero_grad()
     return l.item()
 
-# %% ../nbs/09_fashion.ipynb #67
+# %% ../nbs/09_fashion.ipynb #65
 def _bf16(device): return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 def vae_loss(
@@ -318,7 +303,7 @@ def vae_loss(
         return (y.float()-x).square().mean() + kl_weight*kl
     return loss
 
-# %% ../nbs/09_fashion.ipynb #69
+# %% ../nbs/09_fashion.ipynb #67
 def net_loss(
     grey:torch.Tensor, # (N, 28, 28) photographs, coloured at random
     kind:torch.Tensor, # (N,) what they show
@@ -336,7 +321,7 @@ def net_loss(
         return sum(w*F.cross_entropy(o.float(), y.to(device), label_smoothing=.1) for o,y,w in zip(out, (kind[i],c,b), (1,.2,.2)))
     return loss
 
-# %% ../nbs/09_fashion.ipynb #71
+# %% ../nbs/09_fashion.ipynb #69
 _BETAS = dict(num_train_timesteps=1000, beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012)
 
 def unet_loss(
@@ -361,7 +346,7 @@ def unet_loss(
         return ((out - noise.to(device)).square().mean((1,2,3))*weight[t].to(device)).mean()
     return loss
 
-# %% ../nbs/09_fashion.ipynb #73
+# %% ../nbs/09_fashion.ipynb #71
 @torch.no_grad()
 def encode_colourings(
     vae, # trained autoencoder
@@ -379,7 +364,7 @@ def encode_colourings(
     z = torch.cat([enc(slice(s, s+batch_size)) for s in range(0, len(i), batch_size)])
     return z, torch.stack([kind[i], c, b], 1)
 
-# %% ../nbs/09_fashion.ipynb #75
+# %% ../nbs/09_fashion.ipynb #73
 def save_fashion_sd(
     folder, # where the pipeline goes
     vae, unet, text_encoder, tokenizer, # its parts
@@ -402,7 +387,7 @@ def _for_every_transformers(folder):
     save_file({k if k.startswith('text_model.') else f'text_model.{k}': v for k,v in load_file(weights).items()}, weights, metadata={'format': 'pt'})
     config.write_text(json.dumps({**json.loads(config.read_text()), 'dtype': 'float32'}, indent=2)+'\n')
 
-# %% ../nbs/09_fashion.ipynb #77
+# %% ../nbs/09_fashion.ipynb #75
 def _stage(model, loss, folder, **kw):
     "Train, or load what was trained before."
     final = folder/'final.safetensors'
@@ -412,7 +397,7 @@ def _stage(model, loss, folder, **kw):
     save_model(trained, str(final))
     return trained
 
-# %% ../nbs/09_fashion.ipynb #78
+# %% ../nbs/09_fashion.ipynb #76
 def train_fashion(
     out, # folder for the two models, and for the state of the training
     path=None, # where Fashion-MNIST is; see `find_fashion_mnist`
@@ -425,7 +410,7 @@ def train_fashion(
     out,(grey,kind) = Path(out),fashion_mnist('train', path)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        vae,net,unet = (m.to(device) for m in (fashion_vae(), FashionNet().to(memory_format=torch.channels_last), fashion_unet()))
+        vae,net,unet = (m.to(device) for m in (fashion_vae(), FashionNet().to(memory_format=torch.channels_last), fashion_sd_unet()))
         tok = train_tokenizer(out/'training'/'tokenizer')
         text = fashion_text_encoder(tok).to(device)
     vae = _stage(vae, vae_loss(grey, device), out/'training'/'vae', steps=steps[0], lr=2e-3)
@@ -440,16 +425,39 @@ def train_fashion(
     for f in out.glob('fashion-*/**/*.safetensors'): f.chmod(0o644)
     return out
 
-# %% ../nbs/09_fashion.ipynb #85
+# %% ../nbs/09_fashion.ipynb #83
+def train_fashion_ddpm(
+    out, # folder for the model, and for the state of the training
+    path=None, # where Fashion-MNIST is; see `find_fashion_mnist`
+    steps:int=9000, # of 64 images
+    accelerator=None, # `accelerate.Accelerator`; None: what the machine has
+    seed:int=0, # of the first weights; batches have seeds of their own
+)->Path: # `out`, now with fashion-ddpm
+    "Train fashion-ddpm from Fashion-MNIST; call it again to go on after an interruption."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = ContinuousDDPM(fashion_unet(10, small=True), 'v', n_classes=10)
+    accelerator = accelerator or make_accelerator()
+    trained = train(model, fashion_mnist('train', path), Path(out)/'training'/'ddpm', steps, accelerator=accelerator)
+    if accelerator.is_main_process: _keep(trained, Path(out))
+    return Path(out)
+
+# %% ../nbs/09_fashion.ipynb #84
+def _keep(model, out):
+    "Save the network as diffusers does, in half precision."
+    model.net.cpu().half().save_pretrained(out/'fashion-ddpm')
+    (out/'fashion-ddpm'/'diffusion_pytorch_model.safetensors').chmod(0o644)
+
+# %% ../nbs/09_fashion.ipynb #87
 EMBEDDED = ('fashion-sd',)
 def fashion_path(
-    name:str='fashion-sd', # 'fashion-sd', the pipeline, or 'fashion-net', the judge
+    name:str='fashion-sd', # 'fashion-sd', the pipeline, 'fashion-ddpm', the network of the lesson, or 'fashion-net', the judge
 )->Path: # folder; `StableDiffusionPipeline.from_pretrained` takes that of fashion-sd
     "Where an embedded model is."
-    if name not in (allowed := (*EMBEDDED, 'fashion-net')): raise ValueError(f'name={name!r}: allowed are {allowed}')
+    if name not in (allowed := (*EMBEDDED, 'fashion-ddpm', 'fashion-net')): raise ValueError(f'name={name!r}: allowed are {allowed}')
     return _HERE/'models'/name
 
-# %% ../nbs/09_fashion.ipynb #86
+# %% ../nbs/09_fashion.ipynb #88
 def load_net(
     folder=None, # with `model.safetensors`; None: the embedded one
     device:str='cpu',
@@ -460,7 +468,18 @@ def load_net(
     net.load_state_dict(load_file(Path(folder or fashion_path('fashion-net'))/'model.safetensors'))
     return net.float().eval().to(device)
 
-# %% ../nbs/09_fashion.ipynb #90
+# %% ../nbs/09_fashion.ipynb #89
+def load_ddpm(
+    file=None, # its weights, such as `model-10.safetensors` of a training; None: the embedded ones
+    device:str='cpu',
+)->ContinuousDDPM: # float32, in evaluation mode
+    "The network of the lesson on continuous time, ready to draw class 0 to 9."
+    from safetensors.torch import load_file
+    net = fashion_unet(10, small=True)
+    net.load_state_dict(load_file(file or fashion_path('fashion-ddpm')/'diffusion_pytorch_model.safetensors'))
+    return ContinuousDDPM(net.float().to(device), 'v', n_classes=10).eval().requires_grad_(False)
+
+# %% ../nbs/09_fashion.ipynb #94
 @torch.no_grad()
 def adherence(
     x:torch.Tensor, # (N, 3, 32, 32) images in [0, 1]
@@ -475,7 +494,7 @@ def adherence(
     seen = torch.cat([torch.stack([o.argmax(1) for o in net(b.float()*2-1)], 1) for b in x.split(500)]).cpu()
     return torch.where(asked.isnan(), asked, (seen == asked).float())
 
-# %% ../nbs/09_fashion.ipynb #92
+# %% ../nbs/09_fashion.ipynb #96
 def wilson(
     k:int, # successes
     n:int, # trials
@@ -486,7 +505,7 @@ def wilson(
     mid,half = k/n + z*z/(2*n), z*math.sqrt(k/n*(1-k/n)/n + z*z/(4*n*n))
     return tuple((mid+s*half)/(1+z*z/n) for s in (-1, 1))
 
-# %% ../nbs/09_fashion.ipynb #94
+# %% ../nbs/09_fashion.ipynb #98
 def shares(
     right:torch.Tensor, # (N, 3) from `adherence`
 )->dict: # part -> (share, lower, upper, n), and 'all' for images with no part wrong
@@ -497,7 +516,7 @@ def shares(
         if n: out[name] = (k/n, *wilson(k, n), n)
     return out
 
-# %% ../nbs/09_fashion.ipynb #99
+# %% ../nbs/09_fashion.ipynb #103
 @torch.no_grad()
 def psnr(
     vae, # autoencoder
@@ -507,7 +526,7 @@ def psnr(
     y = torch.cat([vae.decode(vae.encode(b).latent_dist.mode()).sample for b in x.split(500)]).clamp(-1, 1)
     return -10*((x-y)/2).square().mean((1,2,3)).log10()
 
-# %% ../nbs/09_fashion.ipynb #104
+# %% ../nbs/09_fashion.ipynb #108
 def draw(
     pipe, # `diffusers.StableDiffusionPipeline`
     prompts:list, # N prompts

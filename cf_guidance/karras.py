@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['euler', 'heun', 'dpm2', 'euler_ancestral', 'heun_ancestral', 'dpm2_ancestral', 'dpmpp_2s_ancestral',
            'get_sigmas_karras', 'get_sigmas_exponential', 'get_sigmas_polyexponential', 'get_sigmas_vp',
-           'get_premature_sigma_min', 'check_ladder', 'on_ladder', 'split_generator', 'randn', 'toward', 'State',
-           'churned', 'samples', 'sample', 'get_ancestral_step', 'ancestral', 'ddim', 'ddpm', 'lms', 'dpmpp_2s',
-           'dpmpp_2m', 'brownian_noise', 'dpmpp_sde', 'dpmpp_2m_sde', 'dpmpp_3m_sde', 'cfgpp', 'sample_euler',
-           'sample_heun', 'sample_dpm_2', 'sample_euler_ancestral', 'sample_heun_ancestral', 'sample_dpm_2_ancestral',
-           'sample_dpmpp_2s_ancestral', 'sample_lms', 'sample_dpmpp_2m', 'sample_dpmpp_sde', 'sample_dpmpp_2m_sde',
-           'sample_dpmpp_3m_sde', 'sample_ddim', 'sample_ddpm', 'sample_euler_cfg_pp']
+           'get_premature_sigma_min', 'check_ladder', 'on_ladder', 'toward', 'State', 'churned', 'samples', 'sample',
+           'get_ancestral_step', 'ancestral', 'ddim', 'ddpm', 'lms', 'dpmpp_2s', 'dpmpp_2m', 'brownian_noise',
+           'dpmpp_sde', 'dpmpp_2m_sde', 'dpmpp_3m_sde', 'cfgpp', 'sample_euler', 'sample_heun', 'sample_dpm_2',
+           'sample_euler_ancestral', 'sample_heun_ancestral', 'sample_dpm_2_ancestral', 'sample_dpmpp_2s_ancestral',
+           'sample_lms', 'sample_dpmpp_2m', 'sample_dpmpp_sde', 'sample_dpmpp_2m_sde', 'sample_dpmpp_3m_sde',
+           'sample_ddim', 'sample_ddpm', 'sample_euler_cfg_pp']
 
 # %% ../nbs/04_karras.ipynb #3
 import math
 from functools import cache
 from collections.abc import Mapping
 from itertools import pairwise
-from numbers import Integral
 from typing import NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .continuous import randn, split_generator
 from .denoisers import Denoiser, per_sample
 
 # %% ../nbs/04_karras.ipynb #6
@@ -155,46 +155,12 @@ def on_ladder(
         return (v[i] if v.ndim == 1 else v[i, torch.arange(v.shape[1], device=i.device)]).to(sigma.dtype)
     return at
 
-# %% ../nbs/04_karras.ipynb #33
-def split_generator(
-    generator, # a `torch.Generator` or a seed, or a list of them, one a sample; None: a fresh seed
-    n:int, # number of samples
-)->list: # n generators
-    "One generator a sample."
-    if not isinstance(generator, (list, tuple)): return _children(_as_generator(generator), n)
-    if len(generator) != n: raise ValueError(f'generator: {len(generator)} were given for {n} samples; allowed are one, or one a sample')
-    return [_as_generator(g) for g in generator]
-
-# %% ../nbs/04_karras.ipynb #34
-def _as_generator(g):
-    if isinstance(g, torch.Generator): return g
-    if g is not None and not isinstance(g, Integral): raise TypeError(f'generator={g!r}: allowed are a torch.Generator or a seed, a list of them, or None')
-    new = torch.Generator()
-    new.seed() if g is None else new.manual_seed(int(g))
-    return new
-
-def _children(g, n):
-    return [torch.Generator(g.device).manual_seed(torch.randint(2**62, (), generator=g, device=g.device).item()) for _ in range(n)]
-
 # %% ../nbs/04_karras.ipynb #35
-def randn(
-    shape:tuple, # (B, ...)
-    generator=None, # see `split_generator`
-    device=None, # where the tensor is; None: the generator's device
-    dtype:torch.dtype=torch.float32,
-)->torch.Tensor: # (B, ...) of variance 1
-    "Noise whose sample `i` does not depend on how many there are."
-    gs = split_generator(generator, shape[0])
-    wide = torch.promote_types(dtype, torch.float32)
-    out = [torch.randn(shape[1:], generator=g, device=g.device, dtype=wide) for g in gs]
-    return torch.stack(out).to(device, dtype) if out else torch.empty(shape, device=device, dtype=dtype)
-
-# %% ../nbs/04_karras.ipynb #38
 def toward(x, x0, sigma, sigma_next):
     "`x` moved towards the estimate `x0`, from noise level `sigma` to `sigma_next`."
     return torch.lerp(x0, x, sigma_next/sigma)
 
-# %% ../nbs/04_karras.ipynb #40
+# %% ../nbs/04_karras.ipynb #37
 class State(NamedTuple):
     "What a step knows besides `x`."
     n:int # steps of the ladder
@@ -208,13 +174,13 @@ class State(NamedTuple):
         "The state after the step's first evaluation."
         return self._replace(x=x, sigma=sigma, x0=D(x, sigma))
 
-# %% ../nbs/04_karras.ipynb #42
+# %% ../nbs/04_karras.ipynb #39
 def _euler(D, x, sigma, sigma_next, state):
     "Euler's method for the probability-flow equation; with `s_churn`, algorithm 2 of arXiv:2206.00364 without its correction. One evaluation a step, order 1."
     state = state.evaluate(D, x, sigma)
     return toward(x, state.x0, sigma, sigma_next), state
 
-# %% ../nbs/04_karras.ipynb #43
+# %% ../nbs/04_karras.ipynb #40
 def _heun(D, x, sigma, sigma_next, state):
     "Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2). Two evaluations a step (one to 0), order 2."
     state = state.evaluate(D, x, sigma)
@@ -223,7 +189,7 @@ def _heun(D, x, sigma, sigma_next, state):
     slope = (end-D(end, sigma_next)).div_(sigma_next)
     return slope.add_(x, alpha=1/sigma).sub_(state.x0, alpha=1/sigma).mul_((sigma_next-sigma)/2).add_(x), state
 
-# %% ../nbs/04_karras.ipynb #44
+# %% ../nbs/04_karras.ipynb #41
 def _dpm2(D, x, sigma, sigma_next, state):
     "DPM-Solver-2 (arXiv:2206.00927, algorithm 4) as in k-diffusion: the slope in the middle of the logarithm. Two evaluations a step (one to 0), order 2."
     state = state.evaluate(D, x, sigma)
@@ -232,7 +198,7 @@ def _dpm2(D, x, sigma, sigma_next, state):
     x_mid = toward(x, state.x0, sigma, mid)
     return (x_mid-D(x_mid, mid)).mul_((sigma_next-sigma)/mid).add_(x), state
 
-# %% ../nbs/04_karras.ipynb #46
+# %% ../nbs/04_karras.ipynb #43
 def churned(
     step, # a deterministic step
 ): # the step with the options `s_churn`, `s_tmin`, `s_tmax`, `s_noise` and `quantize`
@@ -251,7 +217,7 @@ def churned(
         return step(D, x, sigma_hat, sigma_next, state)
     return _named(_step, step.__name__.strip('_'), step.__doc__)
 
-# %% ../nbs/04_karras.ipynb #47
+# %% ../nbs/04_karras.ipynb #44
 def _number(f, sigma): return float(f(torch.tensor(sigma, dtype=torch.float64)))
 
 def _named(f, name, doc):
@@ -259,13 +225,13 @@ def _named(f, name, doc):
     f.__doc__ = doc
     return f
 
-# %% ../nbs/04_karras.ipynb #48
+# %% ../nbs/04_karras.ipynb #45
 euler,heun,dpm2 = churned(_euler),churned(_heun),churned(_dpm2)
 
-# %% ../nbs/04_karras.ipynb #51
+# %% ../nbs/04_karras.ipynb #48
 def _own_generators(x, generator):
     "Generators for the noise of a run: others than those of its start, also where they have the same seeds."
-    return [_children(g, 1)[0] for g in split_generator(generator, len(x))]
+    return [split_generator(g, 1)[0] for g in split_generator(generator, len(x))]
 
 def _fresh_noise(x, sigmas, generator):
     gs = None
@@ -276,7 +242,7 @@ def _fresh_noise(x, sigmas, generator):
     like = x.new_empty(()).expand(x.shape)
     return noise
 
-# %% ../nbs/04_karras.ipynb #52
+# %% ../nbs/04_karras.ipynb #49
 class _Bound:
     "A denoiser with its conditions, for noise levels that are single numbers."
     def __init__(self, D, cond): self.D,self.cond,self.i = D,cond,0
@@ -289,13 +255,13 @@ class _Bound:
         if not math.isfinite(x0.sum(dtype=torch.promote_types(x0.dtype, torch.float32)).item()): raise ValueError(f'model: its estimate at step {self.i} (sigma={sigma:.6g}) is not finite')
         return x0.to(x.dtype)
 
-# %% ../nbs/04_karras.ipynb #53
+# %% ../nbs/04_karras.ipynb #50
 @patch
 def parts(self:_Bound, x, sigma):
     if not hasattr(self.D, 'parts'): raise ValueError('model: this sampler reads the parts of a guided denoiser, such as CFGDenoiser, and it has no `parts`')
     return [self._check(o, x, sigma) for o in self._ask(self.D.parts, x, sigma)]
 
-# %% ../nbs/04_karras.ipynb #54
+# %% ../nbs/04_karras.ipynb #51
 def _walk(D, x, sigmas, step, cond, generator, noise, options):
     "Yield `x` and the state after each step; neither is kept here while the next one runs."
     levels,D = check_ladder(sigmas),_Bound(D, {} if cond is None else cond)
@@ -309,7 +275,7 @@ def _walk(D, x, sigmas, step, cond, generator, noise, options):
         yield x, state
         state = state._replace(x=None, x0=None)
 
-# %% ../nbs/04_karras.ipynb #55
+# %% ../nbs/04_karras.ipynb #52
 def samples(
     D, # `D(x, sigma, **cond) -> x0`, sigma (B,)
     x:torch.Tensor, # (B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise
@@ -325,7 +291,7 @@ def samples(
         yield x, state.x0
         state = None
 
-# %% ../nbs/04_karras.ipynb #56
+# %% ../nbs/04_karras.ipynb #53
 def sample(D, x, sigmas, step=heun, cond=None, generator=None, noise=None,
     progress:bool=False, # show a bar
     **options # of the step
@@ -333,7 +299,7 @@ def sample(D, x, sigmas, step=heun, cond=None, generator=None, noise=None,
     "Walk down a ladder to its end; the arguments are those of `samples`."
     return _run(step, D, x, sigmas, cond, None, not progress, generator, noise, **options)
 
-# %% ../nbs/04_karras.ipynb #57
+# %% ../nbs/04_karras.ipynb #54
 def _run(step, model, x, sigmas, extra_args, callback, disable, generator=None, noise=None, **options):
     from tqdm.auto import tqdm
     with tqdm(total=len(check_ladder(sigmas))-1, disable=disable) as bar:
@@ -343,7 +309,7 @@ def _run(step, model, x, sigmas, extra_args, callback, disable, generator=None, 
             bar.update()
     return x
 
-# %% ../nbs/04_karras.ipynb #66
+# %% ../nbs/04_karras.ipynb #63
 def get_ancestral_step(
     sigma_from:float, # from this noise level
     sigma_to:float, # to this
@@ -354,7 +320,7 @@ def get_ancestral_step(
     up = min(sigma_to, eta*sigma_to*(sigma_from**2-sigma_to**2)**.5/sigma_from)
     return (sigma_to**2-up**2)**.5, up
 
-# %% ../nbs/04_karras.ipynb #67
+# %% ../nbs/04_karras.ipynb #64
 def ancestral(
     step, # a deterministic step
 ): # the step with the options `eta` and `s_noise`
@@ -379,10 +345,10 @@ def _check_eta(eta):
 
 def _renoised(x, up, sigma, sigma_next, state): return torch.add(x, state.noise(sigma, sigma_next), alpha=up) if up else x
 
-# %% ../nbs/04_karras.ipynb #68
+# %% ../nbs/04_karras.ipynb #65
 euler_ancestral,heun_ancestral,dpm2_ancestral = ancestral(_euler),ancestral(_heun),ancestral(_dpm2)
 
-# %% ../nbs/04_karras.ipynb #70
+# %% ../nbs/04_karras.ipynb #67
 def ddim(D, x, sigma, sigma_next, state,
     eta:float=0., # 0 is deterministic, 1 is DDPM
 ):
@@ -401,7 +367,7 @@ def ddpm(D, x, sigma, sigma_next, state,
     x,state = _euler(D, x, sigma, down, state)
     return _renoised(x, up*s_noise, sigma, sigma_next, state), state
 
-# %% ../nbs/04_karras.ipynb #75
+# %% ../nbs/04_karras.ipynb #72
 def lms(D, x, sigma, sigma_next, state,
     order:int=4, # slopes that are used, the new one included
 ):
@@ -422,7 +388,7 @@ def _lms_coeffs(levels, sigma, sigma_next):
 @cache
 def _leggauss(n): return [*zip(*(o.tolist() for o in np.polynomial.legendre.leggauss(n)))]
 
-# %% ../nbs/04_karras.ipynb #77
+# %% ../nbs/04_karras.ipynb #74
 def dpmpp_2s(D, x, sigma, sigma_next, state):
     "DPM-Solver++(2S) (arXiv:2211.01095, algorithm 1, with the middle of the logarithm). Two evaluations a step (one to 0), order 2."
     state = state.evaluate(D, x, sigma)
@@ -439,10 +405,10 @@ def dpmpp_2m(D, x, sigma, sigma_next, state):
         x0 = torch.lerp(old, x0, 1 + math.log(sigma/sigma_next)/math.log(before/sigma)/2)
     return toward(x, x0, sigma, sigma_next), state._replace(past=((sigma, state.x0),))
 
-# %% ../nbs/04_karras.ipynb #78
+# %% ../nbs/04_karras.ipynb #75
 dpmpp_2s_ancestral = ancestral(dpmpp_2s)
 
-# %% ../nbs/04_karras.ipynb #81
+# %% ../nbs/04_karras.ipynb #78
 def brownian_noise(
     x:torch.Tensor, # (B, ...) for shape, type and device
     sigmas, # the ladder
@@ -465,13 +431,13 @@ def brownian_noise(
 
 def _margin(lo, hi): return lo*(1-1e-4), hi*(1+1e-4)
 
-# %% ../nbs/04_karras.ipynb #84
+# %% ../nbs/04_karras.ipynb #81
 def _on_brownian_path(step):
     "Mark a step: its noise comes from a Brownian path in sigma."
     step.brownian = True
     return _stochastic(step)
 
-# %% ../nbs/04_karras.ipynb #85
+# %% ../nbs/04_karras.ipynb #82
 @_on_brownian_path
 def dpmpp_sde(D, x, sigma, sigma_next, state,
     eta:float=1., # share of the fresh noise
@@ -489,7 +455,7 @@ def dpmpp_sde(D, x, sigma, sigma_next, state,
     x = toward(x, torch.lerp(state.x0, x0, 1/(2*r)), sigma, down)
     return _renoised(x, up*s_noise, sigma, sigma_next, state), state
 
-# %% ../nbs/04_karras.ipynb #87
+# %% ../nbs/04_karras.ipynb #84
 @_on_brownian_path
 def dpmpp_2m_sde(D, x, sigma, sigma_next, state,
     eta:float=1., # share of the fresh noise; 0 with solver_type 'midpoint' is `dpmpp_2m`
@@ -512,7 +478,7 @@ def dpmpp_2m_sde(D, x, sigma, sigma_next, state,
 def _sde_noise(x, h, eta, s_noise, sigma, sigma_next, state):
     return _renoised(x, s_noise*sigma_next*(-math.expm1(-2*eta*h))**.5, sigma, sigma_next, state)
 
-# %% ../nbs/04_karras.ipynb #88
+# %% ../nbs/04_karras.ipynb #85
 @_on_brownian_path
 def dpmpp_3m_sde(D, x, sigma, sigma_next, state,
     eta:float=1., # share of the fresh noise
@@ -531,17 +497,17 @@ def dpmpp_3m_sde(D, x, sigma, sigma_next, state,
     for c,k in zip((phi+second, -second), range(len(r))): x.add_(past[k][1], alpha=c/r[k]).sub_(past[k+1][1], alpha=c/r[k])
     return _sde_noise(x, h, eta, s_noise, sigma, sigma_next, state), state._replace(past=past[:2])
 
-# %% ../nbs/04_karras.ipynb #90
+# %% ../nbs/04_karras.ipynb #87
 def cfgpp(D, x, sigma, sigma_next, state):
     "CFG++ (arXiv:2406.08070, algorithm 2) in terms of sigma. `D` has `parts`, as `CFGDenoiser` has, with the weight lambda."
     pred,_,neg = D.parts(x, sigma)
     state = state._replace(x=x, sigma=sigma, x0=pred)
     return torch.lerp(neg, x, sigma_next/sigma).add_(pred).sub_(neg), state
 
-# %% ../nbs/04_karras.ipynb #108
+# %% ../nbs/04_karras.ipynb #105
 def _shell(step, model, x, sigmas, *args, **kwargs): return _run(step, model, x, torch.unique_consecutive(torch.as_tensor(sigmas)), *args, **kwargs)
 
-# %% ../nbs/04_karras.ipynb #109
+# %% ../nbs/04_karras.ipynb #106
 def sample_euler(
     model, # `model(x, sigma, **extra_args) -> x0`, sigma (B,)
     x:torch.Tensor, # (B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise
@@ -559,7 +525,7 @@ def sample_euler(
     "`euler` with k-diffusion's signature."
     return _shell(euler, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
 
-# %% ../nbs/04_karras.ipynb #110
+# %% ../nbs/04_karras.ipynb #107
 def sample_heun(model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0., s_tmin=0., s_tmax=math.inf, s_noise=1., decorate_sigma_hat=None, generator=None):
     "`heun` with k-diffusion's signature; see `sample_euler`."
     return _shell(heun, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
@@ -568,7 +534,7 @@ def sample_dpm_2(model, x, sigmas, extra_args=None, callback=None, disable=None,
     "`dpm2` with k-diffusion's signature; see `sample_euler`."
     return _shell(dpm2, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
 
-# %% ../nbs/04_karras.ipynb #111
+# %% ../nbs/04_karras.ipynb #108
 def sample_euler_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None,
     eta:float=1., # share of the fresh noise
     s_noise:float=1., # factor on the noise
@@ -578,7 +544,7 @@ def sample_euler_ancestral(model, x, sigmas, extra_args=None, callback=None, dis
     "`euler_ancestral` with k-diffusion's signature; the first arguments are those of `sample_euler`."
     return _shell(euler_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #112
+# %% ../nbs/04_karras.ipynb #109
 def sample_heun_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, generator=None):
     "`heun_ancestral` with the signature of k-diffusion's ancestral samplers; see `sample_euler_ancestral`."
     return _shell(heun_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
@@ -591,7 +557,7 @@ def sample_dpmpp_2s_ancestral(model, x, sigmas, extra_args=None, callback=None, 
     "`dpmpp_2s_ancestral` with k-diffusion's signature; see `sample_euler_ancestral`."
     return _shell(dpmpp_2s_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #113
+# %% ../nbs/04_karras.ipynb #110
 def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None, order=4):
     "`lms` with k-diffusion's signature; see `sample_euler`."
     return _shell(lms, model, x, sigmas, extra_args, callback, disable, order=order)
@@ -600,7 +566,7 @@ def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=No
     "`dpmpp_2m` with k-diffusion's signature; see `sample_euler`."
     return _shell(dpmpp_2m, model, x, sigmas, extra_args, callback, disable)
 
-# %% ../nbs/04_karras.ipynb #114
+# %% ../nbs/04_karras.ipynb #111
 def sample_dpmpp_sde(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, r=1/2, generator=None):
     "`dpmpp_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_sde`."
     return _shell(dpmpp_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise, r=r)
@@ -613,7 +579,7 @@ def sample_dpmpp_3m_sde(model, x, sigmas, extra_args=None, callback=None, disabl
     "`dpmpp_3m_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_3m_sde`."
     return _shell(dpmpp_3m_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #115
+# %% ../nbs/04_karras.ipynb #112
 def sample_ddim(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=0., noise_sampler=None, generator=None):
     "`ddim` with a signature in k-diffusion's manner; see `sample_euler_ancestral` and the options of `ddim`."
     return _shell(ddim, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta)
