@@ -100,12 +100,13 @@ def guided(net, neg, w):
 def embedded(repeats, steps):
     "Share of the time outside the network, and that time a step, with the embedded model and guidance."
     from cf_guidance.fashion import quiet
+    from cf_guidance.guided import GuidedDenoiser
     from cf_guidance.pipelines import MinimalDiffusion
     quiet()
     m = MinimalDiffusion(progress=False).load()
     emb,x,sigmas = m.encode(['a red sneaker on a blue background', '']),normal(BATCH, 4, 8, 8)*14.6146,ladder(steps)
     cond,neg = dict(encoder_hidden_states=emb[:1].expand(BATCH, -1, -1)),emb[1:]
-    models = dict(ours=denoisers.CFGDenoiser(denoisers.DiscreteDenoiser(m.unet), dict(encoder_hidden_states=neg), 4.))
+    models = dict(ours=GuidedDenoiser(denoisers.DiscreteDenoiser(m.unet), dict(encoder_hidden_states=neg), w=4.))
     if kd: models['theirs'] = guided(m.unet, neg, 4.)
     m.unet.forward = inside = stopwatch(m.unet.forward)
     def once(name, side):

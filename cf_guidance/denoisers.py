@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALINGS', 'PATHS', 'Denoiser', 'per_sample', 'scalings', 'to_x0', 'from_x0', 'NetDenoiser', 'TimeDenoiser',
            'CosineDenoiser', 'FlowDenoiser', 'EDMDenoiser', 'scaled_linear', 'abar_to_sigma', 'make_quantizer',
-           'DiscreteDenoiser', 'Parts', 'apply_rule', 'CFGDenoiser']
+           'DiscreteDenoiser', 'Parts', 'apply_rule']
 
 # %% ../nbs/03_denoisers.ipynb #3
 import math
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .transforms import cfg
 
 # %% ../nbs/03_denoisers.ipynb #6
 class Denoiser(nn.Module):
@@ -395,6 +394,7 @@ class Parts(NamedTuple):
     pred:torch.Tensor # the guided estimate
     pos:torch.Tensor # the positive one
     neg:torch.Tensor # the negative one
+    negs:tuple=() # where there are several, all of them; `neg` is the first
 
 # %% ../nbs/03_denoisers.ipynb #83
 def apply_rule(
@@ -409,43 +409,3 @@ def apply_rule(
     space = getattr(rule, 'space', 'any')
     if space in ('any', 'x0'): return rule(neg, pos, w)
     return to_x0(rule(*(from_x0(o, x, sigma, space) for o in (neg, pos)), w), x, sigma, space)
-
-# %% ../nbs/03_denoisers.ipynb #84
-class CFGDenoiser(Denoiser):
-    "Classifier-free guidance of a denoiser (arXiv:2207.12598, eq. 6, whose weight is `w-1`), or another rule; both questions in one batch."
-    def __init__(self,
-        inner_model, # the denoiser
-        neg:dict, # the negative's conditions, by name: tensors with one row, or one a sample
-        w=7.5, # 1 is unguided: a number, (B,), or a function of sigma (B,) that gives (B,), such as `on_ladder` makes
-        rule=cfg, # `rule(neg, pos, w)`, of `transforms`; it is given what its `space` says
-    ):
-        super().__init__(inner_model)
-        if not isinstance(neg, dict): raise TypeError(f'neg is a {type(neg).__name__}: allowed is a dict of conditions by name')
-        if not (callable(w) or torch.is_tensor(w) or isinstance(w, (int, float))): raise TypeError(f'w={w!r}: allowed are a number, a tensor (B,), or a function of sigma; for one value a step see on_ladder')
-        self.neg,self.w,self.rule = neg,w,rule
-    def forward(self, x, sigma, **cond):
-        if self.rule is cfg and isinstance(self.w, (int, float)) and self.w == 1: return self.inner_model(x, sigma, **cond)
-        return self.parts(x, sigma, **cond).pred
-
-# %% ../nbs/03_denoisers.ipynb #85
-@patch
-def parts(self:CFGDenoiser,
-    x:torch.Tensor, # (B, ...) images with noise
-    sigma:torch.Tensor, # (B,) noise levels, or one number
-    **cond # the positive's conditions, by the names of the negative's: tensors with one row, or one a sample
-)->Parts:
-    "The guided, the positive and the negative estimate."
-    if cond.keys() != self.neg.keys() or not cond: raise ValueError(f'conditions are {sorted(cond)}, those of the negative {sorted(self.neg)}: allowed are the same names, at least one')
-    sigma = per_sample(sigma, x)
-    both = {k: _joined(k, _rows(k, self.neg[k], x), _rows(k, v, x)) for k,v in cond.items()}
-    neg,pos = self.inner_model(torch.cat([x]*2), torch.cat([sigma]*2), **both).chunk(2)
-    return Parts(apply_rule(self.rule, neg, pos, self.w(sigma) if callable(self.w) else self.w, x, sigma), pos, neg)
-
-def _rows(name, o, x):
-    "A condition with one row a sample."
-    if not torch.is_tensor(o) or not o.ndim or len(o) not in (1, len(x)): raise ValueError(f'{name}={tuple(o.shape) if torch.is_tensor(o) else o}: allowed are tensors with one row, or with one a sample, {len(x)}')
-    return o.to(x.device).expand(len(x), *o.shape[1:])
-
-def _joined(name, neg, pos):
-    if neg.shape != pos.shape: raise ValueError(f'{name}: rows of the negative have shape {tuple(neg.shape[1:])}, of the positive {tuple(pos.shape[1:])}; allowed are the same')
-    return torch.cat([neg, pos])

@@ -153,6 +153,7 @@ def on_ladder(
         i = torch.bucketize(sigma.float(), between.to(sigma.device))
         v = values.to(sigma.device).flip(0)
         return (v[i] if v.ndim == 1 else v[i, torch.arange(v.shape[1], device=i.device)]).to(sigma.dtype)
+    at.values,at.sigmas = values,check_ladder(sigmas)
     return at
 
 # %% ../nbs/04_karras.ipynb #35
@@ -258,8 +259,8 @@ class _Bound:
 # %% ../nbs/04_karras.ipynb #50
 @patch
 def parts(self:_Bound, x, sigma):
-    if not hasattr(self.D, 'parts'): raise ValueError('model: this sampler reads the parts of a guided denoiser, such as CFGDenoiser, and it has no `parts`')
-    return [self._check(o, x, sigma) for o in self._ask(self.D.parts, x, sigma)]
+    if not hasattr(self.D, 'parts'): raise ValueError('model: this sampler reads the parts of a guided denoiser, such as GuidedDenoiser, and it has no `parts`')
+    return [self._check(o, x, sigma) for o in self._ask(self.D.parts, x, sigma)[:3]]
 
 # %% ../nbs/04_karras.ipynb #51
 def _walk(D, x, sigmas, step, cond, generator, noise, options):
@@ -268,6 +269,7 @@ def _walk(D, x, sigmas, step, cond, generator, noise, options):
     if not callable(step): raise TypeError(f'step={step!r}: allowed are functions such as euler, heun, dpmpp_2m')
     if not isinstance(D.cond, Mapping): raise TypeError(f'cond is a {type(D.cond).__name__}: allowed is a dict of conditions by name')
     if not x.isfinite().all(): raise ValueError('x has values that are not finite')
+    if hasattr(D.D, 'check_ladder'): D.D.check_ladder(sigmas)
     make = brownian_noise if getattr(step, 'brownian', False) else _fresh_noise
     state = State(len(levels)-1, 0, noise or make(x, sigmas, generator))
     for D.i,sigma,sigma_next in zip(range(len(levels)), levels, levels[1:]):
@@ -499,15 +501,15 @@ def dpmpp_3m_sde(D, x, sigma, sigma_next, state,
 
 # %% ../nbs/04_karras.ipynb #87
 def cfgpp(D, x, sigma, sigma_next, state):
-    "CFG++ (arXiv:2406.08070, algorithm 2) in terms of sigma. `D` has `parts`, as `CFGDenoiser` has, with the weight lambda."
+    "CFG++ (arXiv:2406.08070, algorithm 2) in terms of sigma. `D` has `parts`, as `GuidedDenoiser` has, with the weight lambda."
     pred,_,neg = D.parts(x, sigma)
     state = state._replace(x=x, sigma=sigma, x0=pred)
     return torch.lerp(neg, x, sigma_next/sigma).add_(pred).sub_(neg), state
 
-# %% ../nbs/04_karras.ipynb #105
+# %% ../nbs/04_karras.ipynb #106
 def _shell(step, model, x, sigmas, *args, **kwargs): return _run(step, model, x, torch.unique_consecutive(torch.as_tensor(sigmas)), *args, **kwargs)
 
-# %% ../nbs/04_karras.ipynb #106
+# %% ../nbs/04_karras.ipynb #107
 def sample_euler(
     model, # `model(x, sigma, **extra_args) -> x0`, sigma (B,)
     x:torch.Tensor, # (B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise
@@ -525,7 +527,7 @@ def sample_euler(
     "`euler` with k-diffusion's signature."
     return _shell(euler, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
 
-# %% ../nbs/04_karras.ipynb #107
+# %% ../nbs/04_karras.ipynb #108
 def sample_heun(model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0., s_tmin=0., s_tmax=math.inf, s_noise=1., decorate_sigma_hat=None, generator=None):
     "`heun` with k-diffusion's signature; see `sample_euler`."
     return _shell(heun, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
@@ -534,7 +536,7 @@ def sample_dpm_2(model, x, sigmas, extra_args=None, callback=None, disable=None,
     "`dpm2` with k-diffusion's signature; see `sample_euler`."
     return _shell(dpm2, model, x, sigmas, extra_args, callback, disable, generator, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, quantize=decorate_sigma_hat)
 
-# %% ../nbs/04_karras.ipynb #108
+# %% ../nbs/04_karras.ipynb #109
 def sample_euler_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None,
     eta:float=1., # share of the fresh noise
     s_noise:float=1., # factor on the noise
@@ -544,7 +546,7 @@ def sample_euler_ancestral(model, x, sigmas, extra_args=None, callback=None, dis
     "`euler_ancestral` with k-diffusion's signature; the first arguments are those of `sample_euler`."
     return _shell(euler_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #109
+# %% ../nbs/04_karras.ipynb #110
 def sample_heun_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, generator=None):
     "`heun_ancestral` with the signature of k-diffusion's ancestral samplers; see `sample_euler_ancestral`."
     return _shell(heun_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
@@ -557,7 +559,7 @@ def sample_dpmpp_2s_ancestral(model, x, sigmas, extra_args=None, callback=None, 
     "`dpmpp_2s_ancestral` with k-diffusion's signature; see `sample_euler_ancestral`."
     return _shell(dpmpp_2s_ancestral, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #110
+# %% ../nbs/04_karras.ipynb #111
 def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None, order=4):
     "`lms` with k-diffusion's signature; see `sample_euler`."
     return _shell(lms, model, x, sigmas, extra_args, callback, disable, order=order)
@@ -566,7 +568,7 @@ def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=No
     "`dpmpp_2m` with k-diffusion's signature; see `sample_euler`."
     return _shell(dpmpp_2m, model, x, sigmas, extra_args, callback, disable)
 
-# %% ../nbs/04_karras.ipynb #111
+# %% ../nbs/04_karras.ipynb #112
 def sample_dpmpp_sde(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1., s_noise=1., noise_sampler=None, r=1/2, generator=None):
     "`dpmpp_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_sde`."
     return _shell(dpmpp_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise, r=r)
@@ -579,7 +581,7 @@ def sample_dpmpp_3m_sde(model, x, sigmas, extra_args=None, callback=None, disabl
     "`dpmpp_3m_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_3m_sde`."
     return _shell(dpmpp_3m_sde, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta, s_noise=s_noise)
 
-# %% ../nbs/04_karras.ipynb #112
+# %% ../nbs/04_karras.ipynb #113
 def sample_ddim(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=0., noise_sampler=None, generator=None):
     "`ddim` with a signature in k-diffusion's manner; see `sample_euler_ancestral` and the options of `ddim`."
     return _shell(ddim, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta)

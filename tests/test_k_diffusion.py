@@ -10,7 +10,8 @@ from conftest import ROOT
 sys.path.append(str(ROOT/'benchmarks'))
 from samplers import k_diffusion
 from cf_guidance import karras
-from cf_guidance.denoisers import CFGDenoiser, CosineDenoiser, Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser, NetDenoiser, scaled_linear
+from cf_guidance.denoisers import CosineDenoiser, Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser, NetDenoiser, scaled_linear
+from cf_guidance.guided import GuidedDenoiser
 
 kd = k_diffusion()
 if kd is None: pytest.skip('k-diffusion is not installed: pip install --no-deps k-diffusion', allow_module_level=True)
@@ -110,7 +111,7 @@ def net(x, t, shift):
 ABAR = scaled_linear()
 OURS = {'eps': DiscreteDenoiser(net), 'eps between steps': DiscreteDenoiser(net, quantize=False), 'v': DiscreteDenoiser(net, prediction='v', quantize=False),
         'cosine': CosineDenoiser(net), 'cosine v': CosineDenoiser(net, 'v'), 'flow': FlowDenoiser(net, scale=1000.), 'edm': EDMDenoiser(net), 'x0': NetDenoiser(net, 'x0', .03, 14.6),
-        'wrapped': Denoiser(Mixture()), 'guided': CFGDenoiser(CosineDenoiser(net), dict(shift=torch.zeros(1)), 3.)}
+        'wrapped': Denoiser(Mixture()), 'guided': GuidedDenoiser(CosineDenoiser(net), dict(shift=torch.zeros(1)), w=3.)}
 THEIRS = {'eps': kd.external.DiscreteEpsDDPMDenoiser(net, ABAR, True).float(), 'eps between steps': kd.external.DiscreteEpsDDPMDenoiser(net, ABAR, False).float(),
           'v': kd.external.DiscreteVDDPMDenoiser(net, ABAR, False).float(), 'cosine v': kd.external.VDenoiser(net)}
 X,SHIFT = normal(3, 1, 8, 8, seed=3),torch.tensor([0., .5, -1.])
@@ -136,7 +137,7 @@ def test_guided_fashion(name, fashion):
     def guided(x, sigma, encoder_hidden_states):
         u,c = theirs(torch.cat([x]*2), torch.cat([sigma]*2), encoder_hidden_states=torch.cat([neg['encoder_hidden_states'].expand_as(encoder_hidden_states), encoder_hidden_states])).chunk(2)
         return u + (c-u)*4.
-    agree(name, CFGDenoiser(D, neg, 4.), x, D.get_sigmas_karras(6), cond, guided)
+    agree(name, GuidedDenoiser(D, neg, w=4.), x, D.get_sigmas_karras(6), cond, guided)
 
 # the same denoisers, the same ladders
 

@@ -18,6 +18,7 @@ print([k for k in before if before[k] != after[k]])
 # what a module must not load, though it is installed
 _HEAVY = ['diffusers', 'transformers', 'matplotlib', 'pandas', 'scipy', 'ipywidgets']
 LIGHT = dict(transforms=_HEAVY, continuous=_HEAVY+['accelerate'], denoisers=_HEAVY, karras=_HEAVY+['torchsde'], toy=_HEAVY,
+             guided=_HEAVY+['accelerate', 'torchsde'], negatives=_HEAVY+['accelerate', 'torchsde', 'safetensors'], attention=_HEAVY+['accelerate', 'torchsde'],
              plots=['diffusers', 'transformers'])
 
 @pytest.mark.parametrize('mod', MODULES)

@@ -1,8 +1,9 @@
 "A pipeline of each family as a denoiser: Euler's method on it ends where the stock pipeline ends, on tiny networks with random weights."
 import diffusers, pytest, torch
 import transformers as tf
-from cf_guidance.denoisers import CFGDenoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser, abar_to_sigma
+from cf_guidance.denoisers import DiscreteDenoiser, EDMDenoiser, FlowDenoiser, abar_to_sigma
 from cf_guidance.fashion import fashion_path, quiet
+from cf_guidance.guided import GuidedDenoiser
 from cf_guidance.karras import euler, heun, sample
 from cf_guidance.pipelines import FAMILIES, Family, pipeline_denoiser
 
@@ -97,7 +98,7 @@ def agrees(pipe, D=None, guided=True, told=False, steps=3, tol=1e-4, **kw):
     want,images = (pipe(PROMPTS, output_type=o, **args).images for o in ('latent', 'pt'))
     if packed: want = pipe._unpack_latents(want, *D.size, D.factor)
     sigmas,scale = ladder(pipe.scheduler)
-    got = sample(CFGDenoiser(D, D.cond(guidance=W), W) if guided else D, noise*getattr(pipe.scheduler, 'init_noise_sigma', 1.)/scale, sigmas, euler, cond=D.cond(PROMPTS, guidance=W))
+    got = sample(GuidedDenoiser(D, D.cond(guidance=W), w=W) if guided else D, noise*getattr(pipe.scheduler, 'init_noise_sigma', 1.)/scale, sigmas, euler, cond=D.cond(PROMPTS, guidance=W))
     close(got, want, tol)
     close(D.decode(want), images)
     return D
@@ -128,7 +129,7 @@ def test_ladders():
         D = pipeline_denoiser(pipe)
         for sigmas in (D.get_sigmas(4), D.get_sigmas_karras(4)):
             assert len(sigmas) == 5 and abs(sigmas[0]/D.sigma_max-1) < 1e-5 and abs(sigmas[-2]/D.sigma_min-1) < 1e-4
-            assert sample(CFGDenoiser(D, D.cond(), W), noise_of(D)*D.sigma_max, sigmas, heun, cond=D.cond(PROMPTS)).isfinite().all()
+            assert sample(GuidedDenoiser(D, D.cond(), w=W), noise_of(D)*D.sigma_max, sigmas, heun, cond=D.cond(PROMPTS)).isfinite().all()
 
 def test_conditions():
     assert all_count(pipeline_denoiser(sd(ddim()))) == {'encoder_hidden_states'}
@@ -208,7 +209,7 @@ def test_dit(prediction):
     D = pipeline_denoiser(pipe)
     want = pipe([3, 7], guidance_scale=W, num_inference_steps=3, generator=seeded(0), output_type='pt').images
     sigmas,scale = ladder(pipe.scheduler)
-    close(D.decode(sample(CFGDenoiser(D, D.cond(), W), noise_of(D)/scale, sigmas, euler, cond=D.cond([3, 7]))), want)
+    close(D.decode(sample(GuidedDenoiser(D, D.cond(), w=W), noise_of(D)/scale, sigmas, euler, cond=D.cond([3, 7]))), want)
 
 def test_pixels():
     pipe = pixels(ddim())
@@ -308,11 +309,11 @@ def test_type():
 
 def test_each_sample_for_itself():
     D = pipeline_denoiser(sd3(flow()))
-    G,x = CFGDenoiser(D, D.cond(), W),noise_of(D)
+    G,x = GuidedDenoiser(D, D.cond(), w=W),noise_of(D)
     sigma = torch.tensor([.5, 3.])
     both = G(x, sigma, **D.cond(PROMPTS))
     for i in range(2): close(both[i:i+1], G(x[i:i+1], sigma[i], **D.cond(PROMPTS[i])), 1e-5)
-    assert torch.equal(CFGDenoiser(D, D.cond(), 1.)(x, 1., **D.cond(PROMPTS)), D(x, 1., **D.cond(PROMPTS)))
+    assert torch.equal(GuidedDenoiser(D, D.cond(), w=1.)(x, 1., **D.cond(PROMPTS)), D(x, 1., **D.cond(PROMPTS)))
 
 def test_nothing_changes():
     pipe = xl(ddim())
