@@ -1,6 +1,6 @@
 """What does guidance cost beside the networks that it must run? Both sides of every ratio are timed in one run, alternating, and the medians compared.
 
-    python benchmarks/guided.py         # the embedded model on the CPU
+    python benchmarks/guided.py         # the embedded model, and a step of a network in the shape of Stable Diffusion 1.5, on the CPU
     python benchmarks/guided.py --busy  # on a machine that does other work: time of the processor instead of that of the day, one thread
 
 The table is printed and kept as JSON beside this file.
@@ -71,18 +71,57 @@ def interval(D, cond, neg, repeats, n):
     nfe = {k: int(G.nfe_per_sample[0]) for k,G in models.items() if k != 'none'}
     return {f'CFG in {len(ladder)-1} steps, s': (t['full'], ''), '  in a third of the steps / in all': (t['interval']/t['full'], 'goal 0.69'), '  evaluations, likewise': (nfe['interval']/nfe['full'], ''), '  unguided / in all': (t['none']/t['full'], '')}
 
+def pag_pipeline(unet):
+    "diffusers' pipeline for perturbed-attention guidance in the middle of a network."
+    from diffusers import DDIMScheduler, StableDiffusionPAGPipeline, StableDiffusionPipeline
+    from cf_guidance.fashion import fashion_path
+    pipe = StableDiffusionPipeline.from_pretrained(fashion_path())
+    parts = {**pipe.components, 'unet': unet or pipe.unet, 'scheduler': DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)}
+    p = StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers='mid')
+    p.set_progress_bar_config(disable=True)
+    return p
+
+def pag(unet, n, batch, repeats):
+    "PAG alone, weight 4 (their scale is 3), against diffusers' pipeline: the same latents at the end, and the time to get there."
+    from cf_guidance import karras
+    from cf_guidance.attention import PAG
+    from cf_guidance.denoisers import DiscreteDenoiser
+    from cf_guidance.guided import GuidedDenoiser
+    p = pag_pipeline(unet)
+    unet,D = p.unet,DiscreteDenoiser(p.unet, p.scheduler.alphas_cumprod)
+    emb,x = normal(batch, 12, unet.config.cross_attention_dim),normal(batch, unet.config.in_channels, *(unet.config.sample_size,)*2)
+    p.scheduler.set_timesteps(n)
+    sigmas = torch.cat([D.t_to_sigma(p.scheduler.timesteps.float()), torch.zeros(1)])
+    start = x*(1+sigmas[0]**2).sqrt()
+    guided = {k: GuidedDenoiser(D, PAG(unet, share=k == 'ours'), w=4.) for k in ('ours', 'ours, without the shared prefix')}
+    fs = {k: lambda G=G: karras.sample(G, start, sigmas, karras.euler, dict(encoder_hidden_states=emb)) for k,G in guided.items()}
+    fs['theirs'] = lambda: p(prompt_embeds=emb, guidance_scale=1., pag_scale=3., latents=x, num_inference_steps=n, output_type='latent').images
+    ends = {k: f() for k,f in fs.items()}
+    assert all(torch.allclose(o, ends['theirs'], atol=1e-3*ends['theirs'].abs().max().item()) for o in ends.values()), 'the latents differ'
+    t = samplers.seconds(fs, 1, repeats)
+    return {f'{sum(o.numel() for o in unet.parameters())/1e6:.0f} M parameters, {n} steps of PAG: theirs, s': (t['theirs'], ''), '  theirs / ours': (t['theirs']/t['ours'], 'goal 1.15'), '  theirs / ours without the shared prefix': (t['theirs']/t['ours, without the shared prefix'], '')}
+
+def sd15():
+    "A network in the shape of Stable Diffusion 1.5, untrained."
+    from diffusers import UNet2DConditionModel
+    torch.manual_seed(0)
+    return UNet2DConditionModel(cross_attention_dim=768, sample_size=64).eval()
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--steps', type=int, default=30, help='sampling steps')
     p.add_argument('--calls', type=int, default=10, help='calls that are timed together')
     p.add_argument('--repeats', type=int, default=9, help='of which the median is taken')
+    p.add_argument('--skip-sd15', action='store_true', help='without the large network, which needs 4 GB and minutes')
     p.add_argument('--busy', action='store_true', help='one thread, and its own time: other programs on the machine do not count')
     args = p.parse_args()
     if args.busy:
         samplers.clock = time.thread_time
         torch.set_num_threads(1)
     D,other,cond,neg = embedded()
-    with torch.no_grad(): rows = {**steps(D, other, cond, neg, args.repeats, args.calls), **interval(D, cond, neg, args.repeats, args.steps)}
+    with torch.no_grad():
+        rows = {**steps(D, other, cond, neg, args.repeats, args.calls), **interval(D, cond, neg, args.repeats, args.steps), **pag(None, args.steps, BATCH, args.repeats)}
+        if not args.skip_sd15: rows |= pag(sd15(), 1, 1, 3)
     report(rows, 'guided', dict(device=f'{platform.machine()} CPU, {torch.get_num_threads()} threads', clock=samplers.clock.__name__, batch=BATCH, steps=args.steps, calls=args.calls, repeats=args.repeats, torch=torch.__version__))
 
 if __name__ == '__main__': main()

@@ -77,7 +77,7 @@ def _columns(expts, rows):
 def run(
     prompt, # a string, or a list of them
     schedules:list, # experiments: dicts with 'schedule' and 'title', as from `create_expts`
-    guide_tfm:type=GuidanceTfm, # the transform; made once, with one schedule an image
+    guide_tfm=GuidanceTfm, # called once with `{'g': weights}`, (steps, N, 1, 1, 1): a class of transforms, or a function that gives a transform or terms
     generator=SEED, # seed, `torch.Generator`, or a list of them; each prompt is drawn from each
     show_each:bool=False, # display the images one by one as well
     test_run:bool=False, # the first experiment only
@@ -100,7 +100,7 @@ def run(
         for im in res['images']: show_image(im)
     return res
 
-# %% ../nbs/13_sweeps.ipynb #30
+# %% ../nbs/13_sweeps.ipynb #33
 def measure(
     res:dict, # from `run`
     judge:bool=True, # is adherence asked of the embedded judge? its prompts must be the embedded model's
@@ -116,7 +116,7 @@ def measure(
     df['saturation'],df['nfe'] = saturation(x).numpy(),res['nfe'].numpy()
     return df
 
-# %% ../nbs/13_sweeps.ipynb #32
+# %% ../nbs/13_sweeps.ipynb #35
 def summarise(
     df, # from `measure`
 ): # `pandas.DataFrame`, a row a value: n, shares of right parts, mean step and saturation
@@ -125,7 +125,7 @@ def summarise(
     by = df.groupby('value' if df.param.nunique() == 1 else ['param', 'value'])
     return by[names].mean().assign(n=by.size())
 
-# %% ../nbs/13_sweeps.ipynb #36
+# %% ../nbs/13_sweeps.ipynb #39
 TRANSFORMS = {'cfg':GuidanceTfm, 'base-norm':BaseNormGuidance, 't-norm':TNormGuidance, 'full-norm':FullNormGuidance}
 PROMPTS = ('a red sneaker on a blue background', 'a green dress on a white background',
            'a purple bag on an orange background', 'a yellow coat on a black background')
@@ -145,7 +145,7 @@ def parse_values(
         raise ValueError(f"values={s!r}: allowed are 'from:to:count' with a count of at least 1, or different numbers separated by commas")
     return vals
 
-# %% ../nbs/13_sweeps.ipynb #38
+# %% ../nbs/13_sweeps.ipynb #41
 def _among(name, o, allowed):
     if o not in allowed: raise ValueError(f'{name}={o!r}: allowed are {", ".join(allowed)}')
     return o
@@ -168,7 +168,7 @@ def make_expts(
     _among('param', param, allowed)
     return create_cos_expts({param: values}, {**COS_PARAMS, **fixed, 'num_steps': steps})
 
-# %% ../nbs/13_sweeps.ipynb #40
+# %% ../nbs/13_sweeps.ipynb #43
 def sweep_grid(
     res:dict, # from `run`
     param:str='g', # what the columns are
@@ -179,7 +179,7 @@ def sweep_grid(
     rows = [f'{p}\nseed {s}' for p,s in zip(res['prompts'][::cols], res['seeds'][::cols])]
     return plot_grid(res['images'], cols=cols, row_labels=rows, col_labels=[f"{e['val']:.4g}" for e in res['expts']], xlabel=param, ylabel='prompt')
 
-# %% ../nbs/13_sweeps.ipynb #43
+# %% ../nbs/13_sweeps.ipynb #46
 def _settled(out, settings, overwrite):
     "The folder, if results of `settings` may go there."
     import pandas as pd
@@ -201,14 +201,14 @@ def _write(file, save):
     try: save(tmp); os.replace(tmp, file)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/13_sweeps.ipynb #44
+# %% ../nbs/13_sweeps.ipynb #47
 _PIPELINE = dict(scheduler=None, device='cpu', dtype=torch.float32, height=None, width=None)
 
 def _distinct(name, os):
     if len(set(os)) < len(os) or not os: raise ValueError(f'{name}={os!r}: allowed is at least one, and none of them twice')
     return list(os)
 
-# %% ../nbs/13_sweeps.ipynb #45
+# %% ../nbs/13_sweeps.ipynb #48
 def sweep(
     model:str='fashion-sd', # 'fashion-sd', a folder, or a hub name
     prompts:tuple=PROMPTS, # what to draw
@@ -241,7 +241,7 @@ def sweep(
     _write(out/'results.parquet', df.to_parquet)
     return df
 
-# %% ../nbs/13_sweeps.ipynb #52
+# %% ../nbs/13_sweeps.ipynb #55
 def _split(s, sep): return tuple(o.strip() for o in s.split(sep) if o.strip())
 
 def parse_seeds(
@@ -260,7 +260,7 @@ def parse_fixed(
     try: return {k: float(v) for k,v in (o.split('=') for o in _split(s, ','))}
     except ValueError: raise ValueError(f"fixed={s!r}: allowed are parameters of get_cos_sched and numbers, 'max_val=0.25,min_val=0.1'") from None
 
-# %% ../nbs/13_sweeps.ipynb #54
+# %% ../nbs/13_sweeps.ipynb #57
 def _report(df, out):
     "What a reader wants to see first."
     n = len(df)//df.value.nunique()
@@ -268,12 +268,12 @@ def _report(df, out):
     print(summarise(df).drop(columns=['n', 'nfe']).rename(index='{:.4g}'.format).rename(columns={'step': 'step from previous'}).to_string(float_format=lambda v: f'{v:.3f}', na_rep=''))
     print(f'{Path(out)/"grid.png"}\n{Path(out)/"results.parquet"}')
 
-# %% ../nbs/13_sweeps.ipynb #55
+# %% ../nbs/13_sweeps.ipynb #58
 def _fail(e):
     print(f'cf_sweep: {" ".join(str(e).split())}', file=sys.stderr)
     return 2
 
-# %% ../nbs/13_sweeps.ipynb #56
+# %% ../nbs/13_sweeps.ipynb #59
 @call_parse
 def cf_sweep(
     model:str='fashion-sd', # The embedded fashion-sd, a folder in diffusers' format, or a name on the Hugging Face hub
