@@ -7,7 +7,8 @@ __all__ = ['GARMENTS', 'COLOURS', 'COLOUR_NAMES', 'PARTS', 'EMBEDDED', 'quiet', 
            'colourise', 'random_colours', 'caption', 'check_prompt', 'parse_prompt', 'random_prompts', 'draw_captions',
            'train_tokenizer', 'FashionNet', 'fashion_vae', 'fashion_sd_unet', 'fashion_text_encoder', 'fit', 'vae_loss',
            'net_loss', 'unet_loss', 'encode_colourings', 'save_fashion_sd', 'train_fashion', 'train_fashion_ddpm',
-           'fashion_path', 'load_net', 'load_ddpm', 'adherence', 'wilson', 'shares', 'psnr', 'draw']
+           'fashion_path', 'load_net', 'load_ddpm', 'train_fashion_weak', 'load_weak', 'adherence', 'wilson', 'shares',
+           'psnr', 'draw']
 
 # %% ../nbs/09_fashion.ipynb #3
 import gzip, hashlib, json, math, os, re, time
@@ -225,10 +226,12 @@ def fashion_vae(): # `diffusers.AutoencoderKL`, untrained
         norm_num_groups=8, down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3).to(memory_format=torch.channels_last)
 
 # %% ../nbs/09_fashion.ipynb #56
-def fashion_sd_unet(): # `diffusers.UNet2DConditionModel`, untrained
+def fashion_sd_unet(
+    small:bool=False, # half as wide: the one of fashion-sd-weak
+): # `diffusers.UNet2DConditionModel`, untrained
     "The U-Net of fashion-sd: noise in (N, 4, 8, 8) latents, given 64-wide text."
     from diffusers import UNet2DConditionModel
-    return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64,128), layers_per_block=1,
+    return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32,64) if small else (64,128), layers_per_block=1,
         down_block_types=('CrossAttnDownBlock2D',)*2, up_block_types=('CrossAttnUpBlock2D',)*2,
         cross_attention_dim=64, attention_head_dim=4, norm_num_groups=16).to(memory_format=torch.channels_last)
 
@@ -439,22 +442,22 @@ def train_fashion_ddpm(
         model = ContinuousDDPM(fashion_unet(10, small=True), 'v', n_classes=10)
     accelerator = accelerator or make_accelerator()
     trained = train(model, fashion_mnist('train', path), Path(out)/'training'/'ddpm', steps, accelerator=accelerator)
-    if accelerator.is_main_process: _keep(trained, Path(out))
+    if accelerator.is_main_process: _keep(trained.net, Path(out)/'fashion-ddpm')
     return Path(out)
 
 # %% ../nbs/09_fashion.ipynb #84
-def _keep(model, out):
+def _keep(net, out):
     "Save the network as diffusers does, in half precision."
-    model.net.cpu().half().save_pretrained(out/'fashion-ddpm')
-    (out/'fashion-ddpm'/'diffusion_pytorch_model.safetensors').chmod(0o644)
+    net.cpu().half().save_pretrained(out)
+    (out/'diffusion_pytorch_model.safetensors').chmod(0o644)
 
 # %% ../nbs/09_fashion.ipynb #87
 EMBEDDED = ('fashion-sd',)
 def fashion_path(
-    name:str='fashion-sd', # 'fashion-sd', the pipeline, 'fashion-ddpm', the network of the lesson, or 'fashion-net', the judge
+    name:str='fashion-sd', # 'fashion-sd', the pipeline, 'fashion-sd-weak', a weaker U-Net for it, 'fashion-ddpm', the network of the lesson, or 'fashion-net', the judge
 )->Path: # folder; `StableDiffusionPipeline.from_pretrained` takes that of fashion-sd
     "Where an embedded model is."
-    if name not in (allowed := (*EMBEDDED, 'fashion-ddpm', 'fashion-net')): raise ValueError(f'name={name!r}: allowed are {allowed}')
+    if name not in (allowed := (*EMBEDDED, 'fashion-sd-weak', 'fashion-ddpm', 'fashion-net')): raise ValueError(f'name={name!r}: allowed are {allowed}')
     return _HERE/'models'/name
 
 # %% ../nbs/09_fashion.ipynb #88
@@ -480,6 +483,39 @@ def load_ddpm(
     return ContinuousDDPM(net.float().to(device), 'v', n_classes=10).eval().requires_grad_(False)
 
 # %% ../nbs/09_fashion.ipynb #94
+def train_fashion_weak(
+    out, # folder for the network, and for the state of its training
+    path=None, # where Fashion-MNIST is; see `find_fashion_mnist`
+    device:str='cpu', # 'cuda' is much faster
+    steps:int=500, # of 128 latents; fashion-sd had 5,000
+    small:bool=True, # half as wide as the U-Net of fashion-sd?
+    seed:int=0, # of the first weights; batches have seeds of their own
+)->Path: # `out`, with the U-Net in diffusers' format
+    "Train a weaker U-Net for the autoencoder and the text encoder of fashion-sd; call it again to go on after an interruption."
+    from diffusers import StableDiffusionPipeline
+    out = Path(out)
+    if (out/'config.json').exists(): return out
+    pipe = StableDiffusionPipeline.from_pretrained(fashion_path()).to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = fashion_sd_unet(small).to(device)
+    z,labels = encode_colourings(pipe.vae.to(memory_format=torch.channels_last), *fashion_mnist('train', path), n=2, device=device)
+    both = unet_loss(z*pipe.vae.config.scaling_factor, labels, pipe.tokenizer, device)
+    text = pipe.text_encoder.requires_grad_(False)
+    def loss(unet, gen): return both(dict(unet=unet, text_encoder=text), gen)
+    _keep(_stage(unet, loss, out/'training', steps=steps, lr=2e-3), out)
+    return out
+
+# %% ../nbs/09_fashion.ipynb #95
+def load_weak(
+    folder=None, # of `train_fashion_weak`; None: the embedded one
+    device:str='cpu',
+): # `diffusers.UNet2DConditionModel`, float32, in evaluation mode
+    "The U-Net of fashion-sd-weak, ready for `StableDiffusionPipeline.from_pretrained(fashion_path(), unet=load_weak())`."
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel.from_pretrained(folder or fashion_path('fashion-sd-weak')).float().to(device).eval().requires_grad_(False)
+
+# %% ../nbs/09_fashion.ipynb #99
 @torch.no_grad()
 def adherence(
     x:torch.Tensor, # (N, 3, 32, 32) images in [0, 1]
@@ -494,7 +530,7 @@ def adherence(
     seen = torch.cat([torch.stack([o.argmax(1) for o in net(b.float()*2-1)], 1) for b in x.split(500)]).cpu()
     return torch.where(asked.isnan(), asked, (seen == asked).float())
 
-# %% ../nbs/09_fashion.ipynb #96
+# %% ../nbs/09_fashion.ipynb #101
 def wilson(
     k:int, # successes
     n:int, # trials
@@ -505,7 +541,7 @@ def wilson(
     mid,half = k/n + z*z/(2*n), z*math.sqrt(k/n*(1-k/n)/n + z*z/(4*n*n))
     return tuple((mid+s*half)/(1+z*z/n) for s in (-1, 1))
 
-# %% ../nbs/09_fashion.ipynb #98
+# %% ../nbs/09_fashion.ipynb #103
 def shares(
     right:torch.Tensor, # (N, 3) from `adherence`
 )->dict: # part -> (share, lower, upper, n), and 'all' for images with no part wrong
@@ -516,7 +552,7 @@ def shares(
         if n: out[name] = (k/n, *wilson(k, n), n)
     return out
 
-# %% ../nbs/09_fashion.ipynb #103
+# %% ../nbs/09_fashion.ipynb #108
 @torch.no_grad()
 def psnr(
     vae, # autoencoder
@@ -526,7 +562,7 @@ def psnr(
     y = torch.cat([vae.decode(vae.encode(b).latent_dist.mode()).sample for b in x.split(500)]).clamp(-1, 1)
     return -10*((x-y)/2).square().mean((1,2,3)).log10()
 
-# %% ../nbs/09_fashion.ipynb #108
+# %% ../nbs/09_fashion.ipynb #113
 def draw(
     pipe, # `diffusers.StableDiffusionPipeline`
     prompts:list, # N prompts

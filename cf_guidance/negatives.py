@@ -10,13 +10,14 @@ __all__ = ['perpendicular', 'PerpNeg', 'Autoguidance', 'interpolate', 'given', '
 import copy, hashlib, json, math
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from numbers import Real
 from pathlib import Path
 import torch
 from torch import nn
 from fastcore.basics import patch
 from .continuous import ContinuousDDPM, save_whole, step_generator, train
-from .guided import Conditions, Model, Negative
+from .guided import Conditions, Model, Negative, check_bound, checked_weight, network_of, patched, weight_at
 from .karras import randn, split_generator
 
 # %% ../nbs/07_negatives.ipynb #15
@@ -41,25 +42,25 @@ class PerpNeg(Negative):
         self.conds,self.nfe = [Conditions(o) for o in (empty, *negs)],1+len(negs)
         weights = weights if isinstance(weights, (list, tuple)) else [weights]*len(negs)
         if not negs or len(weights) != len(negs): raise ValueError(f'weights: {len(weights)} were given for {len(negs)} negative prompts; allowed are one prompt or more, and one weight, or one a prompt')
-        self.weights = [_from_0('weights', o) for o in weights]
+        self.weights = [_weight(o) for o in weights]
 
 # %% ../nbs/07_negatives.ipynb #18
-def _from_0(name, o):
-    "A number, a tensor of numbers, or a function, checked."
-    if callable(o): return o
-    if isinstance(o, bool) or not isinstance(o, (Real, torch.Tensor)): raise TypeError(f'{name}={o!r}: allowed are numbers, tensors (B,), and functions of sigma')
-    for v in torch.as_tensor(o).flatten().tolist():
-        if not 0 <= v < math.inf: raise ValueError(f'{name} has {v}: allowed are finite numbers from 0')
+def _weight(o):
+    "The weight of a prompt, checked."
+    o = checked_weight(o, 'weights')
+    if isinstance(o, (list, tuple)) or torch.is_tensor(o) and o.ndim > 1: raise TypeError(f'weights has {o!r} for a prompt: allowed are a number, a tensor (B,), or a function of sigma; for one value a step, on_ladder(values, sigmas)')
     return o
 
-# %% ../nbs/07_negatives.ipynb #19
-def _beside(name, o, sigma, x):
-    "A number, (B,), or a function of sigma, shaped to go with `x`."
-    o = torch.as_tensor(_from_0(name, o(sigma)) if callable(o) else o).to(x)
-    if o.shape not in ((), (len(x),)): raise ValueError(f'{name} has shape {tuple(o.shape)} for {len(x)} samples: allowed are one number, or one a sample')
-    return o.expand(len(x)).view(-1, *(1,)*(x.ndim-1))
+def _beside(w, x): return torch.as_tensor(w).to(x).expand(len(x)).view(-1, *(1,)*(x.ndim-1))
 
 # %% ../nbs/07_negatives.ipynb #20
+@patch
+def at(self:PerpNeg, sigma):
+    new = copy.copy(self)
+    new.weights = [weight_at(o, sigma, 'weights') for o in self.weights]
+    return new
+
+# %% ../nbs/07_negatives.ipynb #21
 @patch
 def take(self:PerpNeg, rows):
     new = copy.copy(self)
@@ -67,58 +68,65 @@ def take(self:PerpNeg, rows):
     new.weights = [o[rows] if torch.is_tensor(o) and o.ndim else o for o in self.weights]
     return new
 
-# %% ../nbs/07_negatives.ipynb #21
+# %% ../nbs/07_negatives.ipynb #22
 @patch
 def check(self:PerpNeg, D, x, cond):
     for o in self.conds: o.check(D, x, cond)
-    for o in self.weights: callable(o) or _beside('weights', o, None, x)
 
-# %% ../nbs/07_negatives.ipynb #22
 @patch
-def __call__(self:PerpNeg, D, x, sigma, cond, pos=None):
-    wide = torch.promote_types(x.dtype, torch.float32)
-    asks = [o.inputs(x, sigma, cond) for o in self.conds]
-    un,*negs = (D(x, sigma, **c).to(wide) for x,sigma,c in asks)
-    pos = D(x, sigma, **cond) if pos is None else pos
-    away = [_beside('weights', w, sigma, un)*perpendicular(o-un, pos.to(wide)-un) for w,o in zip(self.weights, negs)]
+def check_ladder(self:PerpNeg, sigmas):
+    for o in self.weights: check_bound('weights', getattr(o, 'sigmas', None), sigmas)
+
+# %% ../nbs/07_negatives.ipynb #24
+@patch
+def inputs(self:PerpNeg, x, sigma, cond): return [o.inputs(x, sigma, cond) for o in self.conds]
+
+@patch
+def combine(self:PerpNeg, answers, x, sigma, pos):
+    "The equation above."
+    un,*negs,pos = (o.to(torch.promote_types(x.dtype, torch.float32)) for o in (*answers, pos))
+    away = [_beside(w, un)*perpendicular(o-un, pos-un) for w,o in zip(self.weights, negs)]
     return (un + sum(away)).to(x.dtype)
 
-# %% ../nbs/07_negatives.ipynb #33
+# %% ../nbs/07_negatives.ipynb #36
 class Autoguidance(Model):
     "A weaker model under the same condition (arXiv:2406.02507, eq. 3, with the paper's `w`)."
-    def check(self, D, x, cond):
-        super().check(D, x, cond)
-        if self.model is D: raise ValueError('model is the denoiser that is guided; allowed is another one, and there is interpolate(...) to make one')
-        ours,theirs = (getattr(getattr(o, 'config', None), 'in_channels', None) for o in (D, self.model))
-        if ours and theirs and ours != theirs: raise ValueError(f'model: its network takes {theirs} channels, that of the positive {ours}; allowed are the same')
 
-# %% ../nbs/07_negatives.ipynb #46
+# %% ../nbs/07_negatives.ipynb #49
 def interpolate(
-    net:nn.Module, # a network, or a denoiser
-    weak:nn.Module, # one with the same weights by name and shape
+    net:nn.Module, # a network, or a denoiser that has it inside
+    weak:nn.Module, # one with the same weights by name and shape, or a denoiser that has it inside
     share:float, # 0 is `net`, 1 is `weak`; below 0 and above 1 it extrapolates
 )->nn.Module: # a copy of `net`
     "A model between two, in its weights: `net + share*(weak-net)`."
     if not (isinstance(net, nn.Module) and isinstance(weak, nn.Module)): raise TypeError(f'net is a {type(net).__name__} and weak a {type(weak).__name__}: allowed are modules')
     if isinstance(share, bool) or not isinstance(share, Real) or not math.isfinite(share): raise ValueError(f'share={share!r}: allowed are finite numbers; 0 is net, 1 is weak')
-    _check_alike(net.state_dict(), weak.state_dict())
-    new,theirs = copy.deepcopy(net),weak.state_dict()
-    for k,p in new.state_dict().items():
+    new = copy.deepcopy(net)
+    ours,theirs = (network_of(o).state_dict() for o in (new, weak))
+    _check_alike(ours, theirs)
+    for k,p in ours.items():
         if p.is_floating_point(): p.copy_(torch.lerp(p.double(), theirs[k].to(p.device).double(), share))
     return new
 
-# %% ../nbs/07_negatives.ipynb #47
+# %% ../nbs/07_negatives.ipynb #50
 def _check_alike(ours, theirs):
     "An error if two state dicts cannot be interpolated."
     for k in [*ours, *theirs]:
         a,b = (tuple(o[k].shape) if k in o else 'none' for o in (ours, theirs))
         if a != b: raise ValueError(f'weak: {k} has shape {b}, that of net {a}; allowed are networks with the same weights by name and shape')
 
-# %% ../nbs/07_negatives.ipynb #50
+# %% ../nbs/07_negatives.ipynb #53
+def _check_pool(cond):
+    "An error if that is not tensors with rows to draw from."
+    for k,v in cond.items():
+        if not torch.is_tensor(v) or not v.ndim or not len(v): raise ValueError(f'cond: {k} is {f"a tensor of shape {tuple(v.shape)}" if torch.is_tensor(v) else repr(v)}; allowed are tensors (N, ...), with rows')
+
+# %% ../nbs/07_negatives.ipynb #54
 def given(
     cond:dict, # conditions by name: tensors (N, ...), N at least 2
 ): # a function of generators, one a sample, that gives conditions
     "Draw from given conditions, each as likely."
+    _check_pool(cond)
     sizes = {k: len(v) for k,v in cond.items()}
     if len({*sizes.values()}) != 1: raise ValueError(f'cond has rows {sizes}: allowed are tensors with the same number')
     if all((v == v[:1]).all() for v in cond.values()): raise ValueError(f'cond is a single condition, {len(next(iter(cond.values())))} times: allowed are two different ones, or more')
@@ -128,7 +136,7 @@ def given(
         return {k: v[rows] for k,v in cond.items()}
     return draw
 
-# %% ../nbs/07_negatives.ipynb #51
+# %% ../nbs/07_negatives.ipynb #55
 def random_tokens(
     tokenizer, # of transformers
     encode, # `encode(ids) -> conditions by name`, for tokens (B, L)
@@ -145,11 +153,12 @@ def random_tokens(
         return encode(torch.tensor([start+o+end for o in ids]))
     return draw
 
-# %% ../nbs/07_negatives.ipynb #52
+# %% ../nbs/07_negatives.ipynb #56
 def gaussian(
     cond:dict, # embeddings by name: tensors (N, ...) of which mean and standard deviation are taken
 ): # a function of generators, one a sample, that gives conditions
     "Draw Gaussian noise with mean and standard deviation of embeddings, each one number a name."
+    _check_pool(cond)
     for k,v in cond.items():
         if not v.is_floating_point(): raise ValueError(f'{k} has type {v.dtype}: allowed are embeddings, of a floating-point type; for whole numbers see given')
         if not v.float().std() > 0: raise ValueError(f'{k} has a standard deviation of {v.float().std().item()}: allowed are embeddings that are not all alike')
@@ -157,12 +166,12 @@ def gaussian(
     def draw(generators): return {k: mean + std*randn((len(generators), *shape), generators, mean.device) for k,(shape,mean,std) in like.items()}
     return draw
 
-# %% ../nbs/07_negatives.ipynb #54
+# %% ../nbs/07_negatives.ipynb #58
 class ICG(Negative):
     "The same network under a random condition, drawn anew at each evaluation (independent-condition guidance, arXiv:2407.02687, with the paper's `w`)."
     def __init__(self,
         conds, # conditions by name, tensors (N, ...), to draw from; or a function of generators, one a sample, that gives conditions
-        generator=None, # a seed, a `torch.Generator`, or a list of them, one a sample; None: others each time
+        generator=None, # a seed, which repeats in each run; a `torch.Generator`, which goes on; or a list of them, one a sample; None: others each time
     ):
         if not (callable(conds) or hasattr(conds, 'keys') and conds): raise TypeError(f'conds={conds!r}: allowed are a dict of conditions by name, or a function such as random_tokens(...)')
         self.source,self.generator,self.cond = conds if callable(conds) else given(conds),generator,None
@@ -173,29 +182,45 @@ class ICG(Negative):
         drawn,self.cond = self.cond,None
         return x, sigma, {**cond, **{k: v.to(cond[k]) for k,v in drawn.items()}}
 
-# %% ../nbs/07_negatives.ipynb #56
+# %% ../nbs/07_negatives.ipynb #60
 @patch
 def check(self:ICG, D, x, cond):
-    names = sorted(self.source([torch.Generator().manual_seed(0)]))
-    if not names or not {*names} <= {*cond}: raise ValueError(f'ICG draws {names}, and the conditions are {sorted(cond)}; allowed are names of conditions, at least one')
+    drawn = self.source([torch.Generator().manual_seed(i) for i in range(2)])
+    if not drawn or not {*drawn} <= {*cond}: raise ValueError(f'ICG draws {sorted(drawn)}, and the conditions are {sorted(cond)}; allowed are names of conditions, at least one')
+    for k,v in drawn.items():
+        if not _goes(v, cond[k]): raise ValueError(f'ICG draws {k} with {_looks(v)} for 2 samples, and the condition has {_looks(cond[k])}; allowed are one row a sample, alike but for the length of a text')
 
-# %% ../nbs/07_negatives.ipynb #73
+# %% ../nbs/07_negatives.ipynb #61
+def _goes(drawn, cond):
+    "May two drawn conditions stand where that one stood?"
+    if not torch.is_tensor(drawn) or drawn.ndim != cond.ndim or len(drawn) != 2 or drawn.is_floating_point() != cond.is_floating_point(): return False
+    return drawn.shape[1:] == cond.shape[1:] or drawn.ndim == 3 and drawn.shape[2] == cond.shape[2]
+
+def _looks(o): return f'shape {tuple(o.shape)} and type {o.dtype}' if torch.is_tensor(o) else f'type {type(o).__name__}'
+
+# %% ../nbs/07_negatives.ipynb #78
 _TIME = 'time_embedding','timestep_embedder','time_embed'
 
-# %% ../nbs/07_negatives.ipynb #74
+# %% ../nbs/07_negatives.ipynb #79
 def time_layers(
     net, # a network, or a denoiser that has it inside
     layers=None, # pattern such as 'time_mlp' or 'blocks.*.time' for the whole name or its end, a list of them, or a function of name and module; None: what diffusers calls them
 )->dict: # modules by name
     "The modules whose output is the embedding of the time."
-    if not isinstance(net, nn.Module): raise TypeError(f'net is a {type(net).__name__}: allowed are networks that are made of modules')
+    net = network_of(net)
     known = {n.replace('_orig_mod.', ''): m for n,m in net.named_modules() if n}
     wanted = layers if callable(layers) else lambda n, m: any(fnmatchcase('.'+n, '*.'+o) for o in ([layers] if isinstance(layers, str) else layers or _TIME))
     found = {n: m for n,m in known.items() if wanted(n, m)}
     if not found: raise ValueError(f'layers={layers!r}: nothing in the {type(net).__name__} matches; there are {", ".join([n for n in known if "time" in n or "emb" in n][:12] or [*known][:12])}')
     return found
 
-# %% ../nbs/07_negatives.ipynb #77
+# %% ../nbs/07_negatives.ipynb #82
+def _noised(m, out, size, seeds):
+    "The embedding that a module gives, and noise."
+    if not torch.is_tensor(out) or len(out) not in (1, len(size)): raise ValueError(f'layers: {type(m).__name__} gives {tuple(out.shape) if torch.is_tensor(out) else type(out).__name__} for {len(size)} samples; allowed are modules that give a tensor with one row, or with one a sample')
+    return out + size.to(out).view(-1, *(1,)*(out.ndim-1))*randn((len(size), *out.shape[1:]), seeds, out.device, out.dtype)
+
+# %% ../nbs/07_negatives.ipynb #83
 @contextmanager
 def perturbed_time(
     layers:dict, # modules by name, of `time_layers`
@@ -204,16 +229,15 @@ def perturbed_time(
 ): # a context
     "Noise on what the layers say, the same for all of them that are as wide."
     ran = []
-    def add(m, args, out):
-        if not torch.is_tensor(out) or len(out) not in (1, len(size)): raise ValueError(f'layers: {type(m).__name__} gives {tuple(out.shape) if torch.is_tensor(out) else type(out).__name__} for {len(size)} samples; allowed are modules that give a tensor with one row, or with one a sample')
-        ran.append(m)
-        return out + size.to(out).view(-1, *(1,)*(out.ndim-1))*randn((len(size), *out.shape[1:]), seeds, out.device, out.dtype)
-    hooks = [m.register_forward_hook(add) for m in layers.values()]
-    try: yield
-    finally: [o.remove() for o in hooks]
-    if not ran: raise ValueError(f'layers: none of {", ".join(layers)} was evaluated; allowed are layers that the network uses (and networks compiled after the hook is there, not before)')
+    def add(m, forward):
+        def run(*args, **kwargs):
+            ran.append(m)
+            return _noised(m, forward(*args, **kwargs), size, seeds)
+        return run
+    with patched([(m, partial(add, m)) for m in layers.values()]): yield
+    if not ran: raise ValueError(f'layers: none of {", ".join(layers)} was evaluated; allowed are layers that the network uses')
 
-# %% ../nbs/07_negatives.ipynb #79
+# %% ../nbs/07_negatives.ipynb #85
 class TSG(Negative):
     "The same network with noise on the embedding of its time (time-step guidance, arXiv:2407.02687, with the paper's `w`)."
     def __init__(self,
@@ -221,23 +245,24 @@ class TSG(Negative):
         s:float=1., # standard deviation of the noise at the highest noise level
         alpha:float=1., # how fast it falls: `s * t**alpha`
         layers=None, # where, see `time_layers`
-        generator=None, # a seed, a `torch.Generator`, or a list of them, one a sample; None: others each time
+        generator=None, # a seed, which repeats in each run; a `torch.Generator`, which goes on; or a list of them, one a sample; None: others each time
         time=None, # function of sigma (B,) that gives t, from 0; None: the denoiser's time as a share of that at its highest noise
     ):
         for k,v in dict(s=s, alpha=alpha).items():
             if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v < math.inf: raise ValueError(f'{k}={v!r}: allowed are finite numbers from 0')
-        self.layers,self.s,self.alpha,self.generator,self.time,self.seeds = time_layers(net, layers),s,alpha,generator,time,None
+        self.net,self.layers = network_of(net),time_layers(net, layers)
+        self.s,self.alpha,self.generator,self.time,self.seeds = s,alpha,generator,time,None
     def take(self, rows): return copy.copy(self)
     def draw(self, generators): self.seeds = [torch.randint(2**62, (), generator=g, device=g.device).item() for g in generators]
 
-# %% ../nbs/07_negatives.ipynb #80
+# %% ../nbs/07_negatives.ipynb #86
 @patch
 def __call__(self:TSG, D, x, sigma, cond, pos=None):
     if self.seeds is None: self.draw(split_generator(self.generator, len(x)))
     seeds,self.seeds = self.seeds,None
     with perturbed_time(self.layers, self.s*self._share(D, sigma)**self.alpha, seeds): return D(x, sigma, **cond)
 
-# %% ../nbs/07_negatives.ipynb #81
+# %% ../nbs/07_negatives.ipynb #87
 @patch
 def _share(self:TSG, D, sigma):
     "Time (B,) from 0."
@@ -246,13 +271,13 @@ def _share(self:TSG, D, sigma):
     if not (t >= 0).all(): raise ValueError(f'time: it is {t.min():.4g} at sigma={sigma[t.argmin()]:.4g}; allowed are times from 0, so give a function of sigma, such as lambda sigma: sigma/80')
     return t.to(torch.float32).expand(len(sigma))
 
-# %% ../nbs/07_negatives.ipynb #82
+# %% ../nbs/07_negatives.ipynb #88
 @patch
 def check(self:TSG, D, x, cond):
-    if isinstance(D, nn.Module) and not {*self.layers.values()} <= {*D.modules()}: raise ValueError(f'TSG: {", ".join(self.layers)} are of another network than the {type(D).__name__}; allowed are those of the network that is guided')
+    Negative.check(self, D, x, cond)
     self._share(D, torch.full((1,), 1e-3, device=x.device))
 
-# %% ../nbs/07_negatives.ipynb #93
+# %% ../nbs/07_negatives.ipynb #99
 @torch.no_grad()
 def synthetic_set(
     draw, # `draw(generators)`: a dict of tensors by name, one row a generator
@@ -275,14 +300,14 @@ def synthetic_set(
     parts = [load_file(o) for o in files]
     return {k: torch.cat([o[k] for o in parts]) for k in parts[0]}
 
-# %% ../nbs/07_negatives.ipynb #94
+# %% ../nbs/07_negatives.ipynb #100
 def _checked_rows(out, n):
     "Tensors with n rows each, ready to be saved."
     if not hasattr(out, 'items') or not out or not all(torch.is_tensor(v) and v.ndim and len(v) == n for v in out.values()):
         raise ValueError(f'draw gives {type(out).__name__} {({k: tuple(getattr(v, "shape", ())) for k,v in out.items()} if hasattr(out, "items") else "")}: allowed is a dict of tensors with {n} rows, one a generator')
     return {k: v.detach().cpu().contiguous() for k,v in out.items()}
 
-# %% ../nbs/07_negatives.ipynb #95
+# %% ../nbs/07_negatives.ipynb #101
 def _planned(folder, plan):
     "The folder, which is new or was begun with the same plan."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -291,7 +316,7 @@ def _planned(folder, plan):
     if (old := json.loads(file.read_text())) != plan: raise ValueError(f'folder={folder} was begun with {old}, and this is {plan}: name another folder, or go on as it began')
     return folder
 
-# %% ../nbs/07_negatives.ipynb #97
+# %% ../nbs/07_negatives.ipynb #103
 def fine_tune(
     model:ContinuousDDPM, # the base; it stays as it is
     data:tuple, # photographs (N, 28, 28) uint8, and their labels (N,), or None for a model without classes
@@ -310,7 +335,7 @@ def fine_tune(
         train(copy.deepcopy(model).requires_grad_(True), data, folder, steps, batch_size, lr, seed=seed, accelerator=accelerator, progress=progress)
     return {max(1, round(f*steps/100)): _snapshot(model, o) for f in (10, 25, 50, 100) if (o := folder/('model.safetensors' if f == 100 else f'model-{f}.safetensors')).exists()}
 
-# %% ../nbs/07_negatives.ipynb #98
+# %% ../nbs/07_negatives.ipynb #104
 def _snapshot(model, file):
     "A copy of the model with the weights in a file."
     from safetensors.torch import load_file
@@ -318,7 +343,7 @@ def _snapshot(model, file):
     new.net.load_state_dict(load_file(file))
     return new
 
-# %% ../nbs/07_negatives.ipynb #99
+# %% ../nbs/07_negatives.ipynb #105
 def _fingerprint(*os):
     "A few letters that change when a number in models or tensors does."
     h = hashlib.sha256()

@@ -5,6 +5,7 @@ from cf_guidance.attention import PAG, SAG, SEG, SLG, TPG, Prefix, blurred, find
 from cf_guidance.fashion import fashion_path, quiet
 from cf_guidance.guided import Conditions, GuidedDenoiser, Term
 from cf_guidance.karras import euler, sample
+from cf_guidance.negatives import PerpNeg
 from cf_guidance.pipelines import pipeline_denoiser
 from test_pipeline_denoiser import PROMPTS, PIXART, close, ddim, dit, flow, flux, ladder, noise_of, pixart, pixels, sd, sd3, seeded, xl
 
@@ -165,6 +166,15 @@ def test_shared_prefix(name, kind):
     a,b = (GuidedDenoiser(D, Term(Conditions(other), 2.), Term(NEGS[kind](D, share=s), 3.)).parts(x, sigma, **cond) for s in (True, False))
     assert (a.pred-b.pred).abs().max() < 1e-5*b.pred.abs().max() and not torch.equal(a.negs[1], a.pos)
 
+@pytest.mark.parametrize('max_batch', [None, 6, 2])
+def test_beside_several_questions(max_batch):
+    "What is kept is the positive's, also where another term asks several things in the same batch, and of some samples only"
+    D,x,sigma,cond = case('sd')
+    perp,w = lambda: PerpNeg(D.cond(), [D.cond('a coat'), D.cond('a dress')], [.5, 1.5]),torch.tensor([1., 2., 3.])
+    a,b,both = (GuidedDenoiser(D, *t, max_batch=max_batch) for t in ([Term(perp(), w)], [Term(PAG(D, share=False), w.flip(0))], [Term(perp(), w), Term(PAG(D), w.flip(0))]))
+    close(both(x, sigma, **cond), a(x, sigma, **cond)+b(x, sigma, **cond)-D(x, sigma, **cond))
+    assert both.nfe_per_sample.tolist() == [2, 5, 4]
+
 @pytest.mark.parametrize('name', CASES)
 def test_exception_in_the_middle(name):
     D,x,sigma,cond = case(name)
@@ -192,7 +202,7 @@ def loops(q, k, v, scale, logit, first, count):
 def test_joint_attention_by_loops(name):
     "Text sees all as before; the image sees the text as before, and itself as the change says"
     D,x,sigma,cond = case(name)
-    x,sigma,cond = x[:1],sigma[:1],{k: v[:1] for k,v in cond.items()}
+    x,sigma,cond = x[:1],sigma[:1],{k: v[:1,:5] if k == 'encoder_hidden_states' else v[:1] for k,v in cond.items()}
     for layers,first in {'sd3': [('transformer_blocks.0.attn', 0)], 'flux': [('transformer_blocks.0.attn', -1), ('single_transformer_blocks.0.attn', -1)]}[name]:
         for change in (identity, blurred(.7)):
             got = []
@@ -248,6 +258,28 @@ def test_compiled(how):
     assert torch.allclose(G(x, sigma, **cond), neg, atol=1e-4) and torch.allclose(G(x, sigma, **cond), neg, atol=1e-4)
     n = len(runs)
     assert torch.allclose(D(x, sigma, **cond), plain, atol=1e-5) and len(runs) > n
+    n = len(runs)
+    assert torch.allclose(G(x, sigma, **cond), neg, atol=1e-4) and len(runs) == n
+    G = GuidedDenoiser(D, PAG(D, share=False), w=3.)
+    assert torch.allclose(G(x, sigma, **cond), neg, atol=1e-4) and len(runs) > n   # without sharing the positive stays compiled
+
+def test_compiled_from_outside():
+    "What guides cannot be compiled; the error says so, before the first evaluation"
+    D,x,sigma,cond = case('dit')
+    G = GuidedDenoiser(D, PAG(D), w=3.)
+    with pytest.raises(RuntimeError, match='allowed is to compile the network'): torch.compile(G, backend='eager')(x, sigma, **cond)
+    assert G.nfe == 0 and torch.equal(G(x, sigma, **cond), GuidedDenoiser(D, PAG(D), w=3.)(x, sigma, **cond))
+
+@pytest.mark.parametrize('neg', [PAG, lambda D: PAG(D, share=False), SAG])
+def test_gradient_checkpointing(neg):
+    "It would run layers again that are no longer changed"
+    D,x,sigma,cond = case('sd')
+    D.inner_model.net.enable_gradient_checkpointing()
+    G = GuidedDenoiser(D, neg(D), w=3.)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match='gradient checkpointing'): G(x.requires_grad_(), sigma, **cond)
+    assert G.nfe == 0 and G(x, sigma, **cond).shape == x.shape
+
+def attn2(n, m): return n == 'mid_block.attentions.0.transformer_blocks.0.attn2'
 
 def test_attention_that_cannot_be_changed():
     from diffusers.models.attention_processor import AttnProcessor
@@ -266,6 +298,14 @@ BAD = { # what is done -> what the error says
     'function': (lambda D: PAG(lambda x, t: x), 'there is a function inside'),
     'no attention': (lambda D: PAG(torch.nn.Linear(2, 2)), 'there are no attentions'),
     'other network': (lambda D: GuidedDenoiser(D, PAG(case('sd')[0]), w=2.)(noise_of(D), 1., **D.cond(PROMPTS)), 'its layers are of another network'),
+    'cross-attention': (lambda D: PAG(D, attn2), 'attn2: cross-attention'),
+    'cross-attention for SEG': (lambda D: SEG(D, 1., attn2), 'attn2: cross-attention'),
+    'cross-attention for SAG': (lambda D: SAG(D, attn2), 'attn2: cross-attention'),
+    'kind': (lambda D: SLG(D, find_layers(D)), "layers are of kind 'attention'"),
+    'not tokens': (lambda D: TPG(D, lambda n, m: n == 'conv_in', generator=0)(D, noise_of(D), torch.ones(2), D.cond(PROMPTS)), 'conv_in: it is given'),
+    'blur': (lambda D: SAG(D, sigma=-1), 'sigma=-1'),
+    'names': (lambda D: GuidedDenoiser(D, SAG(D, cond=dict(y=torch.zeros(1))), w=2.)(noise_of(D), 1., **D.cond(PROMPTS)), 'conditions are'),
+    'batch': (lambda D: GuidedDenoiser(D, SAG(D, cond=D.cond(['a']*3)), w=2.)(noise_of(D), 1., **D.cond(PROMPTS)), 'one a sample, 2'),
     'generators': (lambda D: GuidedDenoiser(D, TPG(D, generator=[1]), w=2.)(noise_of(D), 1., **D.cond(PROMPTS)), '1 were given for 2'),
 }
 
