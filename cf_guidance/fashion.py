@@ -489,6 +489,7 @@ def train_fashion_weak(
     device:str='cpu', # 'cuda' is much faster
     steps:int=500, # of 128 latents; fashion-sd had 5,000
     small:bool=True, # half as wide as the U-Net of fashion-sd?
+    ema:float=0., # decay of the running average of the weights; 0 is none, since an average over thousands of steps would hold on to the first weights of a short training
     seed:int=0, # of the first weights; batches have seeds of their own
 )->Path: # `out`, with the U-Net in diffusers' format
     "Train a weaker U-Net for the autoencoder and the text encoder of fashion-sd; call it again to go on after an interruption."
@@ -503,7 +504,7 @@ def train_fashion_weak(
     both = unet_loss(z*pipe.vae.config.scaling_factor, labels, pipe.tokenizer, device)
     text = pipe.text_encoder.requires_grad_(False)
     def loss(unet, gen): return both(dict(unet=unet, text_encoder=text), gen)
-    _keep(_stage(unet, loss, out/'training', steps=steps, lr=2e-3), out)
+    _keep(_stage(unet, loss, out/'training', steps=steps, lr=2e-3, ema=ema), out)
     return out
 
 # %% ../nbs/09_fashion.ipynb #95

@@ -77,7 +77,7 @@ def check(self:Negative,
     cond:dict, # conditions of the positive
 ):
     "An error, before the first evaluation, if there is no such negative for `D`; by default, if its `net` is not that of `D`."
-    if self.net is not None and network_of(D) is not self.net: raise ValueError(f'{type(self).__name__}: its layers are of another network than the denoiser\'s; allowed are layers of the {type(network_of(D)).__name__} that is guided')
+    if self.net is not None and network_of(D) is not self.net: raise ValueError(f'{type(self).__name__}: its layers are of another network than the denoiser\'s; allowed are those of the {type(network_of(D)).__name__} that is guided, so make the negative of the denoiser itself')
 
 # %% ../nbs/06_guided.ipynb #14
 @patch
@@ -154,15 +154,17 @@ def network_of(
 )->nn.Module:
     "The network inside."
     net = _inside(D)
-    if not isinstance(net, nn.Module): raise ValueError(f'net: there is a {type(net).__name__} inside; allowed are networks that are made of modules')
+    if not isinstance(net, nn.Module): raise ValueError(f'net: there is a {type(net).__name__} inside; allowed are networks that are made of modules, such as pipe.unet, and denoisers, such as pipeline_denoiser(pipe)')
     return net
 
 # %% ../nbs/06_guided.ipynb #26
 class Model(Negative):
     "Another model under the same condition (autoguidance, arXiv:2406.02507). It stays where it is: `.to(...)` of the guided denoiser does not move it."
     def __init__(self,
-        model, # `model(x, sigma, **cond) -> x0`
+        model, # `model(x, sigma, **cond) -> x0`, a denoiser
     ):
+        if not callable(model) or isinstance(model, type) or hasattr(model, 'components') or hasattr(model, 'config') and not isinstance(model, Denoiser):
+            raise TypeError(f'model is a {type(model).__name__}: allowed are denoisers, model(x, sigma, **cond) -> x0, such as pipeline_denoiser(pipe)')
         self.model = model
     def __call__(self, D, x, sigma, cond, pos=None): return self.model(x, sigma, **cond)
     @property
@@ -201,7 +203,7 @@ def _negative(neg):
     if isinstance(neg, Negative): return neg
     if isinstance(neg, Mapping): return Conditions(neg)
     if callable(neg) and not isinstance(neg, type): return Model(neg)
-    raise TypeError(f'neg={neg!r}: allowed are a Negative, a dict of conditions by name, or a model(x, sigma, **cond)')
+    raise TypeError(f'neg is a {type(neg).__name__}: allowed are a Negative, a dict of conditions by name, or a model(x, sigma, **cond)')
 
 # %% ../nbs/06_guided.ipynb #32
 @contextmanager
@@ -241,7 +243,7 @@ def checked_weight(w, name='w'):
     values = _values(getattr(w, 'values', 1.) if callable(w) else w)
     if values is None: raise TypeError(f'{name}={w!r}: allowed are a number, a list with one value a step, a tensor (B,) or (steps, B), or a function of sigma')
     for v in values:
-        if not 0 <= v < math.inf: raise ValueError(f'{name} has {v}: allowed are finite numbers from 0')
+        if not 0 <= v < math.inf: raise ValueError(f'{name} has {v}: allowed are finite numbers from 0; 1 is unguided, and a strength s of other conventions is w = 1+s')
     return w.item() if torch.is_tensor(w) and not w.ndim else w
 
 # %% ../nbs/06_guided.ipynb #38
@@ -297,7 +299,7 @@ def weight_at(w, sigma, name='w'):
 def _on(self:Term, sigmas):
     "The term with one value a step made a function of sigma."
     if not (isinstance(self.w, (list, tuple)) or torch.is_tensor(self.w) and self.w.ndim == 2): return self
-    if sigmas is None: raise ValueError(f'w has one value a step, {len(self.w)} of them: give the ladder of the sampler, as in sigmas=D.get_sigmas_karras({len(self.w)}) (or see on_ladder)')
+    if sigmas is None: raise ValueError(f'w has one value a step, {len(self.w)} of them: give the ladder of the sampler, as in sigmas=D.get_sigmas_karras({len(self.w)}) (or see on_ladder); one value a sample is given as a tensor')
     return Term(self.neg, on_ladder(self.w, sigmas), self.rule, self.interval)
 
 # %% ../nbs/06_guided.ipynb #46
@@ -325,7 +327,7 @@ def _terms(terms, given):
     given = {k: v for k,v in given.items() if v is not None}
     if len(terms) == 1 and not isinstance(terms[0], Term): return [Term(terms[0], **given)]
     if given: raise TypeError(f'{", ".join(given)}: allowed for a single negative; a Term has its own')
-    if not terms or not all(isinstance(t, Term) for t in terms): raise TypeError(f'terms={terms!r}: allowed are one negative with w=, rule= and interval= by name, or Term(neg, w, rule, interval), one or more')
+    if not terms or not all(isinstance(t, Term) for t in terms): raise TypeError(f'terms are {", ".join(type(t).__name__ for t in terms) or "none"}: allowed are one negative with w=, rule= and interval= by name, or Term(neg, w, rule, interval), one or more')
     return terms
 
 # %% ../nbs/06_guided.ipynb #49

@@ -171,7 +171,7 @@ class ICG(Negative):
     "The same network under a random condition, drawn anew at each evaluation (independent-condition guidance, arXiv:2407.02687, with the paper's `w`)."
     def __init__(self,
         conds, # conditions by name, tensors (N, ...), to draw from; or a function of generators, one a sample, that gives conditions
-        generator=None, # a seed, which repeats in each run; a `torch.Generator`, which goes on; or a list of them, one a sample; None: others each time
+        generator=None, # a seed, which repeats in each run (`GuidedDenoiser.check_ladder` begins one); a `torch.Generator`, which goes on; or a list of them, one a sample; None: others each time
     ):
         if not (callable(conds) or hasattr(conds, 'keys') and conds): raise TypeError(f'conds={conds!r}: allowed are a dict of conditions by name, or a function such as random_tokens(...)')
         self.source,self.generator,self.cond = conds if callable(conds) else given(conds),generator,None
@@ -245,7 +245,7 @@ class TSG(Negative):
         s:float=1., # standard deviation of the noise at the highest noise level
         alpha:float=1., # how fast it falls: `s * t**alpha`
         layers=None, # where, see `time_layers`
-        generator=None, # a seed, which repeats in each run; a `torch.Generator`, which goes on; or a list of them, one a sample; None: others each time
+        generator=None, # a seed, which repeats in each run (`GuidedDenoiser.check_ladder` begins one); a `torch.Generator`, which goes on; or a list of them, one a sample; None: others each time
         time=None, # function of sigma (B,) that gives t, from 0; None: the denoiser's time as a share of that at its highest noise
     ):
         for k,v in dict(s=s, alpha=alpha).items():

@@ -279,6 +279,7 @@ def _per_step(guide_tfm):
 @patch
 def _checked(self:MinimalDiffusion, guide_tfm, num_steps):
     "What guides, the number of steps, and for how many images it has weights."
+    if not (guide_tfm is None or callable(guide_tfm) and not isinstance(guide_tfm, nn.Module) or _terms(guide_tfm)): raise TypeError(f'guide_tfm is a {type(guide_tfm).__name__}: allowed are a GuidanceTfm, a function tfm(u, t, idx), a Term, or a list of them')
     ws,num_steps = _per_step(guide_tfm),self.num_steps if num_steps is None else num_steps
     if num_steps is None: num_steps = len(ws[0]) if ws else 50
     if num_steps < 1: raise ValueError(f'num_steps={num_steps}: allowed are whole numbers from 1')
