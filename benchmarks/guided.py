@@ -99,20 +99,21 @@ def pag(unet, n, batch, repeats):
     ends = {k: f() for k,f in fs.items()}
     assert all(torch.allclose(o, ends['theirs'], atol=1e-3*ends['theirs'].abs().max().item()) for o in ends.values()), 'the latents differ'
     t = samplers.seconds(fs, 1, repeats)
-    return {f'{sum(o.numel() for o in unet.parameters())/1e6:.0f} M parameters, {n} steps of PAG: theirs, s': (t['theirs'], ''), '  theirs / ours': (t['theirs']/t['ours'], 'goal 1.15'), '  theirs / ours without the shared prefix': (t['theirs']/t['ours, without the shared prefix'], '')}
+    name = f'PAG, {sum(o.numel() for o in unet.parameters())/1e6:.0f} M parameters, latents of {unet.config.sample_size}, steps {n}'
+    return {f'{name}: theirs, s': (t['theirs'], ''), f'  {name}: theirs / ours': (t['theirs']/t['ours'], 'goal 1.15'), f'  {name}: theirs / ours without the shared prefix': (t['theirs']/t['ours, without the shared prefix'], '')}
 
-def sd15():
-    "A network in the shape of Stable Diffusion 1.5, untrained."
+def sd15(size):
+    "A network in the shape of Stable Diffusion 1.5, untrained, for latents of `size`."
     from diffusers import UNet2DConditionModel
     torch.manual_seed(0)
-    return UNet2DConditionModel(cross_attention_dim=768, sample_size=64).eval()
+    return UNet2DConditionModel(cross_attention_dim=768, sample_size=size).eval()
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--steps', type=int, default=30, help='sampling steps')
     p.add_argument('--calls', type=int, default=10, help='calls that are timed together')
     p.add_argument('--repeats', type=int, default=9, help='of which the median is taken')
-    p.add_argument('--skip-sd15', action='store_true', help='without the large network, which needs 4 GB and minutes')
+    p.add_argument('--sd15', type=int, default=64, help='size of latents for the large network, which needs 4 GB and minutes; 0: without it')
     p.add_argument('--busy', action='store_true', help='one thread, and its own time: other programs on the machine do not count')
     args = p.parse_args()
     if args.busy:
@@ -121,7 +122,7 @@ def main():
     D,other,cond,neg = embedded()
     with torch.no_grad():
         rows = {**steps(D, other, cond, neg, args.repeats, args.calls), **interval(D, cond, neg, args.repeats, args.steps), **pag(None, args.steps, BATCH, args.repeats)}
-        if not args.skip_sd15: rows |= pag(sd15(), 1, 1, 3)
+        if args.sd15: rows |= pag(sd15(args.sd15), 1, 1, 1)
     report(rows, 'guided', dict(device=f'{platform.machine()} CPU, {torch.get_num_threads()} threads', clock=samplers.clock.__name__, batch=BATCH, steps=args.steps, calls=args.calls, repeats=args.repeats, torch=torch.__version__))
 
 if __name__ == '__main__': main()
