@@ -252,7 +252,7 @@ def fit(
     steps:int, # of the optimiser
     folder, # where the state is kept; a run that finds its state there goes on from it
     lr:float, # highest learning rate of a one-cycle schedule
-    ema:float=.999, # decay of the running average of the weights
+    ema:float=.999, # decay of the running average of the weights, which starts with the first ones: `steps` should be several times 1/(1-ema)
     weight_decay:float=.01, # of AdamW
     seed:int=0, # of the batches
     save_every:float=60., # seconds between two saves
