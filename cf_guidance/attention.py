@@ -626,7 +626,7 @@ def _self_only(layers):
 # %% ../nbs/08_attention.ipynb #139
 class Surgery(Negative):
     "A negative from the same network, with some of its layers changed."
-    kind,change = 'attention',None
+    kind,change,w = 'attention',None,4.
     def __init__(self,
         net, # the network, or a denoiser that has it inside
         layers=None, # which layers, see `find_layers`; None: the usual ones
@@ -682,7 +682,7 @@ class SEG(Surgery):
 # %% ../nbs/08_attention.ipynb #147
 class SLG(Surgery):
     "Skip-layer guidance (Stability AI, with Stable Diffusion 3.5): blocks are skipped. Their scale is `w-1`; they use 2.5."
-    kind,change = 'block',staticmethod(skip)
+    kind,change,w = 'block',staticmethod(skip),3.5
     def usual(self):
         "Blocks 7, 8 and 9 of Stable Diffusion 3, else the middle."
         three = re.compile(r'transformer_blocks\.[789]')
@@ -727,7 +727,7 @@ def _checked_blur(sigma, kernel, threshold):
 # %% ../nbs/08_attention.ipynb #157
 class SAG(Negative):
     "Self-attention guidance (arXiv:2210.00939, eq. 15-17): the positive blurred where attention is high. The paper's scale is `w-1`; diffusers uses 0.75."
-    needs_pos = True
+    needs_pos,w = True,1.75
     def __init__(self,
         net, # the network, or a denoiser that has it inside
         layers=None, # one attention, see `find_layers`; None: the first in the middle

@@ -225,6 +225,17 @@ def predict(self:NetDenoiser,
 
 # %% ../nbs/03_denoisers.ipynb #39
 @patch
+def prediction_of(self:NetDenoiser,
+    x0:torch.Tensor, # (B, ...) estimates of the images
+    x:torch.Tensor, # (B, ...) images with noise, not scaled
+    sigma:torch.Tensor, # (B,) noise levels above 0, or one number
+)->torch.Tensor: # (B, ...) in the type of `x0`
+    "The prediction of the network for which its estimate would be `x0`."
+    c_skip,c_out,_ = self.scalings(_as(sigma, x))
+    return ((x0 - c_skip*x)/c_out).to(x0.dtype)
+
+# %% ../nbs/03_denoisers.ipynb #42
+@patch
 def loss(self:NetDenoiser,
     x0:torch.Tensor, # (B, ...) images
     noise:torch.Tensor, # (B, ...) of standard deviation 1
@@ -236,7 +247,7 @@ def loss(self:NetDenoiser,
     c_skip,c_out,pred = self._ask(x, sigma, cond)
     return _mse(pred, (x0 - c_skip*x)/c_out)
 
-# %% ../nbs/03_denoisers.ipynb #45
+# %% ../nbs/03_denoisers.ipynb #48
 class TimeDenoiser(NetDenoiser):
     "A network with a time of its own, for which `t_to_sigma` and `sigma_to_t` have a closed form."
     def __init__(self,
@@ -251,7 +262,7 @@ class TimeDenoiser(NetDenoiser):
         lo,hi = (float(self.t_to_sigma(scale*torch.tensor(t, dtype=torch.float64))) for t in (t_min, t_max))
         super().__init__(net, prediction or self.usual, lo, hi)
 
-# %% ../nbs/03_denoisers.ipynb #47
+# %% ../nbs/03_denoisers.ipynb #50
 class CosineDenoiser(TimeDenoiser):
     "A network for `abar(t) = cos²(pi t/2)`, t in [0, 1]: `sigma = tan(pi t/2)`."
     usual,path = 'eps','vp'
@@ -264,7 +275,7 @@ class FlowDenoiser(TimeDenoiser):
     def sigma_to_t(self, sigma): return self.scale*sigma/(1+sigma)
     def t_to_sigma(self, t): return t/(self.scale-t)
 
-# %% ../nbs/03_denoisers.ipynb #52
+# %% ../nbs/03_denoisers.ipynb #55
 class EDMDenoiser(NetDenoiser):
     "A raw network of Karras et al. (2022, arXiv:2206.00364, table 1, last column)."
     def __init__(self,
@@ -281,7 +292,7 @@ class EDMDenoiser(NetDenoiser):
         d,both = self.sigma_data,(sigma**2+self.sigma_data**2)
         return d**2/both, sigma*d*both**-.5, both**-.5
 
-# %% ../nbs/03_denoisers.ipynb #57
+# %% ../nbs/03_denoisers.ipynb #60
 def scaled_linear(
     n:int=1000, # number of time steps
     start:float=.00085, # first beta
@@ -296,7 +307,7 @@ def abar_to_sigma(
     "Noise level of `abar`: `sqrt((1-abar)/abar)`."
     return ((1-abar)/abar).sqrt()
 
-# %% ../nbs/03_denoisers.ipynb #60
+# %% ../nbs/03_denoisers.ipynb #63
 def make_quantizer(
     sigmas:torch.Tensor, # (n,) noise levels above 0, in any order
 ): # a function from noise levels of any shape to those nearest among `sigmas`
@@ -305,7 +316,7 @@ def make_quantizer(
     between = _between(levels)
     return lambda sigma: _nearest(levels, between, sigma)
 
-# %% ../nbs/03_denoisers.ipynb #61
+# %% ../nbs/03_denoisers.ipynb #64
 def _levels(sigmas):
     "Noise levels in ascending order, in float32 or better."
     s = torch.as_tensor(sigmas)
@@ -322,7 +333,7 @@ def _nearest(levels, between, sigma):
     near = levels.to(sigma.device)[torch.bucketize(wide, between.to(sigma.device))]
     return torch.where(wide > 0, near, wide).to(sigma.dtype if sigma.is_floating_point() else levels.dtype)
 
-# %% ../nbs/03_denoisers.ipynb #66
+# %% ../nbs/03_denoisers.ipynb #69
 class DiscreteDenoiser(NetDenoiser):
     "A network trained on discrete time steps 0 ... n-1, one noise level each."
     path = 'vp'
@@ -342,7 +353,7 @@ class DiscreteDenoiser(NetDenoiser):
     @sigmas.setter
     def sigmas(self, sigmas): self._sigmas,self._between = sigmas,_between(sigmas)
 
-# %% ../nbs/03_denoisers.ipynb #67
+# %% ../nbs/03_denoisers.ipynb #70
 def _levels_of(abar):
     if isinstance(abar, str): raise ValueError(f'alphas_cumprod={abar!r}: allowed are numbers; name the prediction, as in prediction={abar!r}')
     abar = torch.as_tensor(abar).double()
@@ -350,13 +361,13 @@ def _levels_of(abar):
         raise ValueError(f'alphas_cumprod of shape {tuple(abar.shape)}: allowed are numbers in [0, 1) that decrease, one a time step')
     return abar_to_sigma(abar.where(abar > 0, 2**-24))
 
-# %% ../nbs/03_denoisers.ipynb #69
+# %% ../nbs/03_denoisers.ipynb #72
 @patch
 def _apply(self:DiscreteDenoiser, fn, recurse=True):
     self.sigmas = self.sigmas.to(fn(self.sigmas).device)
     return nn.Module._apply(self, fn, recurse)
 
-# %% ../nbs/03_denoisers.ipynb #70
+# %% ../nbs/03_denoisers.ipynb #73
 @patch
 def quantize_sigma(self:DiscreteDenoiser,
     sigma:torch.Tensor, # noise levels, any shape
@@ -364,7 +375,7 @@ def quantize_sigma(self:DiscreteDenoiser,
     "The nearest level in the logarithm; with `quantize=False`, all are allowed. Ties go down, zero stays zero."
     return _nearest(self.sigmas, self._between, sigma) if self.quantize else sigma
 
-# %% ../nbs/03_denoisers.ipynb #71
+# %% ../nbs/03_denoisers.ipynb #74
 @patch
 def sigma_to_t(self:DiscreteDenoiser,
     sigma:torch.Tensor, # noise levels, any shape
@@ -388,7 +399,7 @@ def t_to_sigma(self:DiscreteDenoiser,
     lo,hi = levels[t.floor().long()],levels[t.ceil().long()]
     return lo*(hi/lo)**t.frac()
 
-# %% ../nbs/03_denoisers.ipynb #81
+# %% ../nbs/03_denoisers.ipynb #84
 class Parts(NamedTuple):
     "What a guided denoiser says, and from what: estimates of the image, each (B, ...)."
     pred:torch.Tensor # the guided estimate
@@ -396,7 +407,7 @@ class Parts(NamedTuple):
     neg:torch.Tensor # the negative one
     negs:tuple=() # where there are several, all of them; `neg` is the first
 
-# %% ../nbs/03_denoisers.ipynb #83
+# %% ../nbs/03_denoisers.ipynb #86
 def apply_rule(
     rule, # `rule(neg, pos, w)`; its `space` is 'any', 'x0', or a key of `SCALINGS`
     neg:torch.Tensor, # (B, ...) negative estimate of the image

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Negative', 'Conditions', 'network_of', 'Model', 'patched', 'Term', 'checked_weight', 'weight_at', 'GuidedDenoiser',
-           'check_bound', 'Seen', 'plot_seen']
+           'as_terms', 'check_bound', 'ZeroInit', 'Seen', 'plot_seen']
 
 # %% ../nbs/06_guided.ipynb #3
 import math, sys
@@ -18,13 +18,14 @@ from torch import nn
 from fastcore.basics import patch
 from .schedules import in_interval
 from .transforms import cfg
-from .denoisers import Denoiser, Parts, apply_rule, from_x0, per_sample
+from .denoisers import Denoiser, Parts, apply_rule, from_x0, per_sample, to_x0
 from .karras import check_ladder, on_ladder, split_generator
 
 # %% ../nbs/06_guided.ipynb #7
 class Negative:
     "How a negative estimate is obtained. Everything has a default: a subclass says what is special."
     nfe = 1 # network evaluations a sample: with `inputs`, as many as it asks
+    w = 7.5 # the weight of a `Term` that names none
     net = None # the network, for negatives that change something inside it
     needs_pos = False # is the positive estimate needed for it?
     generator = None # for negatives that draw: a seed, which repeats in each run; a `torch.Generator`, which goes on; or a list of them, one a sample
@@ -125,7 +126,7 @@ def _rows(name, o, n, device):
 
 # %% ../nbs/06_guided.ipynb #21
 class Conditions(Negative):
-    "The same network under another condition (classifier-free guidance, arXiv:2207.12598)."
+    "The same network under another condition (classifier-free guidance, arXiv:2207.12598). Names that are not given are as in the positive."
     def __init__(self,
         cond:dict, # conditions by name: tensors with one row, or one a sample
     ):
@@ -135,9 +136,9 @@ class Conditions(Negative):
         new = copy(self)
         new.cond = {k: v if len(v) == 1 else v[rows] for k,v in self.cond.items()}
         return new
-    def inputs(self, x, sigma, cond): return x, sigma, {k: _rows(k, v, len(x), x.device) for k,v in self.cond.items()}
+    def inputs(self, x, sigma, cond): return x, sigma, {**cond, **{k: _rows(k, v, len(x), x.device) for k,v in self.cond.items()}}
     def check(self, D, x, cond):
-        if cond.keys() != self.cond.keys() or not cond: raise ValueError(f'conditions are {sorted(cond)}, those of the negative {sorted(self.cond)}: allowed are the same names, at least one')
+        if not self.cond or not self.cond.keys() <= cond.keys(): raise ValueError(f'conditions are {sorted(cond)}, those of the negative {sorted(self.cond)}: allowed are names that the positive has, at least one')
         self.inputs(x, None, cond)
 
 # %% ../nbs/06_guided.ipynb #23
@@ -229,12 +230,15 @@ class Term:
     "A negative, how strongly it pushes, by which rule, and at which noise levels."
     def __init__(self,
         neg, # a `Negative`; a dict is one of `Conditions`, a denoiser or another function a `Model`
-        w=7.5, # weight, see the table; 1 is unguided
+        w=None, # weight, see the table; 1 is unguided; None: what is usual for the negative, 7.5 for conditions
         rule=cfg, # `rule(neg, pos, w)`; it is given what its `space` says
         interval:tuple=None, # (lo, hi): guided where lo < sigma <= hi; None: everywhere
+        stop:float=None, # a sample is no longer guided once the cosine of its predictions of the noise is above this (adaptive guidance, arXiv:2312.12487, uses .991); None: never
     ):
         if not callable(rule): raise TypeError(f'rule={rule!r}: allowed are functions of neg, pos and w, such as cfg')
-        self.neg,self.w,self.rule,self.interval = _negative(neg),checked_weight(w),rule,_checked_interval(interval)
+        if stop is not None and (isinstance(stop, bool) or not isinstance(stop, Real) or not -1 <= stop <= 1): raise ValueError(f'stop={stop!r}: allowed are cosines, -1 to 1, or None')
+        self.neg,self.rule,self.interval,self.stop = _negative(neg),rule,_checked_interval(interval),stop
+        self.w = checked_weight(self.neg.w if w is None else w)
 
 # %% ../nbs/06_guided.ipynb #37
 def checked_weight(w, name='w'):
@@ -269,6 +273,7 @@ class _Push(NamedTuple):
     on:list # is the sample guided?
     alone:list # is it the negative that counts, and not the positive?
     def part(self, s): return _Push(self.neg, self.w[s] if torch.is_tensor(self.w) else self.w, self.on[s], self.alone[s])
+    def without(self, stopped): return self._replace(**{k: [a and not b for a,b in zip(getattr(self, k), stopped)] for k in ('on', 'alone')}) if stopped else self
 
 # %% ../nbs/06_guided.ipynb #42
 @patch
@@ -276,11 +281,12 @@ def at(self:Term, sigma, whole):
     "The term at noise levels (B,); with `whole`, weights of 0 and 1 are nothing special."
     n,w = len(sigma),weight_at(self.w, sigma)
     values = w.tolist() if torch.is_tensor(w) else [w]*n
-    on = [True]*n if whole or not (self.rule is cfg or getattr(self.rule, 'unguided_at_1', False)) else [v != 1 for v in values]
+    pos_at,neg_at = (None if whole else getattr(self.rule, o, None) for o in ('pos_at', 'neg_at'))
+    on = [v != pos_at for v in values]
     if self.interval:
         lo,hi = sigma.new_tensor(self.interval).tolist()
         on = [o and in_interval(s, lo, hi) for o,s in zip(on, sigma.tolist())]
-    return _Push(self.neg.at(sigma), w, on, [o and v == 0 and self.rule is cfg and not whole for o,v in zip(on, values)])
+    return _Push(self.neg.at(sigma), w, on, [o and v == neg_at for o,v in zip(on, values)])
 
 # %% ../nbs/06_guided.ipynb #43
 def weight_at(w, sigma, name='w'):
@@ -300,15 +306,15 @@ def _on(self:Term, sigmas):
     "The term with one value a step made a function of sigma."
     if not (isinstance(self.w, (list, tuple)) or torch.is_tensor(self.w) and self.w.ndim == 2): return self
     if sigmas is None: raise ValueError(f'w has one value a step, {len(self.w)} of them: give the ladder of the sampler, as in sigmas=D.get_sigmas_karras({len(self.w)}) (or see on_ladder); one value a sample is given as a tensor')
-    return Term(self.neg, on_ladder(self.w, sigmas), self.rule, self.interval)
+    return Term(self.neg, on_ladder(self.w, sigmas), self.rule, self.interval, self.stop)
 
 # %% ../nbs/06_guided.ipynb #46
 class GuidedDenoiser(Denoiser):
     "A denoiser and terms: `pos + sum_i (rule_i(neg_i, pos, w_i) - pos)`, again a denoiser."
     def __init__(self,
         inner_model, # the denoiser, `D(x, sigma, **cond) -> x0`
-        *terms, # a `Term` each; a single one may be given as its negative, with `w`, `rule` and `interval` by name
-        w=None, rule=None, interval=None, # of a single term, see `Term`
+        *terms, # a `Term` each; a single one may be given as its negative, with `w`, `rule`, `interval` and `stop` by name
+        w=None, rule=None, interval=None, stop=None, # of a single term, see `Term`
         last=None, # a rule for the sum of all terms, such as `base_norm`
         sigmas=None, # (n+1,) the ladder on which weights with one value a step are meant
         max_batch:int=None, # rows in a forward of the network, at most; None: as many as there are
@@ -316,19 +322,21 @@ class GuidedDenoiser(Denoiser):
         super().__init__(inner_model)
         if last is not None and not callable(last): raise TypeError(f'last={last!r}: allowed are rules, such as base_norm')
         if max_batch is not None and not (isinstance(max_batch, Integral) and max_batch >= 1): raise ValueError(f'max_batch={max_batch!r}: allowed are whole numbers from 1')
-        self.terms = [t._on(sigmas) for t in _terms(terms, dict(w=w, rule=rule, interval=interval))]
+        self.terms = [t._on(sigmas) for t in as_terms(terms, dict(w=w, rule=rule, interval=interval, stop=stop))]
         self.last,self.max_batch,self._ladder,self._record = last,max_batch,None if sigmas is None else check_ladder(sigmas),None
         self.reset()
     def forward(self, x, sigma, **cond): return self._guided(x, sigma, cond, False).pred
 
 # %% ../nbs/06_guided.ipynb #47
-def _terms(terms, given):
-    "Terms, of which a single one may be a negative and what is given for it."
+def as_terms(
+    terms, # a `Term`, or a negative, each
+    given:dict, # what is given for a single one, by the names that `Term` has; None: not given
+)->list: # of `Term`
+    "Terms from terms and negatives; a negative alone may have weight, rule and so on beside it."
     given = {k: v for k,v in given.items() if v is not None}
-    if len(terms) == 1 and not isinstance(terms[0], Term): return [Term(terms[0], **given)]
-    if given: raise TypeError(f'{", ".join(given)}: allowed for a single negative; a Term has its own')
-    if not terms or not all(isinstance(t, Term) for t in terms): raise TypeError(f'terms are {", ".join(type(t).__name__ for t in terms) or "none"}: allowed are one negative with w=, rule= and interval= by name, or Term(neg, w, rule, interval), one or more')
-    return terms
+    if given and not (len(terms) == 1 and not isinstance(terms[0], Term)): raise TypeError(f'{", ".join(given)}: allowed for a single negative; a Term has its own')
+    if not terms: raise TypeError('terms are none: allowed is one negative or more, or Term(neg, w, rule, interval, stop)')
+    return [t if isinstance(t, Term) else Term(t, **given) for t in terms]
 
 # %% ../nbs/06_guided.ipynb #49
 class _Ask(NamedTuple):
@@ -386,7 +394,7 @@ def _filled(rows, y, other):
 @patch
 def _pushes(self:GuidedDenoiser, sigma, whole):
     "The terms at one evaluation. All positives count but those of a single `cfg` with `w = 0` whose negative needs none."
-    pushes,neg = [t.at(sigma, whole) for t in self.terms],self.terms[0].neg
+    pushes,neg = [t.at(sigma, whole).without(self._run.stopped.get(i)) for i,t in enumerate(self.terms)],self.terms[0].neg
     if len(pushes) == 1 and not (self.last or neg.needs_pos or _overrides(neg, 'watch')): return pushes
     return [p._replace(alone=[False]*len(p.on)) for p in pushes]
 
@@ -396,8 +404,9 @@ def _drawn(self:GuidedDenoiser, neg, i, rows):
     "The negative of term `i` for samples `rows` of the batch, ready to be asked."
     neg = neg.take(rows)
     if _overrides(neg, 'draw'):
-        if i not in self._generators: self._generators[i] = _own(split_generator(neg.generator, len(self.nfe_per_sample)), i)
-        neg.draw(self._generators[i][rows] if isinstance(rows, slice) else [self._generators[i][j] for j in rows])
+        mine = self._run.generators
+        if i not in mine: mine[i] = _own(split_generator(neg.generator, len(self.nfe_per_sample)), i)
+        neg.draw(mine[i][rows] if isinstance(rows, slice) else [mine[i][j] for j in rows])
     return neg
 
 # %% ../nbs/06_guided.ipynb #58
@@ -424,53 +433,85 @@ def _estimates(self:GuidedDenoiser, ask, pushes, first):
     full = [_filled(r, negs.get(i), some) for i,r in enumerate(N)]
     return _filled(P, pos, full[0]), full
 
-# %% ../nbs/06_guided.ipynb #60
-def _ruled(term, push, neg, pos, x, sigma):
-    "What a term makes of the positive: that itself where the term is off."
-    if not any(push.on): return pos
-    return _mixed(push.on, apply_rule(term.rule, neg, pos, push.w, x, sigma), pos)
-
+# %% ../nbs/06_guided.ipynb #61
 def _mixed(on, a, b):
     "`a` where `on`, else `b`."
     return a if all(on) else torch.where(torch.tensor(on, device=a.device).view(-1, *(1,)*(a.ndim-1)), a, b)
 
-# %% ../nbs/06_guided.ipynb #61
+# %% ../nbs/06_guided.ipynb #62
+def _remembering(rule, on, states, key):
+    "A rule as a function of neg, pos and w alone: its state is `states[key]`, one row a sample."
+    if not getattr(rule, 'stateful', False): return rule
+    def once(neg, pos, w):
+        pred,new = rule(neg, pos, w, old := states.get(key))
+        states[key] = None if new is None else _mixed(on, new.detach(), torch.zeros_like(new) if old is None else old)
+        return pred
+    once.space = rule.space
+    return once
+
+# %% ../nbs/06_guided.ipynb #63
+@patch
+def _ruled(self:GuidedDenoiser, rule, on, key, neg, pos, w, x, sigma):
+    "What a rule makes of the positive: that itself where it is off."
+    if not any(on): return pos
+    return _mixed(on, apply_rule(_remembering(rule, on, self._run.states, key), neg, pos, w, x, sigma), pos)
+
+# %% ../nbs/06_guided.ipynb #64
 @patch
 def _sum(self:GuidedDenoiser, pos, negs, pushes, x, sigma):
     "The guided estimate."
     wide = torch.promote_types(x.dtype, torch.float32)
     x,pos,*negs = (o.to(wide) for o in (x, pos, *negs))
-    preds = [_ruled(*o, pos, x, sigma) for o in zip(self.terms, pushes, negs)]
+    preds = [self._ruled(t.rule, p.on, i, neg, pos, p.w, x, sigma) for i,(t,p,neg) in enumerate(zip(self.terms, pushes, negs))]
     if len(preds) == 1 and not self.last: return preds[0]
     delta = sum(p-pos for p in preds)
     if not self.last: return pos+delta
-    return _mixed([any(o) for o in zip(*(p.on for p in pushes))], apply_rule(self.last, pos-delta, pos, 2., x, sigma), pos)
+    return self._ruled(self.last, [any(o) for o in zip(*(p.on for p in pushes))], 'last', pos-delta, pos, 2., x, sigma)
 
-# %% ../nbs/06_guided.ipynb #62
+# %% ../nbs/06_guided.ipynb #66
+def _as_noise(x, sigma, *estimates):
+    "Estimates of the image as predictions of the noise, (B, ...) flat, in float32 or better."
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return [from_x0(o.detach().to(wide), x.to(wide), sigma, 'eps').flatten(1) for o in estimates]
+
+# %% ../nbs/06_guided.ipynb #67
+@patch
+def _stop(self:GuidedDenoiser, pos, negs, pushes, x, sigma):
+    "Note which samples are no longer guided by which term."
+    for i,(t,p) in enumerate(zip(self.terms, pushes)):
+        if t.stop is None or not any(p.on): continue
+        agree = torch.cosine_similarity(*_as_noise(x, sigma, pos, negs[i])) > t.stop
+        before = self._run.stopped.get(i, [False]*len(x))
+        self._run.stopped[i] = [b or o and not a and c for b,o,a,c in zip(before, p.on, p.alone, agree.tolist())]
+
+# %% ../nbs/06_guided.ipynb #68
 @patch
 def _guided(self:GuidedDenoiser, x, sigma, cond, whole):
-    "All that is known of the estimate, a micro-batch at a time."
+    "All that is known of the estimate: the network is asked a micro-batch at a time."
     sigma,n = per_sample(sigma, x),len(x)
     cond = {k: _rows(k, v, n, x.device) for k,v in cond.items()}
     self._check(x, cond)
     if n != len(self.nfe_per_sample): self._samples(n)
     before,pushes = self.nfe_per_sample.clone(),self._pushes(sigma, whole)
-    rows = 1+sum(t.neg.nfe for t in self.terms if _overrides(t.neg, 'inputs'))
-    size = max(1, self.max_batch//rows) if self.max_batch else max(1, n)
-    parts = [self._part(_Ask(x, sigma, cond), pushes, slice(i, i+size)) for i in range(0, max(1, n), size)]
-    out = parts[0] if len(parts) == 1 else Parts(*(torch.cat(o) for o in zip(*(p[:3] for p in parts))), tuple(torch.cat(o) for o in zip(*(p.negs for p in parts))))
+    pos,negs = self._asked(_Ask(x, sigma, cond), pushes)
+    out = Parts(self._sum(pos, negs, pushes, x, sigma).to(x.dtype), pos, negs[0], negs)
+    self._stop(pos, negs, pushes, x, sigma)
     self._spent = self.nfe_per_sample-before
     if self._record: self._record(out, pushes, x, sigma)
     return out
 
-# %% ../nbs/06_guided.ipynb #63
+# %% ../nbs/06_guided.ipynb #69
 @patch
-def _part(self:GuidedDenoiser, ask, pushes, s):
-    ask,pushes = ask.take(s),[p.part(s) for p in pushes]
-    pos,negs = self._estimates(ask, pushes, s.start)
-    return Parts(self._sum(pos, negs, pushes, ask.x, ask.sigma).to(ask.x.dtype), pos, negs[0], tuple(negs))
+def _asked(self:GuidedDenoiser, ask, pushes):
+    "The positive and the negatives of all samples."
+    rows,n = 1+sum(t.neg.nfe for t in self.terms if _overrides(t.neg, 'inputs')),len(ask.x)
+    size = max(1, self.max_batch//rows) if self.max_batch else max(1, n)
+    spans = [slice(i, i+size) for i in range(0, max(1, n), size)]
+    pos,negs = zip(*(self._estimates(ask.take(s), [p.part(s) for p in pushes], s.start) for s in spans))
+    def joined(os): return os[0] if len(os) == 1 else torch.cat(os)
+    return joined(pos), tuple(joined(o) for o in zip(*negs))
 
-# %% ../nbs/06_guided.ipynb #65
+# %% ../nbs/06_guided.ipynb #71
 @patch
 def parts(self:GuidedDenoiser,
     x:torch.Tensor, # (B, ...) images with noise
@@ -480,14 +521,22 @@ def parts(self:GuidedDenoiser,
     "The guided, the positive and the negative estimates."
     return self._guided(x, sigma, cond, True)
 
-# %% ../nbs/06_guided.ipynb #67
+# %% ../nbs/06_guided.ipynb #73
+class _Run(NamedTuple):
+    "What is kept of a run for a number of samples."
+    count:torch.Tensor # network evaluations, (B,)
+    generators:dict # of the terms that draw
+    states:dict # of the rules that remember
+    stopped:dict # by term: samples that are no longer guided
+
+# %% ../nbs/06_guided.ipynb #74
 @patch
 def reset(self:GuidedDenoiser):
     "A new run, and a total of 0."
     self._total,self._spent = 0,1
     self._start(0)
 
-# %% ../nbs/06_guided.ipynb #68
+# %% ../nbs/06_guided.ipynb #75
 @patch
 def _start(self:GuidedDenoiser, n):
     self._runs,self._checked = {},None
@@ -495,18 +544,23 @@ def _start(self:GuidedDenoiser, n):
 
 @patch
 def _samples(self:GuidedDenoiser, n):
-    "Count, and draw, for n samples: counts that also go on where inference_mode ended."
+    "Count, draw and remember for n samples: counts that also go on where inference_mode ended."
     if n not in self._runs:
-        with torch.inference_mode(False): self._runs[n] = torch.zeros(n, dtype=torch.long),{}
-    self.nfe_per_sample,self._generators = self._runs[n]
+        with torch.inference_mode(False): self._runs[n] = _Run(torch.zeros(n, dtype=torch.long), {}, {}, {})
+    self._run = self._runs[n]
 
-# %% ../nbs/06_guided.ipynb #69
+@patch(as_prop=True)
+def nfe_per_sample(self:GuidedDenoiser)->torch.Tensor: # (B,)
+    "Network evaluations of each sample in the current run."
+    return self._run.count
+
+# %% ../nbs/06_guided.ipynb #76
 @patch(as_prop=True)
 def nfe(self:GuidedDenoiser)->int:
     "Network evaluations since `reset()`, rows of all forwards together; those of the current run are `nfe_per_sample`, (B,). A model that is guided itself counts as a negative with all that it evaluates, as `inner_model` as one."
-    return self._total + sum(int(o.sum()) for o,_ in self._runs.values())
+    return self._total + sum(int(o.count.sum()) for o in self._runs.values())
 
-# %% ../nbs/06_guided.ipynb #71
+# %% ../nbs/06_guided.ipynb #78
 @patch
 def check_ladder(self:GuidedDenoiser,
     sigmas, # (n+1,) the noise levels that a sampler is going to walk
@@ -518,20 +572,20 @@ def check_ladder(self:GuidedDenoiser,
     self._total = self.nfe
     self._start(len(self.nfe_per_sample))
 
-# %% ../nbs/06_guided.ipynb #72
+# %% ../nbs/06_guided.ipynb #79
 def check_bound(name, ladder, sigmas):
     "An error if weights are bound to another ladder (None: to none) than that of the sampler."
     levels = check_ladder(sigmas)
     if ladder is not None and not _part_of(levels, ladder):
         raise ValueError(f'sigmas: the sampler walks {len(levels)-1} steps from {levels[0]:.6g} to {levels[-1]:.6g}, but {name} is bound to a ladder of {len(ladder)-1} steps from {ladder[0]:.6g} to {ladder[-1]:.6g}; allowed are consecutive levels of it')
 
-# %% ../nbs/06_guided.ipynb #73
+# %% ../nbs/06_guided.ipynb #80
 def _part_of(levels, ladder):
     "Are the levels consecutive ones of the ladder?"
     i = min(range(len(ladder)), key=lambda i: abs(ladder[i]-levels[0]))
     return len(ladder)-i >= len(levels) and all(math.isclose(a, b, rel_tol=1e-4) for a,b in zip(levels, ladder[i:]))
 
-# %% ../nbs/06_guided.ipynb #74
+# %% ../nbs/06_guided.ipynb #81
 @patch
 def _check(self:GuidedDenoiser, x, cond):
     "Ask all negatives whether they can be had, once for each shape of what comes."
@@ -540,7 +594,25 @@ def _check(self:GuidedDenoiser, x, cond):
     for t in self.terms: t.neg.check(self.inner_model, x, cond)
     self._checked = what
 
-# %% ../nbs/06_guided.ipynb #112
+# %% ../nbs/06_guided.ipynb #131
+class ZeroInit(Denoiser):
+    "A denoiser of a flow model that stands still in the first steps (CFG-Zero*, arXiv:2503.18886): velocity 0, without an evaluation."
+    def __init__(self,
+        inner_model, # the denoiser of a flow model, guided or not
+        sigmas, # (n+1,) the ladder of the sampler
+        steps:int=1, # how many steps; the paper takes 4 % of them
+    ):
+        super().__init__(inner_model)
+        levels = check_ladder(sigmas)
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or not 0 <= steps < len(levels): raise ValueError(f'steps={steps!r}: allowed are whole numbers from 0 to {len(levels)-1}, the steps of the ladder')
+        if getattr(self, 'prediction', None) != 'flow': raise ValueError(f"inner_model predicts {getattr(self, 'prediction', 'something unknown')!r}; allowed are models whose prediction is 'flow', such as FlowDenoiser")
+        self.above = math.inf if steps == 0 else (levels[steps-1]*levels[steps])**.5
+    def forward(self, x, sigma, **cond):
+        still = per_sample(sigma, x) > self.above
+        if still.all(): return to_x0(torch.zeros_like(x), x, sigma, 'flow')
+        return _mixed((~still).tolist(), self.inner_model(x, sigma, **cond), to_x0(torch.zeros_like(x), x, sigma, 'flow'))
+
+# %% ../nbs/06_guided.ipynb #137
 class Seen(NamedTuple):
     "One evaluation of a guided denoiser, (B,) each; nan where one of the two was not evaluated, or (the scale) they are equal to rounding."
     sigma:torch.Tensor # noise levels
@@ -548,31 +620,30 @@ class Seen(NamedTuple):
     cosine:torch.Tensor # of positive and negative, as predictions of the noise
     ratio:torch.Tensor # |pos-neg| / |neg|, as predictions of the noise
 
-# %% ../nbs/06_guided.ipynb #113
+# %% ../nbs/06_guided.ipynb #138
 def _seen(parts, pushes, i, x, sigma):
     push,neg = pushes[i],parts.negs[i]
     moved = [any(o) for o in zip(*(p.on for p in pushes))]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    pred,pos,neg = (o.detach().to(wide) for o in (parts.pred, parts.pos, neg))
-    apart = (pos-neg).flatten(1).norm(dim=1) > 4*torch.finfo(x.dtype).eps*neg.flatten(1).norm(dim=1)
-    pred,pos,neg = (from_x0(o, x.to(wide), sigma, 'eps').flatten(1) for o in (pred, pos, neg))
+    apart = (parts.pos-neg).float().flatten(1).norm(dim=1) > 4*torch.finfo(x.dtype).eps*neg.float().flatten(1).norm(dim=1)
+    pred,pos,neg = _as_noise(x, sigma, parts.pred, parts.pos, neg)
     d = pos-neg
     both = torch.tensor([o and not a for o,a in zip(push.on, push.alone)], device=x.device)
-    one = torch.tensor([0. if a else math.nan if m else 1. for a,m in zip(push.alone, moved)], device=x.device).to(wide)
+    one = torch.tensor([0. if a else math.nan if m else 1. for a,m in zip(push.alone, moved)], device=x.device).to(pred)
     size = d.norm(dim=1)
     def known(o): return o.where(both, math.nan)
     scale = (((pred-neg)*d).sum(1)/size**2).where(apart, math.nan)
     return Seen(sigma, scale.where(both, one), known(torch.cosine_similarity(pos, neg)), known(size/neg.norm(dim=1)))
 
-# %% ../nbs/06_guided.ipynb #114
+# %% ../nbs/06_guided.ipynb #139
 @patch
 @contextmanager
 def watch(self:GuidedDenoiser,
     term:int=0, # whose negative is looked at
+    seen:list=None, # where what is seen is put; None: a new list
 ): # gives a list that gets a `Seen` at each evaluation
     "See what happens inside: `with G.watch() as seen: ...`"
     if not 0 <= term < len(self.terms): raise IndexError(f'term={term}: there are {len(self.terms)}, from 0')
-    seen,before = [],self._record
+    seen,before = [] if seen is None else seen,self._record
     def record(parts, pushes, x, sigma):
         seen.append(_seen(parts, pushes, term, x, sigma))
         if before: before(parts, pushes, x, sigma)
@@ -580,7 +651,7 @@ def watch(self:GuidedDenoiser,
     try: yield seen
     finally: self._record = before
 
-# %% ../nbs/06_guided.ipynb #116
+# %% ../nbs/06_guided.ipynb #141
 def plot_seen(
     seen:list, # of `Seen`, as `GuidedDenoiser.watch` gives
     axs=None, # three matplotlib axes; None: new ones

@@ -12,7 +12,7 @@ NBS = [p for p in sorted((ROOT/'nbs').rglob('[!_.]*.ipynb')) if '.ipynb_checkpoi
 MODULES = sorted(p.stem for p in (ROOT/'cf_guidance').glob('[!_]*.py'))
 
 # one thread a process (there is a process a core), and no network: what needs it has the flag `net`
-ENV = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=str(ROOT))
+ENV = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]))
 
 def pytest_addoption(parser):
     parser.addoption('--flags', default='', help='notebook cells to run although settings.ini skips their flag, e.g. "slow net"')

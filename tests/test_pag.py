@@ -81,7 +81,7 @@ def test_pag_adaptive():
     close(sample(G, noise_of(D)/scale, sigmas, euler, cond=D.cond(PROMPTS)), want)
 
 def sag_pipe(pipe):
-    from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag import StableDiffusionSAGPipeline
+    from diffusers import StableDiffusionSAGPipeline
     heads = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.heads
     assert pipe.unet.config.attention_head_dim == heads
     return stock(StableDiffusionSAGPipeline, pipe)
@@ -101,7 +101,7 @@ def test_sag(make, cfg):
 
 def test_seg_guider_of_diffusers():
     "Its third pass is never perturbed: the condition under which it puts its hooks in place cannot come true"
-    from diffusers.guiders import SmoothedEnergyGuidance
+    SmoothedEnergyGuidance = pytest.importorskip('diffusers.guiders').SmoothedEnergyGuidance
     from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceConfig
     pipe = pixart(ddim())
     D,net = pipeline_denoiser(pipe),pipe.transformer
