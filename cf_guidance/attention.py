@@ -7,20 +7,20 @@ __all__ = ['KINDS', 'IMAGE', 'SECOND', 'ADAPTERS', 'RETURNS', 'Layers', 'find_la
            'gaussian_blur', 'blurred', 'skip', 'permuted', 'Prefix', 'Surgery', 'PAG', 'SEG', 'SLG', 'TPG', 'SAG']
 
 # %% ../nbs/08_attention.ipynb #3
-import inspect, math, re, sys
+import inspect, math, re
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from fnmatch import fnmatchcase
 from functools import partial
 from numbers import Integral, Real
-from threading import RLock, get_ident, local
+from threading import local
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from fastcore.basics import patch
-from .guided import Conditions, Negative, network_of
+from .guided import Conditions, Negative, _uncompiled, network_of, patched
 from .karras import split_generator
 
 # %% ../nbs/08_attention.ipynb #10
@@ -81,84 +81,26 @@ def find_layers(
     if not chosen: raise ValueError(f'layers={layers!r}: allowed is at least one layer')
     return Layers(net, chosen, kind)
 
-# %% ../nbs/08_attention.ipynb #31
-class _Forward:
-    "In the place of a module's `forward`: the same, with changes around it."
-    def __init__(self, m): self.own,self.forward,self.wraps = m.__dict__.get('forward'),m.forward,[]
-    def __call__(self, *args, **kwargs):
-        forward,me = self.forward,get_ident()
-        for thread,wrap in tuple(self.wraps):
-            if thread == me: forward = wrap(forward)
-        return forward(*args, **kwargs)
-
 # %% ../nbs/08_attention.ipynb #32
-_lock = RLock()
-
-def _put_on(m, wrap):
-    with _lock:
-        if not isinstance(m.__dict__.get('forward'), _Forward): m.forward = _Forward(m)
-        m.forward.wraps.append((get_ident(), wrap))
-        return m, m.forward, m.forward.wraps[-1]
-
-# %% ../nbs/08_attention.ipynb #33
-def _take_off(m, forward, wrap):
-    with _lock:
-        forward.wraps.remove(wrap)
-        if forward.wraps or m.__dict__.get('forward') is not forward: return
-        if forward.own is None: del m.forward
-        else: m.forward = forward.own
-
-# %% ../nbs/08_attention.ipynb #35
-_stances = []
-
-_INSIDE = 'layers are changed in a function that torch.compile has compiled; allowed is to compile the network, and not what guides it'
-
-def _stance():
-    if torch.compiler.is_compiling(): raise RuntimeError(_INSIDE)
-    try: return torch.compiler.set_stance('force_eager')
-    except RuntimeError as e: raise RuntimeError(_INSIDE) from e
-
-# %% ../nbs/08_attention.ipynb #36
-@contextmanager
-def _uncompiled():
-    "In it, what was compiled runs as plain Python."
-    if 'torch._dynamo' not in sys.modules or not hasattr(torch.compiler, 'set_stance'): return (yield)
-    with _lock: _stances.append(_stances[0] if _stances else _stance())
-    try: yield
-    finally:
-        with _lock:
-            stance = _stances.pop()
-            if not _stances: stance.__exit__(None, None, None)
-
-# %% ../nbs/08_attention.ipynb #37
-@contextmanager
-def _patched(wraps):
-    "The `forward` of modules wrapped, each by a function of it; as before afterwards."
-    with ExitStack() as stack:
-        stack.enter_context(_uncompiled())
-        for m,wrap in wraps: stack.callback(_take_off, *_put_on(m, wrap))
-        yield
-
-# %% ../nbs/08_attention.ipynb #39
 def _operable(net):
     "An error if it cannot be changed now."
     with _uncompiled(): pass
     if torch.is_grad_enabled() and getattr(net, 'is_gradient_checkpointing', False): raise RuntimeError('net has gradient checkpointing on, which runs layers again when they are no longer changed; allowed are torch.no_grad(), or net.disable_gradient_checkpointing()')
 
-# %% ../nbs/08_attention.ipynb #42
+# %% ../nbs/08_attention.ipynb #35
 def _many_heads(attend, q, k, v, dim, heads, w, b, bias_k, bias_v, zeros, p, w_out, b_out, training=True, **kw):
     bad = [n for n in ('key_padding_mask', 'attn_mask', 'q_proj_weight') if kw.get(n) is not None] + ['bias_k']*(bias_k is not None) + ['add_zero_attn']*bool(zeros)
     if bad or q is not k or k is not v: raise ValueError(f'nn.MultiheadAttention with {", ".join(bad) or "different query, key and value"}: allowed is plain self-attention')
     q,k,v = (o.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for o in F.linear(q, w, b).chunk(3, -1))
     return F.linear(attend(q, k, v).permute(2, 0, 1, 3).flatten(2), w_out, b_out), None
 
-# %% ../nbs/08_attention.ipynb #43
+# %% ../nbs/08_attention.ipynb #36
 class _Open(local):
     "The gates of a thread."
     def __init__(self): self.gates = []
 _open = _Open()
 
-# %% ../nbs/08_attention.ipynb #44
+# %% ../nbs/08_attention.ipynb #37
 class _Gate(TorchFunctionMode):
     "While it is open, `attend` answers for `scaled_dot_product_attention`."
     def __init__(self, attend):
@@ -172,7 +114,7 @@ class _Gate(TorchFunctionMode):
         for g in _open.gates: g.calls += 1
         return answer(*args, **(kwargs or {}))
 
-# %% ../nbs/08_attention.ipynb #46
+# %% ../nbs/08_attention.ipynb #39
 @contextmanager
 def _unfused(m):
     "Torch's own encoder layers have a fused kernel that passes by their attention, but not if it has a hook."
@@ -181,17 +123,17 @@ def _unfused(m):
     try: yield
     finally: hook.remove()
 
-# %% ../nbs/08_attention.ipynb #49
+# %% ../nbs/08_attention.ipynb #42
 def _first(args, kwargs):
     "What a module is given first."
     return args[0] if args else kwargs['hidden_states'] if 'hidden_states' in kwargs else next((o for o in kwargs.values() if torch.is_tensor(o)), None)
 
-# %% ../nbs/08_attention.ipynb #50
+# %% ../nbs/08_attention.ipynb #43
 def _with_first(new, args, kwargs):
     old = _first(args, kwargs)
     return ((new, *args[1:]), kwargs) if args else (args, {k: new if v is old else v for k,v in kwargs.items()})
 
-# %% ../nbs/08_attention.ipynb #51
+# %% ../nbs/08_attention.ipynb #44
 class _Seen:
     "What modules are given in the current pass."
     def __init__(self, layers, tokens=None): self.layers,self.tokens,self.first,self.ids,self.runs = layers,tokens,{},None,0
@@ -207,10 +149,10 @@ class _Seen:
             return seen
         return wrap
 
-# %% ../nbs/08_attention.ipynb #53
+# %% ../nbs/08_attention.ipynb #46
 IMAGE = dict(SD3Transformer2DModel='first', FluxTransformer2DModel='last')
 
-# %% ../nbs/08_attention.ipynb #54
+# %% ../nbs/08_attention.ipynb #47
 def _image(seen, name, n):
     "Which of `n` tokens are the image's, as a slice."
     if seen.tokens is not None: return seen.tokens(n)[0]
@@ -222,7 +164,7 @@ def _image(seen, name, n):
     count = given.shape[1] if given.ndim == 3 else (given.shape[-2]//p)*(given.shape[-1]//p)
     return slice(0, count) if side == 'first' else slice(n-count, n)
 
-# %% ../nbs/08_attention.ipynb #55
+# %% ../nbs/08_attention.ipynb #48
 def _grid(seen, name, n):
     "Height and width of the image in tokens."
     if seen.tokens is not None: return seen.tokens(n)[1]
@@ -237,7 +179,7 @@ def _grid(seen, name, n):
     if math.prod(size) == count: return size
     raise ValueError(f'{name}: which rectangle {count} tokens form is not known; say so with tokens')
 
-# %% ../nbs/08_attention.ipynb #57
+# %% ../nbs/08_attention.ipynb #50
 class Site:
     "What a change may ask about the layer that it is in."
     rows,attend,other = None,None,None
@@ -253,7 +195,7 @@ class Site:
         "The rectangle that the image's tokens form."
         return _grid(self.seen, self.name, n)
 
-# %% ../nbs/08_attention.ipynb #59
+# %% ../nbs/08_attention.ipynb #52
 SECOND = 'encoder_hidden_states','context','memory','key'
 
 def _other(m, args, kwargs):
@@ -262,7 +204,7 @@ def _other(m, args, kwargs):
     except TypeError: return None
     return next((o for n in SECOND if torch.is_tensor(o := {**given, **given.get('kwargs', {})}.get(n)) and o is not _first(args, kwargs)), None)
 
-# %% ../nbs/08_attention.ipynb #60
+# %% ../nbs/08_attention.ipynb #53
 @patch
 def own(self:Site,
     q:torch.Tensor, # (..., N, features) queries
@@ -274,21 +216,21 @@ def own(self:Site,
         raise ValueError(f'{self.name}: {n} tokens attend to {k.shape[-2]} tokens of another sequence; allowed is self-attention')
     return self.image(n)
 
-# %% ../nbs/08_attention.ipynb #62
+# %% ../nbs/08_attention.ipynb #55
 def _picked(rows, n):
     try: return torch.arange(n)[rows if isinstance(rows, slice) else torch.as_tensor(rows).cpu()]
     except (IndexError, TypeError, ValueError, RuntimeError): raise ValueError(f'rows={rows!r}: allowed are a slice, numbers of rows, or one bool a row, for {n} rows') from None
 
-# %% ../nbs/08_attention.ipynb #63
+# %% ../nbs/08_attention.ipynb #56
 def _put(all, rows, some):
     return some if rows is None else tree_map(lambda a, s: a.index_copy(0, rows.to(a.device), s) if torch.is_tensor(a) else a, all, some)
 
-# %% ../nbs/08_attention.ipynb #64
+# %% ../nbs/08_attention.ipynb #57
 def _and(mask, allowed):
     if mask is None or allowed is None: return allowed if mask is None else mask
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)
 
-# %% ../nbs/08_attention.ipynb #65
+# %% ../nbs/08_attention.ipynb #58
 def _attend(change, rows, site):
     "What answers for attention."
     def attend(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, *, scale=None, **kw):
@@ -303,10 +245,10 @@ def _attend(change, rows, site):
         return plain(query, key, value) if some is None else some if rows is None else _put(plain(query, key, value), site.rows, some.to(value.dtype))
     return attend
 
-# %% ../nbs/08_attention.ipynb #67
+# %% ../nbs/08_attention.ipynb #60
 ADAPTERS = {}
 
-# %% ../nbs/08_attention.ipynb #68
+# %% ../nbs/08_attention.ipynb #61
 def _attention_wrap(name, m, change, rows, seen, ran):
     def wrap(forward):
         adapter,site = ADAPTERS.get(type(m)),Site(name, seen)
@@ -321,7 +263,7 @@ def _attention_wrap(name, m, change, rows, seen, ran):
         return changed
     return wrap
 
-# %% ../nbs/08_attention.ipynb #70
+# %% ../nbs/08_attention.ipynb #63
 RETURNS = dict.fromkeys(('JointTransformerBlock', 'FluxTransformerBlock', 'FluxSingleTransformerBlock'), ('encoder_hidden_states', 'hidden_states'))
 
 def _skipped(m, args, kwargs):
@@ -330,7 +272,7 @@ def _skipped(m, args, kwargs):
     given = inspect.signature(type(m).forward).bind(m, *args, **kwargs).arguments if names else {}
     return tuple(given[n] for n in names) if names and all(n in given for n in names) else _first(args, kwargs)
 
-# %% ../nbs/08_attention.ipynb #71
+# %% ../nbs/08_attention.ipynb #64
 def _block_wrap(name, m, change, rows, seen, ran):
     def wrap(forward):
         site = Site(name, seen)
@@ -345,7 +287,7 @@ def _block_wrap(name, m, change, rows, seen, ran):
         return changed
     return wrap
 
-# %% ../nbs/08_attention.ipynb #73
+# %% ../nbs/08_attention.ipynb #66
 @contextmanager
 def perturbed(
     net, # a network, or a denoiser that has one inside
@@ -361,11 +303,11 @@ def perturbed(
     seen,wrap = _Seen(layers, tokens),dict(attention=_attention_wrap, block=_block_wrap)[kind]
     with ExitStack() as stack:
         for m in layers.values(): stack.enter_context(_unfused(m))
-        stack.enter_context(_patched([(m, wrap(n, m, change, rows, seen, ran)) for n,m in layers.items()] + seen.wraps()))
+        stack.enter_context(patched([(m, wrap(n, m, change, rows, seen, ran)) for n,m in layers.items()] + seen.wraps()))
         yield layers
     if seen.runs and (left := [n for n in layers if n not in ran]): raise RuntimeError(f'{", ".join(left)}: did not run, or ran where it could not be changed')
 
-# %% ../nbs/08_attention.ipynb #77
+# %% ../nbs/08_attention.ipynb #70
 def identity(q, k, v, site):
     "Each token of the image attends only to itself, and to what is not image (PAG, arXiv:2403.17377)."
     n,img = q.shape[-2],site.own(q, k)
@@ -374,7 +316,7 @@ def identity(q, k, v, site):
     allowed[img,img] = torch.eye(img.stop-img.start, dtype=torch.bool, device=q.device)
     return site.attend(q, k, v, allowed)
 
-# %% ../nbs/08_attention.ipynb #84
+# %% ../nbs/08_attention.ipynb #77
 def _blur_matrix(n, sigma, kernel, like):
     "(n, n): what each of `n` pixels in a row gets from each."
     if sigma > 9999: return torch.full((n, n), 1/n, **like)
@@ -383,7 +325,7 @@ def _blur_matrix(n, sigma, kernel, like):
     w = torch.exp(-.5*((torch.arange(k, **like)-k//2)/sigma)**2)
     return F.pad(torch.eye(n, **like)[None], (k//2,)*2, mode='reflect')[0].unfold(-1, k, 1)@(w/w.sum())
 
-# %% ../nbs/08_attention.ipynb #85
+# %% ../nbs/08_attention.ipynb #78
 def gaussian_blur(
     x:torch.Tensor, # (..., H, W)
     sigma:float, # standard deviation of the blur, in pixels: 0 is none, above 9999 is the mean
@@ -397,7 +339,7 @@ def gaussian_blur(
     for d in dims: wide = (wide.movedim(d, -1)@_blur_matrix(x.shape[d], sigma, kernel, dict(device=x.device, dtype=wide.dtype))).movedim(-1, d)
     return wide.to(x.dtype)
 
-# %% ../nbs/08_attention.ipynb #92
+# %% ../nbs/08_attention.ipynb #85
 def blurred(
     sigma:float, # standard deviation of the blur, in tokens: 0 is plain attention, above 9999 all ask the mean question
 ):
@@ -413,13 +355,13 @@ def blurred(
         return site.attend(torch.cat([q, soft], -1), torch.cat([k*(1-seen), k*seen], -1), v, scale=site.scale)
     return change
 
-# %% ../nbs/08_attention.ipynb #96
+# %% ../nbs/08_attention.ipynb #89
 def skip(x, run, site):
     "The block gives back what it is given (SLG, Stable Diffusion 3.5)."
     return site.skipped if site.rows is None else _put(run(x), site.rows, tree_map(lambda o: o[site.rows.to(o.device)], site.skipped))
 skip.kind = 'block'
 
-# %% ../nbs/08_attention.ipynb #97
+# %% ../nbs/08_attention.ipynb #90
 def permuted(
     generators:list, # a `torch.Generator` for each changed row; each layer draws from it
 ):
@@ -434,38 +376,38 @@ def permuted(
     change.kind = 'block'
     return change
 
-# %% ../nbs/08_attention.ipynb #104
+# %% ../nbs/08_attention.ipynb #97
 def _called(m):
     "Children that are called: of lists, their items."
     for c in m.children():
         if isinstance(c, (nn.ModuleList, nn.ModuleDict)): yield from _called(c)
         else: yield c
 
-# %% ../nbs/08_attention.ipynb #105
+# %% ../nbs/08_attention.ipynb #98
 def _beside(layers):
     "Modules beside the way from the network to its layers, those that have something to save."
     on = set(layers.path.values())
     found = dict.fromkeys(c for n,m in layers.path.items() if n not in layers for c in _called(m))
     return [m for m in found if on.isdisjoint(m.modules()) and not isinstance(m, nn.Embedding) and next(m.parameters(), None) is not None]
 
-# %% ../nbs/08_attention.ipynb #107
+# %% ../nbs/08_attention.ipynb #100
 class _Frozen:
     "Something with tensors in it, and whether they are as they were."
     def __init__(self, out): self.out,self.versions = out,self._versions(out)
     def _versions(self, out): return [o._version for o in tree_leaves(out) if torch.is_tensor(o) and not o.is_inference()]
     def whole(self): return self.versions == self._versions(self.out)
 
-# %% ../nbs/08_attention.ipynb #108
+# %% ../nbs/08_attention.ipynb #101
 @contextmanager
 def _counting():
     "In it, torch counts the changes of new tensors."
     if not torch.is_inference_mode_enabled(): return (yield)
     with torch.inference_mode(False), torch.no_grad(): yield
 
-# %% ../nbs/08_attention.ipynb #109
+# %% ../nbs/08_attention.ipynb #102
 def _counted(o): return o.clone() if torch.is_tensor(o) and o.is_inference() else o
 
-# %% ../nbs/08_attention.ipynb #110
+# %% ../nbs/08_attention.ipynb #103
 class _Kept:
     "What modules gave back in a pass."
     def __init__(self, args, kwargs, rows, weights):
@@ -475,23 +417,23 @@ class _Kept:
         self.all = isinstance(rows, slice) and rows.indices(self.n) == (0, self.n, 1)
         self.inputs,self.weights = _Frozen(tree_leaves((args, kwargs))),_Frozen(weights)
 
-# %% ../nbs/08_attention.ipynb #111
+# %% ../nbs/08_attention.ipynb #104
 @patch
 def add(self:_Kept, m, out, given):
     "Keep what a module gave back, if that is tensors, and all that it did."
     good = given.whole() and all(o is None or torch.is_tensor(o) for o in tree_leaves(out))
     self.outs.setdefault(m, []).append(_Frozen(tree_map(lambda o: o, out)) if good else None)
 
-# %% ../nbs/08_attention.ipynb #113
+# %% ../nbs/08_attention.ipynb #106
 def _form(o, n): return tuple((o.shape[1:], len(o) == n) for o in tree_leaves(o) if torch.is_tensor(o) and o.ndim)
 
-# %% ../nbs/08_attention.ipynb #114
+# %% ../nbs/08_attention.ipynb #107
 def _batched(kept, old, new):
     "Does a tensor have one row a sample, from what it was and is now? None: who knows."
     if old is None and new is None or torch.is_tensor(old) and torch.is_tensor(new) and old.shape == new.shape: return False
     return True if torch.is_tensor(new) and old.ndim and (len(old), *new.shape) == (kept.n, kept.count, *old.shape[1:]) else None
 
-# %% ../nbs/08_attention.ipynb #115
+# %% ../nbs/08_attention.ipynb #108
 @patch
 def learn(self:_Kept, old, new):
     "Which tensors of what a module gives back have one row a sample, in their order; None if that is not known."
@@ -499,19 +441,19 @@ def learn(self:_Kept, old, new):
     known = [_batched(self, *o) for o in zip(old, new)]
     return None if self.count == self.n or len(old) != len(new) or None in known else known
 
-# %% ../nbs/08_attention.ipynb #116
+# %% ../nbs/08_attention.ipynb #109
 @patch
 def cut(self:_Kept, out, known):
     "What was kept, for the rows that are asked about."
     leaves,spec = tree_flatten(out)
     return tree_unflatten([o[self.rows] if b else o for o,b in zip(leaves, known)], spec)
 
-# %% ../nbs/08_attention.ipynb #117
+# %% ../nbs/08_attention.ipynb #110
 def _same(a, b):
     if not (torch.is_tensor(a) and torch.is_tensor(b)): return a is b or (type(a) is type(b) and a == b)
     return a is b or ((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b))
 
-# %% ../nbs/08_attention.ipynb #118
+# %% ../nbs/08_attention.ipynb #111
 @patch
 def fits(self:_Kept, args, kwargs):
     "Is a pass with these arguments the recorded one?"
@@ -519,7 +461,7 @@ def fits(self:_Kept, args, kwargs):
     leaves,frozen = tree_leaves((args, kwargs)),[self.inputs, self.weights, *(f for fs in self.outs.values() for f in fs if f)]
     return len(leaves) == len(self.inputs.out) and len(_first(args, kwargs)) == self.count and all(f.whole() for f in frozen) and all(_same(a, part(a, b)) for a,b in zip(leaves, self.inputs.out))
 
-# %% ../nbs/08_attention.ipynb #119
+# %% ../nbs/08_attention.ipynb #112
 class Prefix:
     "What a network computes before the first of some layers begins: recorded in one pass, replayed in the next."
     def __init__(self,
@@ -528,7 +470,7 @@ class Prefix:
         self.layers,self.modules,self.kept,self.known = layers,_beside(layers),None,{}
         self.weights = [p for m in self.modules for p in m.parameters()]
 
-# %% ../nbs/08_attention.ipynb #121
+# %% ../nbs/08_attention.ipynb #114
 @patch
 @contextmanager
 def record(self:Prefix,
@@ -540,11 +482,11 @@ def record(self:Prefix,
     wraps = [(self.layers.net, _starting(self, now, rows))] + [(m, _stopping(now)) for m in self.layers.values()] + [(m, _keeping(m, now, inside)) for m in self.modules]
     with ExitStack() as stack:
         for m in self.layers.values(): stack.enter_context(_unfused(m))
-        stack.enter_context(_patched(wraps))
+        stack.enter_context(patched(wraps))
         yield
     if len(now) == 1 and now[0].touched: self.kept = now[0]
 
-# %% ../nbs/08_attention.ipynb #122
+# %% ../nbs/08_attention.ipynb #115
 def _starting(prefix, now, rows):
     def wrap(forward):
         def run(*args, **kwargs):
@@ -555,7 +497,7 @@ def _starting(prefix, now, rows):
         return run
     return wrap
 
-# %% ../nbs/08_attention.ipynb #123
+# %% ../nbs/08_attention.ipynb #116
 def _stopping(now):
     def wrap(forward):
         def run(*args, **kwargs):
@@ -564,14 +506,14 @@ def _stopping(now):
         return run
     return wrap
 
-# %% ../nbs/08_attention.ipynb #124
+# %% ../nbs/08_attention.ipynb #117
 def _run(m, inside, forward, args, kwargs):
     "What a module gives back; inside it nothing is kept or replayed."
     inside.append(m)
     try: return forward(*args, **kwargs)
     finally: inside.pop()
 
-# %% ../nbs/08_attention.ipynb #125
+# %% ../nbs/08_attention.ipynb #118
 def _keeping(m, now, inside):
     def wrap(forward):
         def run(*args, **kwargs):
@@ -582,7 +524,7 @@ def _keeping(m, now, inside):
         return run
     return wrap
 
-# %% ../nbs/08_attention.ipynb #126
+# %% ../nbs/08_attention.ipynb #119
 @patch
 @contextmanager
 def replay(self:Prefix):
@@ -595,9 +537,9 @@ def replay(self:Prefix):
             try: return forward(*args, **kwargs)
             finally: on.clear()
         return run
-    with _patched([(self.layers.net, start)] + [(m, _replaying(m, self.known, on, turn, inside)) for m in self.modules] if kept else []): yield
+    with patched([(self.layers.net, start)] + [(m, _replaying(m, self.known, on, turn, inside)) for m in self.modules] if kept else []): yield
 
-# %% ../nbs/08_attention.ipynb #127
+# %% ../nbs/08_attention.ipynb #120
 def _replaying(m, known, on, turn, inside):
     def wrap(forward):
         def run(*args, **kwargs):
@@ -613,17 +555,17 @@ def _replaying(m, known, on, turn, inside):
         return run
     return wrap
 
-# %% ../nbs/08_attention.ipynb #128
+# %% ../nbs/08_attention.ipynb #121
 def _nth(l, i): return l[i] if i < len(l) else None
 
-# %% ../nbs/08_attention.ipynb #138
+# %% ../nbs/08_attention.ipynb #131
 def _self_only(layers):
     "The layers; an error if one of them is known to be a cross-attention."
     other = [n for n,m in layers.items() if getattr(m, 'is_cross_attention', False)]
     if other: raise ValueError(f'layers: {", ".join(other)}: cross-attention, of the image to another sequence; allowed is self-attention')
     return layers
 
-# %% ../nbs/08_attention.ipynb #139
+# %% ../nbs/08_attention.ipynb #132
 class Surgery(Negative):
     "A negative from the same network, with some of its layers changed."
     kind,change,w = 'attention',None,4.
@@ -639,20 +581,20 @@ class Surgery(Negative):
     def __repr__(self): return f'{type(self).__name__} in\n{self.layers}'
     def usual(self): "Layers for this network, in a form that `find_layers` takes."
 
-# %% ../nbs/08_attention.ipynb #140
+# %% ../nbs/08_attention.ipynb #133
 @patch
 def take(self:Surgery, rows):
     new = copy(self)
     new.prefix = copy(self.prefix)
     return new
 
-# %% ../nbs/08_attention.ipynb #141
+# %% ../nbs/08_attention.ipynb #134
 @patch
 def check(self:Surgery, D, x, cond):
     Negative.check(self, D, x, cond)
     _operable(self.net)
 
-# %% ../nbs/08_attention.ipynb #142
+# %% ../nbs/08_attention.ipynb #135
 @patch
 def watch(self:Surgery, rows): return self.prefix.record(rows) if self.prefix else nullcontext()
 
@@ -661,12 +603,12 @@ def __call__(self:Surgery, D, x, sigma, cond, pos=None):
     with perturbed(self.net, self.layers, self.change, tokens=self.tokens), self.prefix.replay() if self.prefix else nullcontext():
         return D(x, sigma, **cond)
 
-# %% ../nbs/08_attention.ipynb #144
+# %% ../nbs/08_attention.ipynb #137
 class PAG(Surgery):
     "Perturbed-attention guidance (arXiv:2403.17377): the attention map is the identity. The paper's scale is `w-1`; it uses 3."
     change = staticmethod(identity)
 
-# %% ../nbs/08_attention.ipynb #145
+# %% ../nbs/08_attention.ipynb #138
 class SEG(Surgery):
     "Smoothed-energy guidance (arXiv:2408.00760): blurred queries. The paper's scale is `w-1`; it uses 3."
     def __init__(self,
@@ -679,7 +621,7 @@ class SEG(Surgery):
         super().__init__(net, layers, share, tokens)
         self.sigma,self.change = sigma,blurred(sigma)
 
-# %% ../nbs/08_attention.ipynb #147
+# %% ../nbs/08_attention.ipynb #140
 class SLG(Surgery):
     "Skip-layer guidance (Stability AI, with Stable Diffusion 3.5): blocks are skipped. Their scale is `w-1`; they use 2.5."
     kind,change,w = 'block',staticmethod(skip),3.5
@@ -688,13 +630,13 @@ class SLG(Surgery):
         three = re.compile(r'transformer_blocks\.[789]')
         return three if type(self.net).__name__ == 'SD3Transformer2DModel' and len(_match(self.net, three, _blocks(self.net))) == 3 else None
 
-# %% ../nbs/08_attention.ipynb #149
+# %% ../nbs/08_attention.ipynb #142
 def _checked_generator(g):
     many = g if isinstance(g, (list, tuple)) else [g]*(g is not None)
     if not all(isinstance(o, (Integral, torch.Generator)) for o in many): raise TypeError(f'generator={g!r}: allowed are a seed, a torch.Generator, a list of them, one a sample, or None')
     return g
 
-# %% ../nbs/08_attention.ipynb #150
+# %% ../nbs/08_attention.ipynb #143
 class TPG(Surgery):
     "Token-perturbation guidance (arXiv:2506.10036): shuffled tokens. The paper's scale is `w-1`; it uses 3."
     kind = 'block'
@@ -718,13 +660,13 @@ class TPG(Surgery):
         self.change,self.seeds = permuted([torch.Generator().manual_seed(s) for s in self.seeds]),None
         return super().__call__(D, x, sigma, cond, pos)
 
-# %% ../nbs/08_attention.ipynb #156
+# %% ../nbs/08_attention.ipynb #149
 def _checked_blur(sigma, kernel, threshold):
     if not (isinstance(sigma, Real) and sigma >= 0): raise ValueError(f'sigma={sigma!r}: allowed are numbers from 0')
     if not (isinstance(kernel, Integral) and kernel >= 1): raise ValueError(f'kernel={kernel!r}: allowed are whole numbers from 1')
     if not (isinstance(threshold, Real) and threshold >= 0): raise ValueError(f'threshold={threshold!r}: allowed are numbers from 0')
 
-# %% ../nbs/08_attention.ipynb #157
+# %% ../nbs/08_attention.ipynb #150
 class SAG(Negative):
     "Self-attention guidance (arXiv:2210.00939, eq. 15-17): the positive blurred where attention is high. The paper's scale is `w-1`; diffusers uses 0.75."
     needs_pos,w = True,1.75
@@ -744,14 +686,14 @@ class SAG(Negative):
         self.blur,self.threshold,self.tokens = partial(gaussian_blur, sigma=sigma, kernel=kernel),threshold,tokens
         self.cond,self.nfe,self.mask = None if cond is None else Conditions(cond),1 if cond is None else 2,None
 
-# %% ../nbs/08_attention.ipynb #158
+# %% ../nbs/08_attention.ipynb #151
 @patch
 def take(self:SAG, rows):
     new = copy(self)
     new.cond = self.cond and self.cond.take(rows)
     return new
 
-# %% ../nbs/08_attention.ipynb #159
+# %% ../nbs/08_attention.ipynb #152
 @patch
 def check(self:SAG, D, x, cond):
     Negative.check(self, D, x, cond)
@@ -759,7 +701,7 @@ def check(self:SAG, D, x, cond):
     if self.cond: self.cond.check(D, x, cond)
     if x.ndim != 4: raise ValueError(f'SAG: x has shape {tuple(x.shape)}; allowed are pictures, (B, C, H, W)')
 
-# %% ../nbs/08_attention.ipynb #160
+# %% ../nbs/08_attention.ipynb #153
 @patch
 def _look(self:SAG, rows):
     "While the network runs, see where the attention of these rows goes."
@@ -771,11 +713,11 @@ def _look(self:SAG, rows):
     self.mask = None
     return perturbed(self.net, self.layers, look, rows, self.tokens)
 
-# %% ../nbs/08_attention.ipynb #161
+# %% ../nbs/08_attention.ipynb #154
 @patch
 def watch(self:SAG, rows): return self._look(rows) if self.cond is None else nullcontext()
 
-# %% ../nbs/08_attention.ipynb #162
+# %% ../nbs/08_attention.ipynb #155
 @patch
 def __call__(self:SAG, D, x, sigma, cond, pos=None):
     plain = pos

@@ -8,10 +8,11 @@ __all__ = ['Negative', 'Conditions', 'network_of', 'Model', 'patched', 'Term', '
 
 # %% ../nbs/06_guided.ipynb #3
 import math, sys
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from collections.abc import Mapping
 from copy import copy
 from numbers import Integral, Real
+from threading import RLock, get_ident
 from typing import NamedTuple
 import torch
 from torch import nn
@@ -144,8 +145,10 @@ class Conditions(Negative):
 # %% ../nbs/06_guided.ipynb #23
 def _chain(D):
     "A model and what is inside it, from the outside in."
-    inner = D.inner_model if isinstance(D, Denoiser) else D.net if hasattr(D, 'pipe') and hasattr(D, 'net') else getattr(D, '_orig_mod', None)
+    inner = D.inner_model if isinstance(D, Denoiser) else D.net if _adapts(D) else getattr(D, '_orig_mod', None)
     return [D] if inner is None else [D, *_chain(inner)]
+
+def _adapts(o): return not isinstance(o, Denoiser) and hasattr(o, 'pipe') and hasattr(o, 'net')
 
 def _inside(D): return _chain(D)[-1]
 
@@ -187,7 +190,8 @@ def _same_model(a, b):
     "Is it one network, in the same wrapping?"
     if a is b: return True
     a,b = _chain(a),_chain(b)
-    return a[-1] is b[-1] and [*map(type, a)] == [*map(type, b)] and not any(isinstance(o, GuidedDenoiser) for o in a)
+    kinds = [[type(o) for o in c if not _adapts(o)] for c in (a, b)]
+    return a[-1] is b[-1] and kinds[0] == kinds[1] and not any(isinstance(o, GuidedDenoiser) for o in a)
 
 # %% ../nbs/06_guided.ipynb #29
 def _channels(*models):
@@ -207,25 +211,66 @@ def _negative(neg):
     raise TypeError(f'neg is a {type(neg).__name__}: allowed are a Negative, a dict of conditions by name, or a model(x, sigma, **cond)')
 
 # %% ../nbs/06_guided.ipynb #32
+class _Forward:
+    "In the place of a module's `forward`: the same, with changes around it."
+    def __init__(self, m): self.own,self.forward,self.wraps = m.__dict__.get('forward'),m.forward,[]
+    def __call__(self, *args, **kwargs):
+        forward,me = self.forward,get_ident()
+        for thread,wrap in tuple(self.wraps):
+            if thread == me: forward = wrap(forward)
+        return forward(*args, **kwargs)
+
+# %% ../nbs/06_guided.ipynb #33
+_lock = RLock()
+
+def _put_on(m, wrap):
+    with _lock:
+        if not isinstance(m.__dict__.get('forward'), _Forward): m.forward = _Forward(m)
+        m.forward.wraps.append((get_ident(), wrap))
+        return m, m.forward, m.forward.wraps[-1]
+
+# %% ../nbs/06_guided.ipynb #34
+def _take_off(m, forward, wrap):
+    with _lock:
+        forward.wraps.remove(wrap)
+        if forward.wraps or m.__dict__.get('forward') is not forward: return
+        if forward.own is None: del m.forward
+        else: m.forward = forward.own
+
+# %% ../nbs/06_guided.ipynb #36
+_stances = []
+
+_INSIDE = 'layers are changed in a function that torch.compile has compiled; allowed is to compile the network, and not what guides it'
+
+def _stance():
+    if torch.compiler.is_compiling(): raise RuntimeError(_INSIDE)
+    try: return torch.compiler.set_stance('force_eager')
+    except RuntimeError as e: raise RuntimeError(_INSIDE) from e
+
+# %% ../nbs/06_guided.ipynb #37
+@contextmanager
+def _uncompiled():
+    "In it, what was compiled runs as plain Python."
+    if 'torch._dynamo' not in sys.modules or not hasattr(torch.compiler, 'set_stance'): return (yield)
+    with _lock: _stances.append(_stances[0] if _stances else _stance())
+    try: yield
+    finally:
+        with _lock:
+            stance = _stances.pop()
+            if not _stances: stance.__exit__(None, None, None)
+
+# %% ../nbs/06_guided.ipynb #38
 @contextmanager
 def patched(
     wraps, # pairs of a module and a function of its `forward` that gives another one
 ):
-    "In it, the `forward` of modules is wrapped, and compiled networks run uncompiled; after it all is as before."
+    "In it, the `forward` of modules is wrapped for this thread, and compiled networks run uncompiled; after it all is as before."
     with ExitStack() as stack:
-        if 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance') and not torch.compiler.is_compiling():
-            with suppress(RuntimeError): stack.enter_context(torch.compiler.set_stance('force_eager')) # refused where all of this is being compiled
-        for m,wrap in wraps:
-            stack.callback(_put_back, m, m.__dict__.get('forward'))
-            m.forward = wrap(m.forward)
+        stack.enter_context(_uncompiled())
+        for m,wrap in wraps: stack.callback(_take_off, *_put_on(m, wrap))
         yield
 
-# %% ../nbs/06_guided.ipynb #33
-def _put_back(m, forward):
-    if forward is None: del m.forward
-    else: m.forward = forward
-
-# %% ../nbs/06_guided.ipynb #36
+# %% ../nbs/06_guided.ipynb #41
 class Term:
     "A negative, how strongly it pushes, by which rule, and at which noise levels."
     def __init__(self,
@@ -240,7 +285,7 @@ class Term:
         self.neg,self.rule,self.interval,self.stop = _negative(neg),rule,_checked_interval(interval),stop
         self.w = checked_weight(self.neg.w if w is None else w)
 
-# %% ../nbs/06_guided.ipynb #37
+# %% ../nbs/06_guided.ipynb #42
 def checked_weight(w, name='w'):
     "A weight of which all values are allowed."
     if hasattr(w, '__array__') and not torch.is_tensor(w): w = w.tolist()
@@ -250,7 +295,7 @@ def checked_weight(w, name='w'):
         if not 0 <= v < math.inf: raise ValueError(f'{name} has {v}: allowed are finite numbers from 0; 1 is unguided, and a strength s of other conventions is w = 1+s')
     return w.item() if torch.is_tensor(w) and not w.ndim else w
 
-# %% ../nbs/06_guided.ipynb #38
+# %% ../nbs/06_guided.ipynb #43
 def _values(o):
     "The numbers of a weight, or None if it is none."
     if isinstance(o, (str, bool)) or not isinstance(o, (Real, list, tuple, torch.Tensor)): return None
@@ -258,14 +303,14 @@ def _values(o):
     except (TypeError, ValueError, RuntimeError): return None
     return None if o.ndim > 2 or o.is_complex() else o.flatten().tolist()
 
-# %% ../nbs/06_guided.ipynb #39
+# %% ../nbs/06_guided.ipynb #44
 def _checked_interval(interval):
     if interval is None: return None
     ok = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(isinstance(o, Real) for o in interval) and interval[0] < interval[1]
     if not ok: raise ValueError(f'interval={interval!r}: allowed are two numbers (lo, hi) with lo < hi; guided is lo < sigma <= hi')
     return tuple(interval)
 
-# %% ../nbs/06_guided.ipynb #41
+# %% ../nbs/06_guided.ipynb #46
 class _Push(NamedTuple):
     "A term at one evaluation."
     neg:Negative
@@ -275,7 +320,7 @@ class _Push(NamedTuple):
     def part(self, s): return _Push(self.neg, self.w[s] if torch.is_tensor(self.w) else self.w, self.on[s], self.alone[s])
     def without(self, stopped): return self._replace(**{k: [a and not b for a,b in zip(getattr(self, k), stopped)] for k in ('on', 'alone')}) if stopped else self
 
-# %% ../nbs/06_guided.ipynb #42
+# %% ../nbs/06_guided.ipynb #47
 @patch
 def at(self:Term, sigma, whole):
     "The term at noise levels (B,); with `whole`, weights of 0 and 1 are nothing special."
@@ -288,7 +333,7 @@ def at(self:Term, sigma, whole):
         on = [o and in_interval(s, lo, hi) for o,s in zip(on, sigma.tolist())]
     return _Push(self.neg.at(sigma), w, on, [o and v == neg_at for o,v in zip(on, values)])
 
-# %% ../nbs/06_guided.ipynb #43
+# %% ../nbs/06_guided.ipynb #48
 def weight_at(w, sigma, name='w'):
     "What a weight is at noise levels (B,): a number or (B,)."
     n = len(sigma)
@@ -300,7 +345,7 @@ def weight_at(w, sigma, name='w'):
     if torch.is_tensor(w) and w.shape != (n,): raise ValueError(f'{name} has shape {tuple(w.shape)} for {n} samples: allowed are a number, or one a sample, shape ({n},); one value a step is given as a list, with sigmas=')
     return w
 
-# %% ../nbs/06_guided.ipynb #44
+# %% ../nbs/06_guided.ipynb #49
 @patch
 def _on(self:Term, sigmas):
     "The term with one value a step made a function of sigma."
@@ -308,7 +353,7 @@ def _on(self:Term, sigmas):
     if sigmas is None: raise ValueError(f'w has one value a step, {len(self.w)} of them: give the ladder of the sampler, as in sigmas=D.get_sigmas_karras({len(self.w)}) (or see on_ladder); one value a sample is given as a tensor')
     return Term(self.neg, on_ladder(self.w, sigmas), self.rule, self.interval, self.stop)
 
-# %% ../nbs/06_guided.ipynb #46
+# %% ../nbs/06_guided.ipynb #51
 class GuidedDenoiser(Denoiser):
     "A denoiser and terms: `pos + sum_i (rule_i(neg_i, pos, w_i) - pos)`, again a denoiser."
     def __init__(self,
@@ -327,7 +372,7 @@ class GuidedDenoiser(Denoiser):
         self.reset()
     def forward(self, x, sigma, **cond): return self._guided(x, sigma, cond, False).pred
 
-# %% ../nbs/06_guided.ipynb #47
+# %% ../nbs/06_guided.ipynb #52
 def as_terms(
     terms, # a `Term`, or a negative, each
     given:dict, # what is given for a single one, by the names that `Term` has; None: not given
@@ -338,7 +383,7 @@ def as_terms(
     if not terms: raise TypeError('terms are none: allowed is one negative or more, or Term(neg, w, rule, interval, stop)')
     return [t if isinstance(t, Term) else Term(t, **given) for t in terms]
 
-# %% ../nbs/06_guided.ipynb #49
+# %% ../nbs/06_guided.ipynb #54
 class _Ask(NamedTuple):
     "A question to the network."
     x:torch.Tensor
@@ -347,14 +392,14 @@ class _Ask(NamedTuple):
     def take(self, rows): return _Ask(self.x[rows], self.sigma[rows], {k: v[rows] for k,v in self.cond.items()})
     def kind(self): return self.x.shape[1:], self.x.dtype, tuple((k, self.cond[k].shape[1:], self.cond[k].dtype) for k in sorted(self.cond))
 
-# %% ../nbs/06_guided.ipynb #50
+# %% ../nbs/06_guided.ipynb #55
 def _cat(asks):
     "Questions of one kind as one."
     if len(asks) == 1: return asks[0]
     x,sigma,conds = zip(*asks)
     return _Ask(torch.cat(x), torch.cat(sigma), {k: torch.cat([c[k] for c in conds]) for k in conds[0]})
 
-# %% ../nbs/06_guided.ipynb #51
+# %% ../nbs/06_guided.ipynb #56
 @patch
 def _answers(self:GuidedDenoiser, asks, watched):
     "What the network says to each of `asks`; `watched` are contexts around the forward of the first."
@@ -368,13 +413,13 @@ def _answers(self:GuidedDenoiser, asks, watched):
         outs.update(zip(ids, y.split([len(asks[i].x) for i in ids])))
     return [outs[i] for i in range(len(asks))]
 
-# %% ../nbs/06_guided.ipynb #52
+# %% ../nbs/06_guided.ipynb #57
 @patch
 def _same(self:GuidedDenoiser, y, x, name):
     if y.shape != x.shape: raise ValueError(f'{name} gives shape {tuple(y.shape)} for x of shape {tuple(x.shape)}: allowed are the same')
     return y.to(x.dtype)
 
-# %% ../nbs/06_guided.ipynb #54
+# %% ../nbs/06_guided.ipynb #59
 def _where(on):
     "Numbers of the samples that are on, as a slice if that is all of them."
     rows = [i for i,o in enumerate(on) if o]
@@ -384,13 +429,13 @@ def _count(rows): return rows.stop if isinstance(rows, slice) else len(rows)
 def _shifted(rows, by): return slice(by, by+rows.stop) if isinstance(rows, slice) else [by+i for i in rows]
 def _overrides(neg, name): return getattr(type(neg), name) is not getattr(Negative, name)
 
-# %% ../nbs/06_guided.ipynb #55
+# %% ../nbs/06_guided.ipynb #60
 def _filled(rows, y, other):
     "(B, ...) with `y` in `rows` and `other` elsewhere."
     if isinstance(rows, slice): return other if y is None else y
     return other.index_put((torch.tensor(rows, device=y.device),), y) if rows else other
 
-# %% ../nbs/06_guided.ipynb #56
+# %% ../nbs/06_guided.ipynb #61
 @patch
 def _pushes(self:GuidedDenoiser, sigma, whole):
     "The terms at one evaluation. All positives count but those of a single `cfg` with `w = 0` whose negative needs none."
@@ -398,7 +443,7 @@ def _pushes(self:GuidedDenoiser, sigma, whole):
     if len(pushes) == 1 and not (self.last or neg.needs_pos or _overrides(neg, 'watch')): return pushes
     return [p._replace(alone=[False]*len(p.on)) for p in pushes]
 
-# %% ../nbs/06_guided.ipynb #57
+# %% ../nbs/06_guided.ipynb #62
 @patch
 def _drawn(self:GuidedDenoiser, neg, i, rows):
     "The negative of term `i` for samples `rows` of the batch, ready to be asked."
@@ -409,12 +454,12 @@ def _drawn(self:GuidedDenoiser, neg, i, rows):
         neg.draw(mine[i][rows] if isinstance(rows, slice) else [mine[i][j] for j in rows])
     return neg
 
-# %% ../nbs/06_guided.ipynb #58
+# %% ../nbs/06_guided.ipynb #63
 def _own(generators, i):
     "For term `i` other streams than those of the same seeds elsewhere: the first that a generator gives is the sampler's, the others are the terms'."
     return [split_generator(g, i+2)[-1] for g in generators]
 
-# %% ../nbs/06_guided.ipynb #59
+# %% ../nbs/06_guided.ipynb #64
 @patch
 def _estimates(self:GuidedDenoiser, ask, pushes, first):
     "The positive and the negatives of samples from number `first`; where one of them does not count it is filled with the other."
@@ -433,12 +478,12 @@ def _estimates(self:GuidedDenoiser, ask, pushes, first):
     full = [_filled(r, negs.get(i), some) for i,r in enumerate(N)]
     return _filled(P, pos, full[0]), full
 
-# %% ../nbs/06_guided.ipynb #61
+# %% ../nbs/06_guided.ipynb #66
 def _mixed(on, a, b):
     "`a` where `on`, else `b`."
     return a if all(on) else torch.where(torch.tensor(on, device=a.device).view(-1, *(1,)*(a.ndim-1)), a, b)
 
-# %% ../nbs/06_guided.ipynb #62
+# %% ../nbs/06_guided.ipynb #67
 def _remembering(rule, on, states, key):
     "A rule as a function of neg, pos and w alone: its state is `states[key]`, one row a sample."
     if not getattr(rule, 'stateful', False): return rule
@@ -449,14 +494,14 @@ def _remembering(rule, on, states, key):
     once.space = rule.space
     return once
 
-# %% ../nbs/06_guided.ipynb #63
+# %% ../nbs/06_guided.ipynb #68
 @patch
 def _ruled(self:GuidedDenoiser, rule, on, key, neg, pos, w, x, sigma):
     "What a rule makes of the positive: that itself where it is off."
     if not any(on): return pos
     return _mixed(on, apply_rule(_remembering(rule, on, self._run.states, key), neg, pos, w, x, sigma), pos)
 
-# %% ../nbs/06_guided.ipynb #64
+# %% ../nbs/06_guided.ipynb #69
 @patch
 def _sum(self:GuidedDenoiser, pos, negs, pushes, x, sigma):
     "The guided estimate."
@@ -468,13 +513,13 @@ def _sum(self:GuidedDenoiser, pos, negs, pushes, x, sigma):
     if not self.last: return pos+delta
     return self._ruled(self.last, [any(o) for o in zip(*(p.on for p in pushes))], 'last', pos-delta, pos, 2., x, sigma)
 
-# %% ../nbs/06_guided.ipynb #66
+# %% ../nbs/06_guided.ipynb #71
 def _as_noise(x, sigma, *estimates):
     "Estimates of the image as predictions of the noise, (B, ...) flat, in float32 or better."
     wide = torch.promote_types(x.dtype, torch.float32)
     return [from_x0(o.detach().to(wide), x.to(wide), sigma, 'eps').flatten(1) for o in estimates]
 
-# %% ../nbs/06_guided.ipynb #67
+# %% ../nbs/06_guided.ipynb #72
 @patch
 def _stop(self:GuidedDenoiser, pos, negs, pushes, x, sigma):
     "Note which samples are no longer guided by which term."
@@ -484,7 +529,7 @@ def _stop(self:GuidedDenoiser, pos, negs, pushes, x, sigma):
         before = self._run.stopped.get(i, [False]*len(x))
         self._run.stopped[i] = [b or o and not a and c for b,o,a,c in zip(before, p.on, p.alone, agree.tolist())]
 
-# %% ../nbs/06_guided.ipynb #68
+# %% ../nbs/06_guided.ipynb #73
 @patch
 def _guided(self:GuidedDenoiser, x, sigma, cond, whole):
     "All that is known of the estimate: the network is asked a micro-batch at a time."
@@ -500,7 +545,7 @@ def _guided(self:GuidedDenoiser, x, sigma, cond, whole):
     if self._record: self._record(out, pushes, x, sigma)
     return out
 
-# %% ../nbs/06_guided.ipynb #69
+# %% ../nbs/06_guided.ipynb #74
 @patch
 def _asked(self:GuidedDenoiser, ask, pushes):
     "The positive and the negatives of all samples."
@@ -511,7 +556,7 @@ def _asked(self:GuidedDenoiser, ask, pushes):
     def joined(os): return os[0] if len(os) == 1 else torch.cat(os)
     return joined(pos), tuple(joined(o) for o in zip(*negs))
 
-# %% ../nbs/06_guided.ipynb #71
+# %% ../nbs/06_guided.ipynb #76
 @patch
 def parts(self:GuidedDenoiser,
     x:torch.Tensor, # (B, ...) images with noise
@@ -521,7 +566,7 @@ def parts(self:GuidedDenoiser,
     "The guided, the positive and the negative estimates."
     return self._guided(x, sigma, cond, True)
 
-# %% ../nbs/06_guided.ipynb #73
+# %% ../nbs/06_guided.ipynb #78
 class _Run(NamedTuple):
     "What is kept of a run for a number of samples."
     count:torch.Tensor # network evaluations, (B,)
@@ -529,14 +574,14 @@ class _Run(NamedTuple):
     states:dict # of the rules that remember
     stopped:dict # by term: samples that are no longer guided
 
-# %% ../nbs/06_guided.ipynb #74
+# %% ../nbs/06_guided.ipynb #79
 @patch
 def reset(self:GuidedDenoiser):
     "A new run, and a total of 0."
     self._total,self._spent = 0,1
     self._start(0)
 
-# %% ../nbs/06_guided.ipynb #75
+# %% ../nbs/06_guided.ipynb #80
 @patch
 def _start(self:GuidedDenoiser, n):
     self._runs,self._checked = {},None
@@ -554,13 +599,13 @@ def nfe_per_sample(self:GuidedDenoiser)->torch.Tensor: # (B,)
     "Network evaluations of each sample in the current run."
     return self._run.count
 
-# %% ../nbs/06_guided.ipynb #76
+# %% ../nbs/06_guided.ipynb #81
 @patch(as_prop=True)
 def nfe(self:GuidedDenoiser)->int:
     "Network evaluations since `reset()`, rows of all forwards together; those of the current run are `nfe_per_sample`, (B,). A model that is guided itself counts as a negative with all that it evaluates, as `inner_model` as one."
     return self._total + sum(int(o.count.sum()) for o in self._runs.values())
 
-# %% ../nbs/06_guided.ipynb #78
+# %% ../nbs/06_guided.ipynb #83
 @patch
 def check_ladder(self:GuidedDenoiser,
     sigmas, # (n+1,) the noise levels that a sampler is going to walk
@@ -572,20 +617,20 @@ def check_ladder(self:GuidedDenoiser,
     self._total = self.nfe
     self._start(len(self.nfe_per_sample))
 
-# %% ../nbs/06_guided.ipynb #79
+# %% ../nbs/06_guided.ipynb #84
 def check_bound(name, ladder, sigmas):
     "An error if weights are bound to another ladder (None: to none) than that of the sampler."
     levels = check_ladder(sigmas)
     if ladder is not None and not _part_of(levels, ladder):
         raise ValueError(f'sigmas: the sampler walks {len(levels)-1} steps from {levels[0]:.6g} to {levels[-1]:.6g}, but {name} is bound to a ladder of {len(ladder)-1} steps from {ladder[0]:.6g} to {ladder[-1]:.6g}; allowed are consecutive levels of it')
 
-# %% ../nbs/06_guided.ipynb #80
+# %% ../nbs/06_guided.ipynb #85
 def _part_of(levels, ladder):
     "Are the levels consecutive ones of the ladder?"
     i = min(range(len(ladder)), key=lambda i: abs(ladder[i]-levels[0]))
     return len(ladder)-i >= len(levels) and all(math.isclose(a, b, rel_tol=1e-4) for a,b in zip(levels, ladder[i:]))
 
-# %% ../nbs/06_guided.ipynb #81
+# %% ../nbs/06_guided.ipynb #86
 @patch
 def _check(self:GuidedDenoiser, x, cond):
     "Ask all negatives whether they can be had, once for each shape of what comes."
@@ -594,7 +639,7 @@ def _check(self:GuidedDenoiser, x, cond):
     for t in self.terms: t.neg.check(self.inner_model, x, cond)
     self._checked = what
 
-# %% ../nbs/06_guided.ipynb #131
+# %% ../nbs/06_guided.ipynb #136
 class ZeroInit(Denoiser):
     "A denoiser of a flow model that stands still in the first steps (CFG-Zero*, arXiv:2503.18886): velocity 0, without an evaluation."
     def __init__(self,
@@ -612,7 +657,7 @@ class ZeroInit(Denoiser):
         if still.all(): return to_x0(torch.zeros_like(x), x, sigma, 'flow')
         return _mixed((~still).tolist(), self.inner_model(x, sigma, **cond), to_x0(torch.zeros_like(x), x, sigma, 'flow'))
 
-# %% ../nbs/06_guided.ipynb #137
+# %% ../nbs/06_guided.ipynb #142
 class Seen(NamedTuple):
     "One evaluation of a guided denoiser, (B,) each; nan where one of the two was not evaluated, or (the scale) they are equal to rounding."
     sigma:torch.Tensor # noise levels
@@ -620,7 +665,7 @@ class Seen(NamedTuple):
     cosine:torch.Tensor # of positive and negative, as predictions of the noise
     ratio:torch.Tensor # |pos-neg| / |neg|, as predictions of the noise
 
-# %% ../nbs/06_guided.ipynb #138
+# %% ../nbs/06_guided.ipynb #143
 def _seen(parts, pushes, i, x, sigma):
     push,neg = pushes[i],parts.negs[i]
     moved = [any(o) for o in zip(*(p.on for p in pushes))]
@@ -634,7 +679,7 @@ def _seen(parts, pushes, i, x, sigma):
     scale = (((pred-neg)*d).sum(1)/size**2).where(apart, math.nan)
     return Seen(sigma, scale.where(both, one), known(torch.cosine_similarity(pos, neg)), known(size/neg.norm(dim=1)))
 
-# %% ../nbs/06_guided.ipynb #139
+# %% ../nbs/06_guided.ipynb #144
 @patch
 @contextmanager
 def watch(self:GuidedDenoiser,
@@ -651,7 +696,7 @@ def watch(self:GuidedDenoiser,
     try: yield seen
     finally: self._record = before
 
-# %% ../nbs/06_guided.ipynb #141
+# %% ../nbs/06_guided.ipynb #146
 def plot_seen(
     seen:list, # of `Seen`, as `GuidedDenoiser.watch` gives
     axs=None, # three matplotlib axes; None: new ones
