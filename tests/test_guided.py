@@ -1,7 +1,6 @@
 "`guided` in stock pipelines: equal to their own guidance, for every class and scheduler, and nothing left behind, on tiny networks with random weights."
 import copy, diffusers, inspect, pytest, threading, torch
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from cf_guidance.attention import PAG, SAG
 from cf_guidance.fashion import fashion_path, load_weak
@@ -10,7 +9,12 @@ from cf_guidance.karras import euler, sample
 from cf_guidance.negatives import ICG, Autoguidance, PerpNeg
 from cf_guidance.pipelines import STOCK, NegativePrompt, conditions, guided, ladder_of, pipeline_denoiser
 from cf_guidance.transforms import apg, base_norm, cfg_zero, rescale, tcfg
+try: from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+except ImportError: from diffusers.models.attention_processor import FluxIPAdapterJointAttnProcessor2_0 as FluxIPAdapterAttnProcessor # before 0.35
+from packaging.version import Version
 from test_pipeline_denoiser import PROMPTS, ddim, dit, euler_discrete, flow, flux, ladder, pixart, randomized, sd, sd3, seeded, vae, xl
+
+OLD = Version(diffusers.__version__) < Version('0.35')
 
 NEGS, W, STEPS = ['dark', 'a blue hat'], 3., 3
 PIC,MASK = torch.rand(2, 3, 16, 16, generator=seeded(5)), torch.ones(2, 1, 16, 16).index_fill(3, torch.arange(8), 0.)
@@ -160,7 +164,8 @@ WHICH = dict( # the step whose level is nearest, of each look
 def listed(solvers): return [(name, kw) for name,kws in solvers.items() for kw in kws]
 
 def solver(name, kw):
-    cls = getattr(diffusers, name+'Scheduler')
+    cls = getattr(diffusers, name+'Scheduler', None)
+    if cls is None or 'stochastic_sampling' in kw and OLD: pytest.skip('not in this diffusers')
     trained = {k: ddim().config[k] for k in ('beta_start', 'beta_end', 'beta_schedule', 'steps_offset') if k in inspect.signature(cls).parameters}
     return cls(**{**({} if name.startswith(('EDM', 'Flow')) else trained), **kw})
 
@@ -218,6 +223,7 @@ LATENTS = torch.randn(4, 4, 8, 8, generator=seeded(7))
 def test_prompts_of_their_own(make):
     "Weights and conditions a prompt, with two images each, are those of each prompt alone"
     pipe = make()
+    if OLD and 'Diffusion3' in type(pipe).__name__: pytest.skip('this diffusers mixes up the pooled embeddings of several prompts')
     kw = BIN if 'PixArt' in type(pipe).__name__ else {}
     own = torch.cat([run(pipe, prompt=p, negative_prompt=n, guidance_scale=w, num_images_per_prompt=2, latents=LATENTS[2*i:2*i+2], **kw) for i,(p,n,w) in enumerate(zip(PROMPTS, NEGS, (2., 5.)))])
     def go(**more): return run(pipe, num_images_per_prompt=2, latents=LATENTS, **{**kw, **more})
@@ -364,6 +370,7 @@ def test_calls(what):
 
 def test_texts_of_other_lengths():
     "Prompts that are encoded in more tokens than the pipeline's; Flux has a table with a row a token"
+    if OLD: pytest.skip('this diffusers has one such table for prompt and negative prompt')
     pipe,kw = make('Flux')
     negs = conditions(pipe, NEGS, max_sequence_length=24)
     given = dict(kw, negative_prompt=None, negative_prompt_embeds=negs['encoder_hidden_states'], negative_pooled_prompt_embeds=negs['pooled_projections'])
