@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Negative', 'Conditions', 'network_of', 'Model', 'patched', 'Term', 'checked_weight', 'weight_at', 'GuidedDenoiser',
-           'as_terms', 'check_bound', 'ZeroInit', 'Seen', 'plot_seen']
+           'as_terms', 'check_range', 'check_bound', 'ZeroInit', 'Seen', 'plot_seen']
 
 # %% ../nbs/06_guided.ipynb #3
 import math, sys
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from .schedules import in_interval
-from .transforms import cfg
+from .transforms import GuidanceTfm, cfg
 from .denoisers import Denoiser, Parts, apply_rule, from_x0, per_sample, to_x0
 from .karras import check_ladder, on_ladder, split_generator
 
@@ -208,7 +208,7 @@ def _negative(neg):
     if isinstance(neg, Negative): return neg
     if isinstance(neg, Mapping): return Conditions(neg)
     if callable(neg) and not isinstance(neg, type): return Model(neg)
-    raise TypeError(f'neg is a {type(neg).__name__}: allowed are a Negative, a dict of conditions by name, or a model(x, sigma, **cond)')
+    raise TypeError(f'neg is a {type(neg).__name__}: allowed are a Negative, a dict of conditions by name (of a prompt: D.cond(prompt), or conditions(pipe, prompt)), or a model(x, sigma, **cond)')
 
 # %% ../nbs/06_guided.ipynb #32
 class _Forward:
@@ -278,9 +278,9 @@ class Term:
         w=None, # weight, see the table; 1 is unguided; None: what is usual for the negative, 7.5 for conditions
         rule=cfg, # `rule(neg, pos, w)`; it is given what its `space` says
         interval:tuple=None, # (lo, hi): guided where lo < sigma <= hi; None: everywhere
-        stop:float=None, # a sample is no longer guided once the cosine of its predictions of the noise is above this (adaptive guidance, arXiv:2312.12487, uses .991); None: never
+        stop:float=None, # a sample is no longer guided once the cosine of its predictions of the noise is above this (adaptive guidance, arXiv:2312.12487, uses .991); at the highest noise they may agree as well, so give an interval, too; None: never
     ):
-        if not callable(rule): raise TypeError(f'rule={rule!r}: allowed are functions of neg, pos and w, such as cfg')
+        if not callable(rule) or isinstance(rule, GuidanceTfm): raise TypeError(f'rule={rule!r}: allowed are functions of neg, pos and w, such as cfg of cf_guidance.transforms' + (', and w=[...] for the schedule of a transform' if isinstance(rule, GuidanceTfm) else ''))
         if stop is not None and (isinstance(stop, bool) or not isinstance(stop, Real) or not -1 <= stop <= 1): raise ValueError(f'stop={stop!r}: allowed are cosines, -1 to 1, or None')
         self.neg,self.rule,self.interval,self.stop = _negative(neg),rule,_checked_interval(interval),stop
         self.w = checked_weight(self.neg.w if w is None else w)
@@ -612,25 +612,32 @@ def check_ladder(self:GuidedDenoiser,
 ):
     "A run on a ladder begins: an error if a schedule is bound to another one."
     for ladder in [self._ladder, *(getattr(t.w, 'sigmas', None) for t in self.terms)]: check_bound('w', ladder, sigmas)
-    for t in self.terms: t.neg.check_ladder(sigmas)
+    for t in self.terms: check_range(t, self); t.neg.check_ladder(sigmas)
     if hasattr(self.inner_model, 'check_ladder'): self.inner_model.check_ladder(sigmas)
     self._total = self.nfe
     self._start(len(self.nfe_per_sample))
 
 # %% ../nbs/06_guided.ipynb #84
+def check_range(term, D):
+    "An error if a term guides at no noise level of the model: its interval is probably not in noise levels."
+    try: lo,hi = D.sigma_min,D.sigma_max
+    except NotImplementedError: return
+    if term.interval and not (term.interval[0] < hi and term.interval[1] >= lo): raise ValueError(f'interval={term.interval}: guides at none of the noise levels of the model, {lo:.4g} to {hi:.4g}; allowed are noise levels (not time steps, or parts of the run)')
+
+# %% ../nbs/06_guided.ipynb #85
 def check_bound(name, ladder, sigmas):
     "An error if weights are bound to another ladder (None: to none) than that of the sampler."
     levels = check_ladder(sigmas)
     if ladder is not None and not _part_of(levels, ladder):
         raise ValueError(f'sigmas: the sampler walks {len(levels)-1} steps from {levels[0]:.6g} to {levels[-1]:.6g}, but {name} is bound to a ladder of {len(ladder)-1} steps from {ladder[0]:.6g} to {ladder[-1]:.6g}; allowed are consecutive levels of it')
 
-# %% ../nbs/06_guided.ipynb #85
+# %% ../nbs/06_guided.ipynb #86
 def _part_of(levels, ladder):
     "Are the levels consecutive ones of the ladder?"
     i = min(range(len(ladder)), key=lambda i: abs(ladder[i]-levels[0]))
     return len(ladder)-i >= len(levels) and all(math.isclose(a, b, rel_tol=1e-4) for a,b in zip(levels, ladder[i:]))
 
-# %% ../nbs/06_guided.ipynb #86
+# %% ../nbs/06_guided.ipynb #87
 @patch
 def _check(self:GuidedDenoiser, x, cond):
     "Ask all negatives whether they can be had, once for each shape of what comes."
@@ -639,7 +646,7 @@ def _check(self:GuidedDenoiser, x, cond):
     for t in self.terms: t.neg.check(self.inner_model, x, cond)
     self._checked = what
 
-# %% ../nbs/06_guided.ipynb #136
+# %% ../nbs/06_guided.ipynb #137
 class ZeroInit(Denoiser):
     "A denoiser of a flow model that stands still in the first steps (CFG-Zero*, arXiv:2503.18886): velocity 0, without an evaluation."
     def __init__(self,
@@ -657,7 +664,7 @@ class ZeroInit(Denoiser):
         if still.all(): return to_x0(torch.zeros_like(x), x, sigma, 'flow')
         return _mixed((~still).tolist(), self.inner_model(x, sigma, **cond), to_x0(torch.zeros_like(x), x, sigma, 'flow'))
 
-# %% ../nbs/06_guided.ipynb #142
+# %% ../nbs/06_guided.ipynb #143
 class Seen(NamedTuple):
     "One evaluation of a guided denoiser, (B,) each; nan where one of the two was not evaluated, or (the scale) they are equal to rounding."
     sigma:torch.Tensor # noise levels
@@ -665,7 +672,7 @@ class Seen(NamedTuple):
     cosine:torch.Tensor # of positive and negative, as predictions of the noise
     ratio:torch.Tensor # |pos-neg| / |neg|, as predictions of the noise
 
-# %% ../nbs/06_guided.ipynb #143
+# %% ../nbs/06_guided.ipynb #144
 def _seen(parts, pushes, i, x, sigma):
     push,neg = pushes[i],parts.negs[i]
     moved = [any(o) for o in zip(*(p.on for p in pushes))]
@@ -679,7 +686,7 @@ def _seen(parts, pushes, i, x, sigma):
     scale = (((pred-neg)*d).sum(1)/size**2).where(apart, math.nan)
     return Seen(sigma, scale.where(both, one), known(torch.cosine_similarity(pos, neg)), known(size/neg.norm(dim=1)))
 
-# %% ../nbs/06_guided.ipynb #144
+# %% ../nbs/06_guided.ipynb #145
 @patch
 @contextmanager
 def watch(self:GuidedDenoiser,
@@ -696,7 +703,7 @@ def watch(self:GuidedDenoiser,
     try: yield seen
     finally: self._record = before
 
-# %% ../nbs/06_guided.ipynb #146
+# %% ../nbs/06_guided.ipynb #147
 def plot_seen(
     seen:list, # of `Seen`, as `GuidedDenoiser.watch` gives
     axs=None, # three matplotlib axes; None: new ones

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from . import transforms
 from .attention import PAG, SAG, SEG, SLG, TPG
 from .denoisers import to_x0
-from .guided import GuidedDenoiser, Negative, Term, _put_on, _take_off, _uncompiled, network_of
+from .guided import GuidedDenoiser, Negative, Term, _put_on, _take_off, _uncompiled, check_range, network_of
 from .karras import on_ladder
 from .pipelines import Family, NegativePrompt, _Asked, _FARTHEST, _for_images, _levels_of, _looks, _walked, guided
 
@@ -322,29 +322,25 @@ def begin(self:_Loop, call):
     "The denoiser, and the guided one, for as many images as there are."
     guide,n,self.device = self.guide,len(call.z),call.z.device
     D = self.D = self.as_denoiser(guide.scheduler, guide._timestep)
-    if D.prediction != 'flow' and 'UNet' not in type(network_of(self.net)).__name__: raise ValueError(f'scheduler: {type(guide.scheduler).__name__} is not one for flow models, and a {type(network_of(self.net)).__name__} is one; {_OURS}')
+    name,flow = type(network_of(self.net)).__name__,D.prediction == 'flow'
+    if flow == ('UNet' in name): raise ValueError(f'scheduler: {type(guide.scheduler).__name__} is {"one" if flow else "not one"} for flow models, and a {name} is {"not one" if flow else "one"}; {_OURS}')
     terms = [_for_images(_term(t, self.net) if isinstance(t, dict) else t, [*range(n)], self) for t in guide.terms]
     self.weights = [t.w for t in terms]
-    for t in terms: _check_range(t, D); t.w = guide._weight(t.w)
+    for t in terms: check_range(t, D); t.w = guide._weight(t.w)
     self.G = guide.denoiser = GuidedDenoiser(D, *terms, last=guide.last, max_batch=guide.max_batch)
     self.G._record,self.looks = self.see,ExitStack()
     for term,seen in guide.watched: self.looks.enter_context(self.G.watch(term, seen))
 
 # %% ../nbs/14_guiders.ipynb #66
-def _check_range(t, D):
-    "An error if a term guides at no noise level of the model: its interval is probably not in noise levels."
-    if t.interval and not (t.interval[0] < D.sigma_max and t.interval[1] >= D.sigma_min): raise ValueError(f'interval={t.interval}: guides at none of the noise levels of the model, {D.sigma_min:.4g} to {D.sigma_max:.4g}; allowed are noise levels (not time steps, or parts of the run)')
-
-# %% ../nbs/14_guiders.ipynb #67
 @patch
 def see(self:_Loop, parts, pushes, x, sigma): self.parts = parts,pushes,x,sigma
 
-# %% ../nbs/14_guiders.ipynb #68
+# %% ../nbs/14_guiders.ipynb #67
 @patch
 def guides(self:_Loop, x, sigma, **cond):
     return to_x0(torch.zeros_like(x), x, sigma, 'flow') if self.guide._still() else self.G(x, sigma, **cond)
 
-# %% ../nbs/14_guiders.ipynb #69
+# %% ../nbs/14_guiders.ipynb #68
 @patch
 def level(self:_Loop, call):
     "The noise level of a call, which may be the first of a run; the weights become those of the step."
@@ -354,14 +350,14 @@ def level(self:_Loop, call):
     for term,w in zip(self.G.terms, self.weights): term.w = _at_level(self.guide._weight(w), self.guide._sigma.item())
     return self.guide._sigma.to(call.z.device)
 
-# %% ../nbs/14_guiders.ipynb #70
+# %% ../nbs/14_guiders.ipynb #69
 def _at_level(w, sigma):
     "A weight; an error if it is bound to a ladder that does not have the level."
     ladder = getattr(w, 'sigmas', None)
     if ladder is not None and not any(math.isclose(sigma, o, rel_tol=1e-3) for o in ladder): raise ValueError(f'w is bound to a ladder without the noise level {sigma:.6g} of this step; allowed are its levels, or a list with one value a step')
     return w
 
-# %% ../nbs/14_guiders.ipynb #71
+# %% ../nbs/14_guiders.ipynb #70
 @patch
 def answer(self:_Loop, call):
     "What a pass is told."
@@ -373,7 +369,7 @@ def answer(self:_Loop, call):
     waits[1].copy_(self.part(lambda p: p.pos, out))
     return out
 
-# %% ../nbs/14_guiders.ipynb #72
+# %% ../nbs/14_guiders.ipynb #71
 @patch
 def part(self:_Loop, which, other):
     "One of the parts as a prediction of the network; where nothing was evaluated, the other."
@@ -381,7 +377,7 @@ def part(self:_Loop, which, other):
     parts,_,x,sigma = self.parts
     return self.said(self.D.prediction_of(which(parts), x, sigma), other)
 
-# %% ../nbs/14_guiders.ipynb #74
+# %% ../nbs/14_guiders.ipynb #73
 @patch
 def prepare_models(self:Guider, denoiser):
     "The next call of the network comes to the guider."
@@ -392,13 +388,13 @@ def prepare_models(self:Guider, denoiser):
     self._on.enter_context(_uncompiled())
     self._on.callback(_take_off, *_put_on(denoiser, self._wrap))
 
-# %% ../nbs/14_guiders.ipynb #75
+# %% ../nbs/14_guiders.ipynb #74
 @patch
 def cleanup_models(self:Guider, denoiser):
     "The call is over."
     self._on.close()
 
-# %% ../nbs/14_guiders.ipynb #76
+# %% ../nbs/14_guiders.ipynb #75
 @patch
 def _wrap(self:Guider, forward):
     def ask(*args, **kwargs):
@@ -406,7 +402,7 @@ def _wrap(self:Guider, forward):
         return self._loop(*args, **kwargs) if self._running() else forward(*args, **kwargs)
     return ask
 
-# %% ../nbs/14_guiders.ipynb #77
+# %% ../nbs/14_guiders.ipynb #76
 @patch
 def forward(self:Guider, pred_cond, pred_uncond=None):
     "The guided prediction, which is in the last answer."
@@ -418,7 +414,7 @@ def forward(self:Guider, pred_cond, pred_uncond=None):
     neg = None if pred_uncond is None else self._loop.part(lambda p: p.negs[i], pred)
     return GuiderOutput(pred=pred, pred_cond=pos, pred_uncond=neg)
 
-# %% ../nbs/14_guiders.ipynb #78
+# %% ../nbs/14_guiders.ipynb #77
 @patch
 def __call__(self:Guider, data):
     "The answer to a step."
@@ -426,7 +422,7 @@ def __call__(self:Guider, data):
     self._frame = None
     return out
 
-# %% ../nbs/14_guiders.ipynb #90
+# %% ../nbs/14_guiders.ipynb #89
 @patch
 def save_config(self:Guider, save_directory, push_to_hub=False, **kwargs):
     "Write `guider_config.json`; before it, an error if something cannot be saved."

@@ -660,7 +660,7 @@ def negative(self:_Run):
     return not distilled and self.given['guidance_scale'] > 1
 
 # %% ../nbs/11_pipelines.ipynb #135
-_INSTEAD = dict(guidance_rescale='guided(pipe, last=rescale.of(phi=...))', skip_guidance_layers='the term SLG(pipe.transformer, ...)')
+_INSTEAD = dict(guidance_rescale='guided(pipe, last=rescale.of(phi=...)), which rescales the velocity, as the paper does', skip_guidance_layers='the term SLG(pipe.transformer, ...)')
 
 def _refuse(given, missing):
     "An error if what a pipeline was given does not go together with our guidance."
@@ -724,6 +724,7 @@ def begin(self:_Run, n):
     self.timesteps,self.at = sched.timesteps,-1
     D = self.D = self.as_denoiser(sched, self.timesteps)
     self.times,self.levels,ladder = self.timesteps.tolist(),_looks(D, sched),_walked(D, sched)
+    for t in self.guide.terms: _check_steps(t.w, len(ladder)-1)
     self.G = self.guide.denoiser = GuidedDenoiser(D, *self.terms(n), last=self.guide.last, sigmas=ladder, max_batch=self.guide.max_batch)
     self.G.check_ladder(ladder)
     _check_reach(self.G.terms, ladder)
@@ -732,6 +733,10 @@ def begin(self:_Run, n):
     self.guides = ZeroInit(self.G, ladder, self.guide.zero_init) if self.guide.zero_init else self.G
 
 # %% ../nbs/11_pipelines.ipynb #142
+def _check_steps(w, n):
+    "An error if a list has not one value a step."
+    if isinstance(w, (list, tuple)) and len(w) != n: raise ValueError(f'w has {len(w)} values for {n} steps: allowed is a list with one value a step, of all num_inference_steps also in image to image; one value a prompt is given as a tensor, torch.tensor({[*w][:3]})')
+
 def _check_reach(terms, ladder):
     "An error if a term guides at no level of the ladder: its interval is probably not in noise levels."
     for t in terms:
@@ -801,7 +806,9 @@ def __call__(self:_Asked, *args, **kwargs):
 @patch
 def answer(self:_Run, call):
     "What the pipeline is told."
-    if not getattr(self.pipe, 'do_classifier_free_guidance', self.negative()): return self.guided(call, None)
+    if not getattr(self.pipe, 'do_classifier_free_guidance', self.negative()):
+        if self.timesteps is not None: self.G._run.stopped.update({i: [True]*len(call.z) for i,t in enumerate(self.G.terms) if isinstance(t.neg, NegativePrompt)}) # a callback has switched it off
+        return self.guided(call, None)
     return self.apart(call) if self.family is _flux else self.together(call)
 
 @patch
@@ -839,6 +846,7 @@ class guided:
         self.terms = as_terms(terms or (NegativePrompt(),), given) if some else []
         self.pipe,self.last,self.zero_init,self.max_batch = pipe,last,zero_init,max_batch
         self.denoiser,self.running,self.watched = None,[],[]
+    def __call__(self, *args, **kwargs): raise TypeError('guided(...) is not a pipeline: allowed is `with guided(pipe, ...): pipe(...)`, or guided(pipe, ...).on() and then pipe(...)')
     def __enter__(self): return self.on()
     def __exit__(self, *exc): self.off()
 
@@ -846,7 +854,8 @@ class guided:
 def _stock(pipe):
     for c in type(pipe).__mro__:
         if c.__name__ in STOCK: return STOCK[c.__name__]
-    raise ValueError(f'pipe is of class {type(pipe).__name__}: allowed are stock pipelines of diffusers, {", ".join(STOCK)}')
+    raise ValueError(f'pipe is of class {type(pipe).__name__}: allowed are stock pipelines of diffusers, {", ".join(STOCK)}. For modular pipelines there is Guider of cf_guidance.guiders, '
+                     'for those with PAG the plain pipeline and a term PAG(pipe.unet), for others pipeline_denoiser, or a loop of your own')
 
 # %% ../nbs/11_pipelines.ipynb #152
 @patch
@@ -880,9 +889,7 @@ def _guided_class(cls):
 def _call(self:guided, call, args, kwargs):
     "A call of the pipeline."
     if not self.terms: return call(self.pipe, *args, **kwargs)
-    given = inspect.signature(call).bind(self.pipe, *args, **kwargs)
-    given.apply_defaults()
-    run,parts = _Run(self, given.arguments),vars(self.pipe)
+    run,parts = _Run(self, _given(call, self.pipe, args, kwargs)),vars(self.pipe)
     try:
         self.running,parts[run.part] = [run],_stand_in(run.net, run)
         out = call(self.pipe, *args, **kwargs)
@@ -891,13 +898,22 @@ def _call(self:guided, call, args, kwargs):
     return out
 
 # %% ../nbs/11_pipelines.ipynb #155
+def _given(call, pipe, args, kwargs):
+    "All arguments of a call by name; what a class of yours passes on has the defaults of the stock pipeline."
+    stock = next(c for c in type(pipe).__mro__[1:] if c.__name__ in STOCK)
+    defaults = {k: p.default for k,p in inspect.signature(stock.__call__).parameters.items() if p.default is not p.empty}
+    bound = inspect.signature(call).bind(pipe, *args, **kwargs)
+    bound.apply_defaults()
+    return {**defaults, **bound.arguments, **bound.arguments.get('kwargs', {})}
+
+# %% ../nbs/11_pipelines.ipynb #156
 def _stand_in(net, forward):
     "A network of the same class and with the same weights, with hooks of its own and another forward."
     new = copy(network_of(net))
     new.__dict__.update({k: type(v)() for k,v in vars(new).items() if k.startswith('_forward_')}, _compiled_call_impl=None, forward=forward)
     return new
 
-# %% ../nbs/11_pipelines.ipynb #157
+# %% ../nbs/11_pipelines.ipynb #158
 @patch
 @contextmanager
 def watch(self:guided,

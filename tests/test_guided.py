@@ -384,6 +384,8 @@ def test_callbacks():
     cut = dict(one, callback_on_step_end=diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=.5))
     own = run(pipe, **cut)
     with guided(pipe, NegativePrompt()) as g: assert off(run(pipe, **cut), own) < 1e-5 and g.denoiser.nfe_per_sample.tolist() == [7]
+    with guided(pipe, w=W) as g, g.watch() as seen: assert off(run(pipe, **dict(cut, guidance_scale=W)), run(pipe, **dict(cut, guidance_scale=W))) < 1e-5
+    assert g.denoiser.nfe_per_sample.tolist() == [7] and seen[-1].scale.tolist() == [1.]
     def stop(pipe, i, t, o):
         pipe._interrupt = i == 1
         return dict(latents=o['latents']*.9)
@@ -537,9 +539,9 @@ BAD = { # what is done -> what the error says
     'rescale': (bad(lambda p: guided(p, NegativePrompt()), guidance_rescale=.7), r'guidance_rescale=0.7: .* last=rescale.of\(phi'),
     'w': (bad(lambda p: guided(p, w=torch.tensor([2., 3., 4.]))), r'w has shape \(3,\) for 2 prompts'),
     'w of images': (bad(lambda p: guided(p, w=torch.tensor([2., 3., 4., 5.])), num_images_per_prompt=2), r'w has shape \(4,\) for 2 prompts'),
-    'steps': (bad(lambda p: guided(p, w=[2., 3.])), r'allowed is one value a step, shape \(3,\)'),
+    'steps': (bad(lambda p: guided(p, w=[2., 3.])), 'w has 2 values for 3 steps'),
     'columns': (bad(lambda p: guided(p, w=[[2., 3., 4.]]*3)), r'w has shape \(3, 3\) for 2 prompts'),
-    'interval': (bad(lambda p: guided(p, interval=(200, 800))), r'interval=\(200, 800\): guides at none of the noise levels of this run, 2.93 to 0.04131'),
+    'interval': (bad(lambda p: guided(p, interval=(200, 800))), r'interval=\(200, 800\): guides at none of the noise levels of the model'),
     'parts': (bad(lambda p: guided(p, interval=(1e-5, 1e-3))), 'guides at none of the noise levels'),
     'negative w': (lambda: guided(sd_v(), w=-1.), 'w has -1.0'),
     'two terms': (lambda: guided(sd_v(), NegativePrompt(), NegativePrompt(), w=3.), 'allowed for a single negative'),
@@ -584,3 +586,14 @@ def test_fashion():
     assert torch.equal(run(pipe, **kw), own)
 
 def noise(pipe): return torch.randn(2, *pipeline_denoiser(pipe).latent_shape, generator=seeded(0))
+
+def test_passed_on():
+    "A class of yours that takes what it passes on; guided(...) is no pipeline; a list for prompts is none for steps"
+    class Mine(diffusers.StableDiffusionPipeline):
+        def __call__(self, *args, **kwargs): return super().__call__(*args, **kwargs)
+    pipe = sd_v()
+    own,mine = run(pipe),Mine(**pipe.components, requires_safety_checker=False)
+    assert off(with_terms(mine, lambda: run(mine), NegativePrompt()), own) < 1e-5
+    with pytest.raises(TypeError, match='is not a pipeline'): guided(pipe, w=3.)('a boot')
+    with pytest.raises(ValueError, match='one value a prompt is given as a tensor'), guided(pipe, w=[3., 6.]): run(pipe)
+    with pytest.raises(ValueError, match='Guider of cf_guidance.guiders'): guided(object())
