@@ -11,6 +11,7 @@ import math, sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from collections.abc import Mapping
 from copy import copy
+from functools import partial
 from numbers import Integral, Real
 from threading import RLock, get_ident
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from .schedules import in_interval
-from .transforms import GuidanceTfm, cfg
+from .transforms import GuidanceTfm, _narrow, cfg
 from .denoisers import Denoiser, Parts, apply_rule, from_x0, per_sample, to_x0
 from .karras import check_ladder, on_ladder, split_generator
 
@@ -164,6 +165,7 @@ def network_of(
 # %% ../nbs/06_guided.ipynb #26
 class Model(Negative):
     "Another model under the same condition (autoguidance, arXiv:2406.02507). It stays where it is: `.to(...)` of the guided denoiser does not move it."
+    w = 2. # the paper's best for EDM2-S and -XXL are 2.1 and 2.05
     def __init__(self,
         model, # `model(x, sigma, **cond) -> x0`, a denoiser
     ):
@@ -275,11 +277,12 @@ class Term:
     "A negative, how strongly it pushes, by which rule, and at which noise levels."
     def __init__(self,
         neg, # a `Negative`; a dict is one of `Conditions`, a denoiser or another function a `Model`
-        w=None, # weight, see the table; 1 is unguided; None: what is usual for the negative, 7.5 for conditions
+        w=None, # weight, see the table; 1 is unguided; None: the usual one of the negative, such as 7.5 for conditions and 2 for a model
         rule=cfg, # `rule(neg, pos, w)`; it is given what its `space` says
         interval:tuple=None, # (lo, hi): guided where lo < sigma <= hi; None: everywhere
         stop:float=None, # a sample is no longer guided once the cosine of its predictions of the noise is above this (adaptive guidance, arXiv:2312.12487, uses .991); at the highest noise they may agree as well, so give an interval, too; None: never
     ):
+        if isinstance(rule, partial) and hasattr(rule.func, 'of'): raise TypeError(f'rule={rule!r}: a partial does not know its space; allowed is {rule.func.__name__}.of(...)')
         if not callable(rule) or isinstance(rule, GuidanceTfm): raise TypeError(f'rule={rule!r}: allowed are functions of neg, pos and w, such as cfg of cf_guidance.transforms' + (', and w=[...] for the schedule of a transform' if isinstance(rule, GuidanceTfm) else ''))
         if stop is not None and (isinstance(stop, bool) or not isinstance(stop, Real) or not -1 <= stop <= 1): raise ValueError(f'stop={stop!r}: allowed are cosines, -1 to 1, or None')
         self.neg,self.rule,self.interval,self.stop = _negative(neg),rule,_checked_interval(interval),stop
@@ -368,11 +371,19 @@ class GuidedDenoiser(Denoiser):
         if last is not None and not callable(last): raise TypeError(f'last={last!r}: allowed are rules, such as base_norm')
         if max_batch is not None and not (isinstance(max_batch, Integral) and max_batch >= 1): raise ValueError(f'max_batch={max_batch!r}: allowed are whole numbers from 1')
         self.terms = [t._on(sigmas) for t in as_terms(terms, dict(w=w, rule=rule, interval=interval, stop=stop))]
+        for o in (inner_model, *(t.neg.model for t in self.terms if isinstance(t.neg, Model))): _check_inside(o)
         self.last,self.max_batch,self._ladder,self._record = last,max_batch,None if sigmas is None else check_ladder(sigmas),None
         self.reset()
     def forward(self, x, sigma, **cond): return self._guided(x, sigma, cond, False).pred
 
 # %% ../nbs/06_guided.ipynb #52
+def _check_inside(model):
+    "An error if a guided denoiser inside another one has a memory: which of its rows is which sample changes from evaluation to evaluation."
+    for G in _chain(model):
+        if isinstance(G, GuidedDenoiser) and any(t.stop is not None or getattr(r, 'stateful', False) for t in G.terms for r in (t.rule, G.last)):
+            raise ValueError('inner_model, or the model of a negative, is guided by a rule that remembers, or with stop; allowed is that in the outermost guided denoiser only')
+
+# %% ../nbs/06_guided.ipynb #53
 def as_terms(
     terms, # a `Term`, or a negative, each
     given:dict, # what is given for a single one, by the names that `Term` has; None: not given
@@ -383,7 +394,7 @@ def as_terms(
     if not terms: raise TypeError('terms are none: allowed is one negative or more, or Term(neg, w, rule, interval, stop)')
     return [t if isinstance(t, Term) else Term(t, **given) for t in terms]
 
-# %% ../nbs/06_guided.ipynb #54
+# %% ../nbs/06_guided.ipynb #55
 class _Ask(NamedTuple):
     "A question to the network."
     x:torch.Tensor
@@ -392,14 +403,14 @@ class _Ask(NamedTuple):
     def take(self, rows): return _Ask(self.x[rows], self.sigma[rows], {k: v[rows] for k,v in self.cond.items()})
     def kind(self): return self.x.shape[1:], self.x.dtype, tuple((k, self.cond[k].shape[1:], self.cond[k].dtype) for k in sorted(self.cond))
 
-# %% ../nbs/06_guided.ipynb #55
+# %% ../nbs/06_guided.ipynb #56
 def _cat(asks):
     "Questions of one kind as one."
     if len(asks) == 1: return asks[0]
     x,sigma,conds = zip(*asks)
     return _Ask(torch.cat(x), torch.cat(sigma), {k: torch.cat([c[k] for c in conds]) for k in conds[0]})
 
-# %% ../nbs/06_guided.ipynb #56
+# %% ../nbs/06_guided.ipynb #57
 @patch
 def _answers(self:GuidedDenoiser, asks, watched):
     "What the network says to each of `asks`; `watched` are contexts around the forward of the first."
@@ -413,13 +424,13 @@ def _answers(self:GuidedDenoiser, asks, watched):
         outs.update(zip(ids, y.split([len(asks[i].x) for i in ids])))
     return [outs[i] for i in range(len(asks))]
 
-# %% ../nbs/06_guided.ipynb #57
+# %% ../nbs/06_guided.ipynb #58
 @patch
 def _same(self:GuidedDenoiser, y, x, name):
     if y.shape != x.shape: raise ValueError(f'{name} gives shape {tuple(y.shape)} for x of shape {tuple(x.shape)}: allowed are the same')
     return y.to(x.dtype)
 
-# %% ../nbs/06_guided.ipynb #59
+# %% ../nbs/06_guided.ipynb #60
 def _where(on):
     "Numbers of the samples that are on, as a slice if that is all of them."
     rows = [i for i,o in enumerate(on) if o]
@@ -429,13 +440,13 @@ def _count(rows): return rows.stop if isinstance(rows, slice) else len(rows)
 def _shifted(rows, by): return slice(by, by+rows.stop) if isinstance(rows, slice) else [by+i for i in rows]
 def _overrides(neg, name): return getattr(type(neg), name) is not getattr(Negative, name)
 
-# %% ../nbs/06_guided.ipynb #60
+# %% ../nbs/06_guided.ipynb #61
 def _filled(rows, y, other):
     "(B, ...) with `y` in `rows` and `other` elsewhere."
     if isinstance(rows, slice): return other if y is None else y
     return other.index_put((torch.tensor(rows, device=y.device),), y) if rows else other
 
-# %% ../nbs/06_guided.ipynb #61
+# %% ../nbs/06_guided.ipynb #62
 @patch
 def _pushes(self:GuidedDenoiser, sigma, whole):
     "The terms at one evaluation. All positives count but those of a single `cfg` with `w = 0` whose negative needs none."
@@ -443,7 +454,7 @@ def _pushes(self:GuidedDenoiser, sigma, whole):
     if len(pushes) == 1 and not (self.last or neg.needs_pos or _overrides(neg, 'watch')): return pushes
     return [p._replace(alone=[False]*len(p.on)) for p in pushes]
 
-# %% ../nbs/06_guided.ipynb #62
+# %% ../nbs/06_guided.ipynb #63
 @patch
 def _drawn(self:GuidedDenoiser, neg, i, rows):
     "The negative of term `i` for samples `rows` of the batch, ready to be asked."
@@ -454,12 +465,12 @@ def _drawn(self:GuidedDenoiser, neg, i, rows):
         neg.draw(mine[i][rows] if isinstance(rows, slice) else [mine[i][j] for j in rows])
     return neg
 
-# %% ../nbs/06_guided.ipynb #63
+# %% ../nbs/06_guided.ipynb #64
 def _own(generators, i):
     "For term `i` other streams than those of the same seeds elsewhere: the first that a generator gives is the sampler's, the others are the terms'."
     return [split_generator(g, i+2)[-1] for g in generators]
 
-# %% ../nbs/06_guided.ipynb #64
+# %% ../nbs/06_guided.ipynb #65
 @patch
 def _estimates(self:GuidedDenoiser, ask, pushes, first):
     "The positive and the negatives of samples from number `first`; where one of them does not count it is filled with the other."
@@ -478,12 +489,12 @@ def _estimates(self:GuidedDenoiser, ask, pushes, first):
     full = [_filled(r, negs.get(i), some) for i,r in enumerate(N)]
     return _filled(P, pos, full[0]), full
 
-# %% ../nbs/06_guided.ipynb #66
+# %% ../nbs/06_guided.ipynb #67
 def _mixed(on, a, b):
     "`a` where `on`, else `b`."
     return a if all(on) else torch.where(torch.tensor(on, device=a.device).view(-1, *(1,)*(a.ndim-1)), a, b)
 
-# %% ../nbs/06_guided.ipynb #67
+# %% ../nbs/06_guided.ipynb #68
 def _remembering(rule, on, states, key):
     "A rule as a function of neg, pos and w alone: its state is `states[key]`, one row a sample."
     if not getattr(rule, 'stateful', False): return rule
@@ -494,14 +505,14 @@ def _remembering(rule, on, states, key):
     once.space = rule.space
     return once
 
-# %% ../nbs/06_guided.ipynb #68
+# %% ../nbs/06_guided.ipynb #69
 @patch
 def _ruled(self:GuidedDenoiser, rule, on, key, neg, pos, w, x, sigma):
     "What a rule makes of the positive: that itself where it is off."
     if not any(on): return pos
     return _mixed(on, apply_rule(_remembering(rule, on, self._run.states, key), neg, pos, w, x, sigma), pos)
 
-# %% ../nbs/06_guided.ipynb #69
+# %% ../nbs/06_guided.ipynb #70
 @patch
 def _sum(self:GuidedDenoiser, pos, negs, pushes, x, sigma):
     "The guided estimate."
@@ -511,15 +522,15 @@ def _sum(self:GuidedDenoiser, pos, negs, pushes, x, sigma):
     if len(preds) == 1 and not self.last: return preds[0]
     delta = sum(p-pos for p in preds)
     if not self.last: return pos+delta
-    return self._ruled(self.last, [any(o) for o in zip(*(p.on for p in pushes))], 'last', pos-delta, pos, 2., x, sigma)
+    return self._ruled(self.last, [any(o) for o in zip(*(p.on for p in pushes))], 'last', pos-delta, pos, 2. if getattr(self.last, 'pos_at', None) is None else 1.+self.last.pos_at, x, sigma)
 
-# %% ../nbs/06_guided.ipynb #71
+# %% ../nbs/06_guided.ipynb #72
 def _as_noise(x, sigma, *estimates):
     "Estimates of the image as predictions of the noise, (B, ...) flat, in float32 or better."
     wide = torch.promote_types(x.dtype, torch.float32)
     return [from_x0(o.detach().to(wide), x.to(wide), sigma, 'eps').flatten(1) for o in estimates]
 
-# %% ../nbs/06_guided.ipynb #72
+# %% ../nbs/06_guided.ipynb #73
 @patch
 def _stop(self:GuidedDenoiser, pos, negs, pushes, x, sigma):
     "Note which samples are no longer guided by which term."
@@ -529,7 +540,7 @@ def _stop(self:GuidedDenoiser, pos, negs, pushes, x, sigma):
         before = self._run.stopped.get(i, [False]*len(x))
         self._run.stopped[i] = [b or o and not a and c for b,o,a,c in zip(before, p.on, p.alone, agree.tolist())]
 
-# %% ../nbs/06_guided.ipynb #73
+# %% ../nbs/06_guided.ipynb #74
 @patch
 def _guided(self:GuidedDenoiser, x, sigma, cond, whole):
     "All that is known of the estimate: the network is asked a micro-batch at a time."
@@ -539,13 +550,13 @@ def _guided(self:GuidedDenoiser, x, sigma, cond, whole):
     if n != len(self.nfe_per_sample): self._samples(n)
     before,pushes = self.nfe_per_sample.clone(),self._pushes(sigma, whole)
     pos,negs = self._asked(_Ask(x, sigma, cond), pushes)
-    out = Parts(self._sum(pos, negs, pushes, x, sigma).to(x.dtype), pos, negs[0], negs)
+    out = Parts(_narrow(self._sum(pos, negs, pushes, x, sigma), x.dtype), pos, negs[0], negs)
     self._stop(pos, negs, pushes, x, sigma)
     self._spent = self.nfe_per_sample-before
     if self._record: self._record(out, pushes, x, sigma)
     return out
 
-# %% ../nbs/06_guided.ipynb #74
+# %% ../nbs/06_guided.ipynb #75
 @patch
 def _asked(self:GuidedDenoiser, ask, pushes):
     "The positive and the negatives of all samples."
@@ -556,7 +567,7 @@ def _asked(self:GuidedDenoiser, ask, pushes):
     def joined(os): return os[0] if len(os) == 1 else torch.cat(os)
     return joined(pos), tuple(joined(o) for o in zip(*negs))
 
-# %% ../nbs/06_guided.ipynb #76
+# %% ../nbs/06_guided.ipynb #77
 @patch
 def parts(self:GuidedDenoiser,
     x:torch.Tensor, # (B, ...) images with noise
@@ -566,7 +577,7 @@ def parts(self:GuidedDenoiser,
     "The guided, the positive and the negative estimates."
     return self._guided(x, sigma, cond, True)
 
-# %% ../nbs/06_guided.ipynb #78
+# %% ../nbs/06_guided.ipynb #79
 class _Run(NamedTuple):
     "What is kept of a run for a number of samples."
     count:torch.Tensor # network evaluations, (B,)
@@ -574,14 +585,14 @@ class _Run(NamedTuple):
     states:dict # of the rules that remember
     stopped:dict # by term: samples that are no longer guided
 
-# %% ../nbs/06_guided.ipynb #79
+# %% ../nbs/06_guided.ipynb #80
 @patch
 def reset(self:GuidedDenoiser):
     "A new run, and a total of 0."
     self._total,self._spent = 0,1
     self._start(0)
 
-# %% ../nbs/06_guided.ipynb #80
+# %% ../nbs/06_guided.ipynb #81
 @patch
 def _start(self:GuidedDenoiser, n):
     self._runs,self._checked = {},None
@@ -599,13 +610,13 @@ def nfe_per_sample(self:GuidedDenoiser)->torch.Tensor: # (B,)
     "Network evaluations of each sample in the current run."
     return self._run.count
 
-# %% ../nbs/06_guided.ipynb #81
+# %% ../nbs/06_guided.ipynb #82
 @patch(as_prop=True)
 def nfe(self:GuidedDenoiser)->int:
     "Network evaluations since `reset()`, rows of all forwards together; those of the current run are `nfe_per_sample`, (B,). A model that is guided itself counts as a negative with all that it evaluates, as `inner_model` as one."
     return self._total + sum(int(o.count.sum()) for o in self._runs.values())
 
-# %% ../nbs/06_guided.ipynb #83
+# %% ../nbs/06_guided.ipynb #84
 @patch
 def check_ladder(self:GuidedDenoiser,
     sigmas, # (n+1,) the noise levels that a sampler is going to walk
@@ -617,27 +628,27 @@ def check_ladder(self:GuidedDenoiser,
     self._total = self.nfe
     self._start(len(self.nfe_per_sample))
 
-# %% ../nbs/06_guided.ipynb #84
+# %% ../nbs/06_guided.ipynb #85
 def check_range(term, D):
     "An error if a term guides at no noise level of the model: its interval is probably not in noise levels."
     try: lo,hi = D.sigma_min,D.sigma_max
     except NotImplementedError: return
     if term.interval and not (term.interval[0] < hi and term.interval[1] >= lo): raise ValueError(f'interval={term.interval}: guides at none of the noise levels of the model, {lo:.4g} to {hi:.4g}; allowed are noise levels (not time steps, or parts of the run)')
 
-# %% ../nbs/06_guided.ipynb #85
+# %% ../nbs/06_guided.ipynb #86
 def check_bound(name, ladder, sigmas):
     "An error if weights are bound to another ladder (None: to none) than that of the sampler."
     levels = check_ladder(sigmas)
     if ladder is not None and not _part_of(levels, ladder):
         raise ValueError(f'sigmas: the sampler walks {len(levels)-1} steps from {levels[0]:.6g} to {levels[-1]:.6g}, but {name} is bound to a ladder of {len(ladder)-1} steps from {ladder[0]:.6g} to {ladder[-1]:.6g}; allowed are consecutive levels of it')
 
-# %% ../nbs/06_guided.ipynb #86
+# %% ../nbs/06_guided.ipynb #87
 def _part_of(levels, ladder):
     "Are the levels consecutive ones of the ladder?"
     i = min(range(len(ladder)), key=lambda i: abs(ladder[i]-levels[0]))
     return len(ladder)-i >= len(levels) and all(math.isclose(a, b, rel_tol=1e-4) for a,b in zip(levels, ladder[i:]))
 
-# %% ../nbs/06_guided.ipynb #87
+# %% ../nbs/06_guided.ipynb #88
 @patch
 def _check(self:GuidedDenoiser, x, cond):
     "Ask all negatives whether they can be had, once for each shape of what comes."
@@ -646,7 +657,7 @@ def _check(self:GuidedDenoiser, x, cond):
     for t in self.terms: t.neg.check(self.inner_model, x, cond)
     self._checked = what
 
-# %% ../nbs/06_guided.ipynb #137
+# %% ../nbs/06_guided.ipynb #138
 class ZeroInit(Denoiser):
     "A denoiser of a flow model that stands still in the first steps (CFG-Zero*, arXiv:2503.18886): velocity 0, without an evaluation."
     def __init__(self,
@@ -659,12 +670,18 @@ class ZeroInit(Denoiser):
         if isinstance(steps, bool) or not isinstance(steps, Integral) or not 0 <= steps < len(levels): raise ValueError(f'steps={steps!r}: allowed are whole numbers from 0 to {len(levels)-1}, the steps of the ladder')
         if getattr(self, 'prediction', None) != 'flow': raise ValueError(f"inner_model predicts {getattr(self, 'prediction', 'something unknown')!r}; allowed are models whose prediction is 'flow', such as FlowDenoiser")
         self.above = math.inf if steps == 0 else (levels[steps-1]*levels[steps])**.5
-    def forward(self, x, sigma, **cond):
-        still = per_sample(sigma, x) > self.above
-        if still.all(): return to_x0(torch.zeros_like(x), x, sigma, 'flow')
-        return _mixed((~still).tolist(), self.inner_model(x, sigma, **cond), to_x0(torch.zeros_like(x), x, sigma, 'flow'))
+    def forward(self, x, sigma, **cond): return self._instead(lambda: (self.inner_model(x, sigma, **cond),), x, sigma)[0]
+    def parts(self, x, sigma, **cond):
+        def ask(): p = self.inner_model.parts(x, sigma, **cond); return *p[:3], *p.negs
+        pred,pos,neg,*negs = self._instead(ask, x, sigma, 3)
+        return Parts(pred, pos, neg, tuple(negs))
+    def _instead(self, ask, x, sigma, n=1):
+        moves,zero = (per_sample(sigma, x) <= self.above).tolist(),to_x0(torch.zeros_like(x), x, sigma, 'flow')
+        said = ask() if any(moves) else [zero]*n
+        self._spent = getattr(self.inner_model, '_spent', 1) if any(moves) else 0
+        return [_mixed(moves, o, zero) for o in said]
 
-# %% ../nbs/06_guided.ipynb #143
+# %% ../nbs/06_guided.ipynb #144
 class Seen(NamedTuple):
     "One evaluation of a guided denoiser, (B,) each; nan where one of the two was not evaluated, or (the scale) they are equal to rounding."
     sigma:torch.Tensor # noise levels
@@ -672,7 +689,7 @@ class Seen(NamedTuple):
     cosine:torch.Tensor # of positive and negative, as predictions of the noise
     ratio:torch.Tensor # |pos-neg| / |neg|, as predictions of the noise
 
-# %% ../nbs/06_guided.ipynb #144
+# %% ../nbs/06_guided.ipynb #145
 def _seen(parts, pushes, i, x, sigma):
     push,neg = pushes[i],parts.negs[i]
     moved = [any(o) for o in zip(*(p.on for p in pushes))]
@@ -686,7 +703,7 @@ def _seen(parts, pushes, i, x, sigma):
     scale = (((pred-neg)*d).sum(1)/size**2).where(apart, math.nan)
     return Seen(sigma, scale.where(both, one), known(torch.cosine_similarity(pos, neg)), known(size/neg.norm(dim=1)))
 
-# %% ../nbs/06_guided.ipynb #145
+# %% ../nbs/06_guided.ipynb #146
 @patch
 @contextmanager
 def watch(self:GuidedDenoiser,
@@ -703,7 +720,7 @@ def watch(self:GuidedDenoiser,
     try: yield seen
     finally: self._record = before
 
-# %% ../nbs/06_guided.ipynb #147
+# %% ../nbs/06_guided.ipynb #148
 def plot_seen(
     seen:list, # of `Seen`, as `GuidedDenoiser.watch` gives
     axs=None, # three matplotlib axes; None: new ones

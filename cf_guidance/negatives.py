@@ -83,7 +83,6 @@ def combine(self:PerpNeg, answers, x, sigma, pos):
 # %% ../nbs/07_negatives.ipynb #35
 class Autoguidance(Model):
     "A weaker model under the same condition (arXiv:2406.02507, eq. 3, with the paper's `w`)."
-    w = 2. # the paper's best for EDM2-S and -XXL are 2.1 and 2.05
 
 # %% ../nbs/07_negatives.ipynb #48
 def interpolate(
@@ -232,7 +231,8 @@ def perturbed_time(
 
 # %% ../nbs/07_negatives.ipynb #84
 class TSG(Negative):
-    "The same network with noise on the embedding of its time (time-step guidance, arXiv:2407.02687, with the paper's `w`)."
+    "The same network with noise on the embedding of its time (time-step guidance, arXiv:2407.02687, with the paper's `w`, which is tuned for each model)."
+    w = 2.
     def __init__(self,
         net, # the network, or a denoiser that has it inside
         s:float=1., # standard deviation of the noise at the highest noise level

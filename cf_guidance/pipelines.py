@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .transforms import GuidanceTfm
 from .denoisers import Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser, per_sample
 from .karras import split_generator
-from .guided import Conditions, GuidedDenoiser, Term, ZeroInit, as_terms, network_of
+from .guided import Conditions, GuidedDenoiser, Negative, Term, ZeroInit, as_terms, network_of
 from .schedules import in_interval
 
 # %% ../nbs/11_pipelines.ipynb #7
@@ -706,6 +706,8 @@ def ladder_of(
 )->torch.Tensor: # (num_steps+1,) decreasing, ends in 0
     "The noise levels that a pipeline walks, to find an interval or to make a schedule."
     sched = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    own = any(STOCK.get(c.__name__) is _flux for c in type(pipe).__mro__) and 'sigmas' in inspect.signature(sched.set_timesteps).parameters
+    if own: kwargs = dict(dict(sigmas=[1-i/num_steps for i in range(num_steps)]), **kwargs) # Flux chooses them itself
     sched.set_timesteps(num_steps, **kwargs)
     return torch.tensor(_walked(_levels_of(sched, nn.Identity(), quantize=not sched.timesteps.is_floating_point()), sched))
 
@@ -727,7 +729,7 @@ def begin(self:_Run, n):
     for t in self.guide.terms: _check_steps(t.w, len(ladder)-1)
     self.G = self.guide.denoiser = GuidedDenoiser(D, *self.terms(n), last=self.guide.last, sigmas=ladder, max_batch=self.guide.max_batch)
     self.G.check_ladder(ladder)
-    _check_reach(self.G.terms, ladder)
+    _check_reach(self.G.terms, self.levels)
     self.looks = ExitStack()
     for term,seen in self.guide.watched: self.looks.enter_context(self.G.watch(term, seen))
     self.guides = ZeroInit(self.G, ladder, self.guide.zero_init) if self.guide.zero_init else self.G
@@ -737,11 +739,11 @@ def _check_steps(w, n):
     "An error if a list has not one value a step."
     if isinstance(w, (list, tuple)) and len(w) != n: raise ValueError(f'w has {len(w)} values for {n} steps: allowed is a list with one value a step, of all num_inference_steps also in image to image; one value a prompt is given as a tensor, torch.tensor({[*w][:3]})')
 
-def _check_reach(terms, ladder):
+def _check_reach(terms, levels):
     "An error if a term guides at no level of the ladder: its interval is probably not in noise levels."
     for t in terms:
-        if t.interval and not any(in_interval(o, *t.interval) for o in ladder[:-1]):
-            raise ValueError(f'interval={t.interval}: guides at none of the noise levels of this run, {ladder[0]:.4g} to {ladder[-2]:.4g}; allowed are noise levels (not time steps, or parts of the run)')
+        if t.interval and not any(in_interval(o, *t.interval) for o in levels):
+            raise ValueError(f'interval={t.interval}: guides at none of the noise levels of this run, {levels[0]:.4g} to {levels[-1]:.4g}; allowed are noise levels (not time steps, or parts of the run)')
 
 # %% ../nbs/11_pipelines.ipynb #144
 @patch
@@ -760,8 +762,8 @@ def pack(self:_Asked, x): return x if self.family.pack == 1 else self.pipe._pack
 def level(self:_Run, call):
     "The noise level of a call, which may be the first of a run: that of the next look at this time."
     if self.pipe.scheduler.timesteps is not self.timesteps: self.begin(len(call.z))
-    t = call.t[0].item()*self.family.unit
-    off = [abs(o-t) for o in self.times]
+    told = (torch.tensor(self.times).to(call.t.dtype)/self.family.unit).to(call.t.dtype).tolist() # rounded as the pipeline did
+    off = [abs(o-call.t[0].item()) for o in told]
     self.at = next(i for i in [*range(self.at+1, len(off)), *range(len(off))] if off[i] == min(off))
     return torch.tensor(self.levels[self.at], device=call.z.device)
 
@@ -815,7 +817,7 @@ def answer(self:_Run, call):
 def together(self:_Run, call):
     "Prompt and negative prompt in one batch."
     a,b = (call.half(i) for i in range(2))
-    if not torch.equal(a.z, b.z): raise ValueError('pipe: the two halves of what its network is given differ; allowed are pipelines that evaluate prompt and negative prompt at the same latents')
+    if not (torch.equal(a.z, b.z) or a.z.isnan().any()): raise ValueError('pipe: the two halves of what its network is given differ; allowed are pipelines that evaluate prompt and negative prompt at the same latents')
     out = self.guided(*((a, b) if not self.family.words else (b, a)))
     return torch.cat([out, out])
 
@@ -826,7 +828,7 @@ def apart(self:_Asked, call):
         self.first = call,torch.full_like(call.z if self.family.pack > 1 else call.z[:,:self.channels()], torch.nan)
         return self.first[1]
     (pos,answer),self.first = self.first,None
-    if not torch.equal(pos.z, call.z): raise ValueError('pipe: it evaluates its negative prompt at other latents than the prompt; allowed are the same')
+    if not (torch.equal(pos.z, call.z) or pos.z.isnan().any()): raise ValueError('pipe: it evaluates its negative prompt at other latents than the prompt; allowed are the same')
     return answer.copy_(self.guided(pos, call))
 
 # %% ../nbs/11_pipelines.ipynb #149
@@ -844,6 +846,10 @@ class guided:
         given = dict(w=w, rule=rule, interval=interval, stop=stop)
         some = terms or last or zero_init or any(o is not None for o in given.values())
         self.terms = as_terms(terms or (NegativePrompt(),), given) if some else []
+        GuidedDenoiser(nn.Identity(), Negative(), last=last, max_batch=max_batch)
+        if isinstance(zero_init, bool) or not isinstance(zero_init, int) or zero_init < 0: raise ValueError(f'zero_init={zero_init!r}: allowed are whole numbers from 0')
+        for t in self.terms:
+            if isinstance(t.neg, NegativePrompt) and t.w == t.neg.w and getattr(t.rule, 'pos_at', None) == 0: raise ValueError(f'rule={t.rule.__name__}: its weight is a strength, which guidance_scale is not; allowed are w=, or cfg')
         self.pipe,self.last,self.zero_init,self.max_batch = pipe,last,zero_init,max_batch
         self.denoiser,self.running,self.watched = None,[],[]
     def __call__(self, *args, **kwargs): raise TypeError('guided(...) is not a pipeline: allowed is `with guided(pipe, ...): pipe(...)`, or guided(pipe, ...).on() and then pipe(...)')

@@ -31,6 +31,7 @@ def _check(neg, pos, axes=1):
 def _weight(w, like):
     "`w` as a number, or as a tensor that broadcasts over all axes of `like` but the first."
     if isinstance(w, (int,float)): return w
+    if w is None or isinstance(w, str): raise TypeError(f'w={w!r}: allowed are a number, or a tensor with one value a sample')
     w,one = torch.as_tensor(w).to(like),(1,)*(like.ndim-1)
     if w.ndim==0 or w.shape==(len(like),)+one: return w
     if w.shape==(len(like),): return w.view(-1, *one)
@@ -415,7 +416,7 @@ def fdg(
 )->torch.Tensor: # (B, ..., H, W)
     "Frequency-decoupled guidance (FDG, arXiv:2506.19713): `cfg`, with a weight for each level of a Laplacian pyramid."
     push = pos-neg
-    return cfg(neg + (push-_levels(push, shares)), pos, w)
+    with torch.autocast(push.device.type, enabled=False): return cfg(neg + (push-_levels(push, shares)), pos, w)
 
 # %% ../nbs/01_transforms.ipynb #117
 def _quantile(x, p):

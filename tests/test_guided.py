@@ -597,3 +597,20 @@ def test_passed_on():
     with pytest.raises(TypeError, match='is not a pipeline'): guided(pipe, w=3.)('a boot')
     with pytest.raises(ValueError, match='one value a prompt is given as a tensor'), guided(pipe, w=[3., 6.]): run(pipe)
     with pytest.raises(ValueError, match='Guider of cf_guidance.guiders'): guided(object())
+
+@pytest.mark.parametrize('name', ['StableDiffusion', 'StableDiffusion3', 'Flux'])
+def test_ladder_of(name):
+    "It is the ladder that a call walks"
+    pipe,kw = make(name)
+    with guided(pipe, NegativePrompt()) as g: run(pipe, **kw)
+    assert torch.allclose(ladder_of(pipe, STEPS), torch.tensor(g.denoiser._ladder), rtol=1e-5)
+
+def test_rounded_times():
+    "Times that a pipeline rounds to bfloat16 are those of their own steps"
+    pipe,kw = make('Flux')
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.5)
+    pipe.to(torch.bfloat16)
+    w = [1.+i for i in range(50)]
+    with guided(pipe, w=w) as g, g.watch() as seen: run(pipe, steps=50, **kw)
+    levels = [o.sigma[0].item() for o in seen]
+    assert len({*levels}) == 50 and levels == sorted(levels, reverse=True)

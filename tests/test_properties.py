@@ -102,5 +102,7 @@ def test_unguided_is_the_denoiser(name, size, sigma, prediction, seed):
     assert G(x, sigma, c=c).isfinite().all() and G.nfe == 2*size[0]
 
 def test_all_rules_are_here():
+    papers = dict(cfg='any', cfg_paper='any', base_norm='eps', t_norm='eps', full_norm='eps', tcfg='eps', beta_cfg='eps', rescale='v', cfg_zero='flow', mambo='flow') # the others work on the image
+    assert {k: f.space for k,f in RULES.items() if k.isidentifier()} == {k: papers.get(k, 'x0') for k in RULES if k.isidentifier()}
     assert len(RULES) >= 25 and {f.space for f in RULES.values()} >= {'any', 'eps', 'x0', 'v', 'flow'}
     assert all(math.isfinite(f.pos_at) for f in RULES.values() if f.pos_at is not None)
