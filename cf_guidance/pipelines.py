@@ -163,8 +163,10 @@ class _UNet(nn.Module):
     def __init__(self, pipe):
         super().__init__()
         self.takes = nn.Parameter(torch.empty(0, device=pipe.device), requires_grad=False)
-        self.pipe,self.net = pipe,pipe.unet
-    def forward(self, x, t, encoder_hidden_states): return self.net(x.to(self.pipe.dtype), t, encoder_hidden_states).sample.float()
+        self.pipe,self.net,self.now = pipe,pipe.unet,None
+    def forward(self, x, t, encoder_hidden_states):
+        if self.now: t = torch.where(t == self.now[0], self.now[1], t)
+        return self.net(x.to(self.pipe.dtype), t, encoder_hidden_states).sample.float()
 
 # %% ../nbs/11_pipelines.ipynb #32
 @patch
@@ -245,12 +247,12 @@ def denoise(self:MinimalDiffusion,
     sched.set_timesteps(num_steps, device=self.device)
     extra = {'generator': gens} if 'generator' in inspect.signature(sched.step).parameters else {}
     D.quantize = not sched.timesteps.is_floating_point()
-    levels = D.t_to_sigma(sched.timesteps)
-    guide,G = self._guided(D, guide_tfm, embs, _looks(D, sched), num_steps)
+    levels = torch.tensor(_looks(D, sched), device=self.device)
+    guide,G = self._guided(D, guide_tfm, embs, levels.tolist(), num_steps)
     shape = len(gens), self.unet.config.in_channels, *self.latent_size()
     x = randn_tensor(shape, generator=gens, device=torch.device(self.device), dtype=self.dtype)*sched.init_noise_sigma
     for i,(t,sigma,c_in) in enumerate(zip(tqdm(sched.timesteps, disable=not self.progress), levels, D.scalings(levels)[2])):
-        xk = sched.scale_model_input(x, t).float()/c_in
+        xk,D.inner_model.now = sched.scale_model_input(x, t).float()/c_in,(D.sigma_to_t(sigma), t)
         x0 = self._fitted(lambda: guide(xk, sigma, step_of(i, len(levels), num_steps)))
         x = sched.step(D.prediction_of(x0, xk, sigma).to(self.dtype), t, x, **extra).prev_sample.to(self.dtype)
     self.nfe = G.nfe_per_sample
