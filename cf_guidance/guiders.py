@@ -17,9 +17,9 @@ from fastcore.basics import patch
 from . import transforms
 from .attention import PAG, SAG, SEG, SLG, TPG
 from .denoisers import to_x0
-from .guided import GuidedDenoiser, Negative, Term, _put_on, _take_off, _uncompiled, check_range, network_of
+from .guided import GuidedDenoiser, Negative, Term, _put_on, _take_off, _uncompiled, check_range, in_rows, network_of, per_step
 from .karras import on_ladder
-from .pipelines import Family, NegativePrompt, _Asked, _FARTHEST, _for_images, _levels_of, _looks, _walked, guided
+from .pipelines import Family, NegativePrompt, _Asked, _FARTHEST, _for_images, _levels_of, _looks, _walked, check_options, guided
 
 # %% ../nbs/14_guiders.ipynb #4
 try: from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
@@ -180,36 +180,32 @@ class Guider(BaseGuidance):
 def _check(self:Guider):
     "Errors that need no network."
     if not self.terms: raise TypeError('terms are none: allowed is one or more')
-    if isinstance(self.zero_init, bool) or not isinstance(self.zero_init, int) or self.zero_init < 0: raise ValueError(f'zero_init={self.zero_init!r}: allowed are whole numbers from 0')
+    check_options(self.last, self.zero_init, self.max_batch)
     if self.zero_init and self._levels.prediction != 'flow': raise ValueError(f'zero_init={self.zero_init}: the scheduler is a {type(self.scheduler).__name__}; allowed are those of flow models')
-    GuidedDenoiser(nn.Identity(), Negative(), last=self.last, max_batch=self.max_batch)
 
 # %% ../nbs/14_guiders.ipynb #44
-def _per_step(w): return isinstance(w, (list, tuple)) or torch.is_tensor(w) and w.ndim == 2
-
-# %% ../nbs/14_guiders.ipynb #45
 def _may(t):
     "Is there a step at which a term may guide?"
     if callable(t.w): return True
     return any(v != getattr(t.rule, 'pos_at', None) for v in torch.as_tensor(t.w).flatten().tolist())
 
-# %% ../nbs/14_guiders.ipynb #46
+# %% ../nbs/14_guiders.ipynb #45
 @patch
 def _prompts(self:Guider): return [(i, t) for i,t in enumerate(self.terms) if isinstance(t, Term) and isinstance(t.neg, NegativePrompt)]
 
-# %% ../nbs/14_guiders.ipynb #47
+# %% ../nbs/14_guiders.ipynb #46
 @patch(as_prop=True)
 def num_conditions(self:Guider)->int:
     "Passes of the step that is running, and else the most that a step may need."
     return self._passes if self._running() else 1 + (self._enabled and any(_may(t) for _,t in self._prompts()))
 
-# %% ../nbs/14_guiders.ipynb #48
+# %% ../nbs/14_guiders.ipynb #47
 @patch(as_prop=True)
 def is_conditional(self:Guider)->bool:
     "Is it the pass of the prompt?"
     return self._count_prepared == 1
 
-# %% ../nbs/14_guiders.ipynb #50
+# %% ../nbs/14_guiders.ipynb #49
 @patch
 def _running(self:Guider):
     "Is the loop that has asked for passes still there?"
@@ -217,7 +213,7 @@ def _running(self:Guider):
     while f is not None and f is not self._frame: f = f.f_back
     return f is not None
 
-# %% ../nbs/14_guiders.ipynb #51
+# %% ../nbs/14_guiders.ipynb #50
 @patch
 def set_state(self:Guider, step, num_inference_steps, timestep):
     "A step begins, and what an exception left of the last one is forgotten."
@@ -229,16 +225,16 @@ def set_state(self:Guider, step, num_inference_steps, timestep):
     self._fits(new, before)
     self._sigma = self._levels.t_to_sigma(self._timestep.cpu()).clamp(max=_FARTHEST)
 
-# %% ../nbs/14_guiders.ipynb #52
+# %% ../nbs/14_guiders.ipynb #51
 _OURS = 'allowed is the scheduler of the pipeline, Guider(pipe.scheduler, ...)'
 
-# %% ../nbs/14_guiders.ipynb #53
+# %% ../nbs/14_guiders.ipynb #52
 @patch
 def _fits(self:Guider, new, before):
     "An error if the scheduler is another one than that of the loop; and which value of a schedule counts."
     t,top = self._timestep.item(),self.scheduler.config.num_train_timesteps
     if self._levels.path and not 0 <= t <= top: raise ValueError(f'scheduler: its times are 0 to {top}, but the loop is at {t:.6g}; {_OURS}')
-    if not (self.zero_init or any(_per_step(t.get('w') if isinstance(t, dict) else t.w) for t in self.terms)): return
+    if not (self.zero_init or any(per_step(t.get('w') if isinstance(t, dict) else t.w) for t in self.terms)): return
     i,n = self._step,self._num_inference_steps
     if new: self._times,self._indices = _walk(self.scheduler, n, self._levels)
     times,before = self._times,None if new else before
@@ -246,15 +242,15 @@ def _fits(self:Guider, new, before):
         raise ValueError(f'scheduler: {type(self.scheduler).__name__} has {len(times)} evaluations in {n} steps, and the loop has others; {_OURS}')
     self._index = self._indices[i]
 
-# %% ../nbs/14_guiders.ipynb #54
+# %% ../nbs/14_guiders.ipynb #53
 @patch
 def _weight(self:Guider, w):
     "A weight at this step."
-    if not _per_step(w): return w
+    if not per_step(w): return w
     if len(w) != self._num_inference_steps: raise ValueError(f'w has {len(w)} values, one a step, but there are {self._num_inference_steps} steps; allowed are as many')
     return w[self._index]
 
-# %% ../nbs/14_guiders.ipynb #55
+# %% ../nbs/14_guiders.ipynb #54
 @patch
 def _counts(self:Guider, n):
     "Does a negative prompt count at this step, for any of n samples?"
@@ -262,27 +258,27 @@ def _counts(self:Guider, n):
     G = self._loop and self._loop.G
     for i,t in self._prompts():
         t = copy(t)
-        t.w = self._weight(torch.as_tensor(t.w) if isinstance(t.w, (list, tuple)) and isinstance(t.w[0], (list, tuple)) else t.w)
+        t.w = self._weight(in_rows(t.w))
         if any(t.at(self._sigma.expand(n), False).without(G and G._run.stopped.get(i)).on): return True
     return False
 
-# %% ../nbs/14_guiders.ipynb #56
+# %% ../nbs/14_guiders.ipynb #55
 @patch
 def _still(self:Guider): return self.zero_init > 0 and self._index < self.zero_init
 
-# %% ../nbs/14_guiders.ipynb #57
+# %% ../nbs/14_guiders.ipynb #56
 @patch
 def prepare_inputs(self:Guider, data):
     "What the passes are given."
     return self._batches(sys._getframe(1), lambda i, name: self._prepare_batch(data, i, name))
 
-# %% ../nbs/14_guiders.ipynb #58
+# %% ../nbs/14_guiders.ipynb #57
 @patch
 def prepare_inputs_from_block_state(self:Guider, data, input_fields):
     "What the passes are given, in loops that name fields."
     return self._batches(sys._getframe(1), lambda i, name: self._prepare_batch_from_block_state(input_fields, data, i, name))
 
-# %% ../nbs/14_guiders.ipynb #59
+# %% ../nbs/14_guiders.ipynb #58
 @patch
 def _batches(self:Guider, frame, batch):
     pos = batch(0, 'pred_cond')
@@ -292,22 +288,22 @@ def _batches(self:Guider, frame, batch):
     self._frame,self._passes = frame,len(out)
     return out
 
-# %% ../nbs/14_guiders.ipynb #60
+# %% ../nbs/14_guiders.ipynb #59
 def _check_other(pos, neg):
     "An error if there is no negative prompt."
     tensors = [k for k,o in pos.items() if torch.is_tensor(o)]
     if any(neg.get(k) is None for k in tensors) or all(pos[k] is neg[k] for k in tensors): raise ValueError('NegativePrompt: the pipeline was given no negative prompt, and has encoded none; allowed are negative_prompt=\'\', embeddings of one, or terms without NegativePrompt')
 
-# %% ../nbs/14_guiders.ipynb #62
+# %% ../nbs/14_guiders.ipynb #61
 NETWORKS = dict(UNet2DConditionModel=Family(), SD3Transformer2DModel=Family(), WanTransformer3DModel=Family()) # of which loops: by name of the class
 
-# %% ../nbs/14_guiders.ipynb #63
+# %% ../nbs/14_guiders.ipynb #62
 def _kind(net):
     name = type(network_of(net)).__name__
     if name not in NETWORKS: raise ValueError(f'the pipeline asks a {name}: allowed are {", ".join(NETWORKS)}, and what is added to NETWORKS')
     return NETWORKS[name]
 
-# %% ../nbs/14_guiders.ipynb #64
+# %% ../nbs/14_guiders.ipynb #63
 class _Loop(_Asked):
     "A run of a loop that has a guider."
     def __init__(self, guide, net):
@@ -316,7 +312,7 @@ class _Loop(_Asked):
     def scale(self): return Negative.w
     def channels(self): return network_of(self.net).config.out_channels
 
-# %% ../nbs/14_guiders.ipynb #65
+# %% ../nbs/14_guiders.ipynb #64
 @patch
 def begin(self:_Loop, call):
     "The denoiser, and the guided one, for as many images as there are."
@@ -331,16 +327,16 @@ def begin(self:_Loop, call):
     self.G._record,self.looks = self.see,ExitStack()
     for term,seen in guide.watched: self.looks.enter_context(self.G.watch(term, seen))
 
-# %% ../nbs/14_guiders.ipynb #66
+# %% ../nbs/14_guiders.ipynb #65
 @patch
 def see(self:_Loop, parts, pushes, x, sigma): self.parts = parts,pushes,x,sigma
 
-# %% ../nbs/14_guiders.ipynb #67
+# %% ../nbs/14_guiders.ipynb #66
 @patch
 def guides(self:_Loop, x, sigma, **cond):
     return to_x0(torch.zeros_like(x), x, sigma, 'flow') if self.guide._still() else self.G(x, sigma, **cond)
 
-# %% ../nbs/14_guiders.ipynb #68
+# %% ../nbs/14_guiders.ipynb #67
 @patch
 def level(self:_Loop, call):
     "The noise level of a call, which may be the first of a run; the weights become those of the step."
@@ -350,14 +346,14 @@ def level(self:_Loop, call):
     for term,w in zip(self.G.terms, self.weights): term.w = _at_level(self.guide._weight(w), self.guide._sigma.item())
     return self.guide._sigma.to(call.z.device)
 
-# %% ../nbs/14_guiders.ipynb #69
+# %% ../nbs/14_guiders.ipynb #68
 def _at_level(w, sigma):
     "A weight; an error if it is bound to a ladder that does not have the level."
     ladder = getattr(w, 'sigmas', None)
     if ladder is not None and not any(math.isclose(sigma, o, rel_tol=1e-3) for o in ladder): raise ValueError(f'w is bound to a ladder without the noise level {sigma:.6g} of this step; allowed are its levels, or a list with one value a step')
     return w
 
-# %% ../nbs/14_guiders.ipynb #70
+# %% ../nbs/14_guiders.ipynb #69
 @patch
 def answer(self:_Loop, call):
     "What a pass is told."
@@ -369,7 +365,7 @@ def answer(self:_Loop, call):
     waits[1].copy_(self.part(lambda p: p.pos, out))
     return out
 
-# %% ../nbs/14_guiders.ipynb #71
+# %% ../nbs/14_guiders.ipynb #70
 @patch
 def part(self:_Loop, which, other):
     "One of the parts as a prediction of the network; where nothing was evaluated, the other."
@@ -377,7 +373,7 @@ def part(self:_Loop, which, other):
     parts,_,x,sigma = self.parts
     return self.said(self.D.prediction_of(which(parts), x, sigma), other)
 
-# %% ../nbs/14_guiders.ipynb #73
+# %% ../nbs/14_guiders.ipynb #72
 @patch
 def prepare_models(self:Guider, denoiser):
     "The next call of the network comes to the guider."
@@ -388,13 +384,13 @@ def prepare_models(self:Guider, denoiser):
     self._on.enter_context(_uncompiled())
     self._on.callback(_take_off, *_put_on(denoiser, self._wrap))
 
-# %% ../nbs/14_guiders.ipynb #74
+# %% ../nbs/14_guiders.ipynb #73
 @patch
 def cleanup_models(self:Guider, denoiser):
     "The call is over."
     self._on.close()
 
-# %% ../nbs/14_guiders.ipynb #75
+# %% ../nbs/14_guiders.ipynb #74
 @patch
 def _wrap(self:Guider, forward):
     def ask(*args, **kwargs):
@@ -402,7 +398,7 @@ def _wrap(self:Guider, forward):
         return self._loop(*args, **kwargs) if self._running() else forward(*args, **kwargs)
     return ask
 
-# %% ../nbs/14_guiders.ipynb #76
+# %% ../nbs/14_guiders.ipynb #75
 @patch
 def forward(self:Guider, pred_cond, pred_uncond=None):
     "The guided prediction, which is in the last answer."
@@ -414,7 +410,7 @@ def forward(self:Guider, pred_cond, pred_uncond=None):
     neg = None if pred_uncond is None else self._loop.part(lambda p: p.negs[i], pred)
     return GuiderOutput(pred=pred, pred_cond=pos, pred_uncond=neg)
 
-# %% ../nbs/14_guiders.ipynb #77
+# %% ../nbs/14_guiders.ipynb #76
 @patch
 def __call__(self:Guider, data):
     "The answer to a step."
@@ -422,7 +418,7 @@ def __call__(self:Guider, data):
     self._frame = None
     return out
 
-# %% ../nbs/14_guiders.ipynb #89
+# %% ../nbs/14_guiders.ipynb #88
 @patch
 def save_config(self:Guider, save_directory, push_to_hub=False, **kwargs):
     "Write `guider_config.json`; before it, an error if something cannot be saved."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'STOCK', 'generators', 'MinimalDiffusion', 'load_scheduler', 'step_of', 'Family', 'PipelineNet',
-           'pipeline_denoiser', 'NegativePrompt', 'conditions', 'ladder_of', 'guided']
+           'pipeline_denoiser', 'NegativePrompt', 'conditions', 'ladder_of', 'check_options', 'guided']
 
 # %% ../nbs/11_pipelines.ipynb #3
 import inspect, warnings
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .transforms import GuidanceTfm
 from .denoisers import Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser, per_sample
 from .karras import split_generator
-from .guided import Conditions, GuidedDenoiser, Negative, Term, ZeroInit, as_terms, network_of
+from .guided import Conditions, GuidedDenoiser, Negative, Term, ZeroInit, as_terms, in_rows, network_of, per_step
 from .schedules import in_interval
 
 # %% ../nbs/11_pipelines.ipynb #7
@@ -283,7 +283,7 @@ def decode(self:MinimalDiffusion,
 def _per_step(guide_tfm):
     "The weights with one value a step."
     if (terms := _terms(guide_tfm)) is None: return [g for g in [getattr(guide_tfm, 'schedules', {}).get('g')] if g is not None]
-    return [t.w for t in terms if isinstance(t, Term) and (isinstance(t.w, (list, tuple)) or torch.is_tensor(t.w) and t.w.ndim == 2)]
+    return [t.w for t in terms if isinstance(t, Term) and per_step(t.w)]
 
 @patch
 def _checked(self:MinimalDiffusion, guide_tfm, num_steps):
@@ -680,11 +680,10 @@ def terms(self:_Run, n):
 
 def _for_images(term, rows, run):
     "A copy of a term, whose samples are the prompts that images belong to."
-    new,w,prompts = copy(term),term.w,max(rows)+1
+    new,w,prompts = copy(term),in_rows(term.w),max(rows)+1
     for o in (term.neg, *getattr(term.neg, 'conds', ())): _check_prompts(getattr(o, 'cond', None), prompts)
     new.neg = term.neg.take(rows) if len({*rows}) < len(rows) else copy(term.neg)
-    if isinstance(new.neg, NegativePrompt): new.neg.scale,new.w = run.scale,new.neg.w if w == term.neg.w else w
-    w = torch.as_tensor(w) if isinstance(w, list) and w and isinstance(w[0], (list, tuple)) else w
+    if isinstance(new.neg, NegativePrompt): new.neg.scale,new.w = run.scale,new.neg.w if term.w == term.neg.w else w
     if not torch.is_tensor(w): return new
     if w.shape[-1] != prompts: raise ValueError(f'w has shape {tuple(w.shape)} for {prompts} prompts: allowed are a number, one value a prompt, shape ({prompts},), or one a step and prompt; one value a step is given as a list')
     new.w = w[...,rows]
@@ -834,6 +833,12 @@ def apart(self:_Asked, call):
     return answer.copy_(self.guided(pos, call))
 
 # %% ../nbs/11_pipelines.ipynb #149
+def check_options(last, zero_init, max_batch):
+    "Errors that need no pipeline."
+    GuidedDenoiser(nn.Identity(), Negative(), last=last, max_batch=max_batch)
+    if isinstance(zero_init, bool) or not isinstance(zero_init, int) or zero_init < 0: raise ValueError(f'zero_init={zero_init!r}: allowed are whole numbers from 0')
+
+# %% ../nbs/11_pipelines.ipynb #150
 class guided:
     "Guidance in a stock pipeline of diffusers: `with guided(pipe, ...): pipe(...)`, or `guided(pipe, ...).on()` for good."
     def __init__(self,
@@ -848,8 +853,7 @@ class guided:
         given = dict(w=w, rule=rule, interval=interval, stop=stop)
         some = terms or last or zero_init or any(o is not None for o in given.values())
         self.terms = as_terms(terms or (NegativePrompt(),), given) if some else []
-        GuidedDenoiser(nn.Identity(), Negative(), last=last, max_batch=max_batch)
-        if isinstance(zero_init, bool) or not isinstance(zero_init, int) or zero_init < 0: raise ValueError(f'zero_init={zero_init!r}: allowed are whole numbers from 0')
+        check_options(last, zero_init, max_batch)
         for t in self.terms:
             if isinstance(t.neg, NegativePrompt) and t.w == t.neg.w and getattr(t.rule, 'pos_at', None) == 0: raise ValueError(f'rule={t.rule.__name__}: its weight is a strength, which guidance_scale is not; allowed are w=, or cfg')
         self.pipe,self.last,self.zero_init,self.max_batch = pipe,last,zero_init,max_batch
@@ -858,14 +862,14 @@ class guided:
     def __enter__(self): return self.on()
     def __exit__(self, *exc): self.off()
 
-# %% ../nbs/11_pipelines.ipynb #150
+# %% ../nbs/11_pipelines.ipynb #151
 def _stock(pipe):
     for c in type(pipe).__mro__:
         if c.__name__ in STOCK: return STOCK[c.__name__]
     raise ValueError(f'pipe is of class {type(pipe).__name__}: allowed are stock pipelines of diffusers, {", ".join(STOCK)}. For modular pipelines there is Guider of cf_guidance.guiders, '
                      'for those with PAG the plain pipeline and a term PAG(pipe.unet), for others pipeline_denoiser, or a loop of your own')
 
-# %% ../nbs/11_pipelines.ipynb #152
+# %% ../nbs/11_pipelines.ipynb #153
 @patch
 def on(self:guided)->guided:
     "Guide the calls of the pipeline until `off()`."
@@ -882,7 +886,7 @@ def off(self:guided):
         self.pipe.__class__ = type(self.pipe).__mro__[1]
         del vars(self.pipe)['_guided']
 
-# %% ../nbs/11_pipelines.ipynb #153
+# %% ../nbs/11_pipelines.ipynb #154
 def _guided_class(cls):
     "The class of a pipeline with another call."
     @wraps(cls.__call__)
@@ -892,7 +896,7 @@ def _guided_class(cls):
         return cls.maybe_free_model_hooks(self)
     return type(cls.__name__, (cls,), dict(__call__=call, maybe_free_model_hooks=free, __module__=cls.__module__, __doc__=cls.__doc__))
 
-# %% ../nbs/11_pipelines.ipynb #154
+# %% ../nbs/11_pipelines.ipynb #155
 @patch
 def _call(self:guided, call, args, kwargs):
     "A call of the pipeline."
@@ -905,7 +909,7 @@ def _call(self:guided, call, args, kwargs):
     if run.first: raise RuntimeError('pipe evaluated a prompt without its negative prompt; allowed are pipelines that evaluate both')
     return out
 
-# %% ../nbs/11_pipelines.ipynb #155
+# %% ../nbs/11_pipelines.ipynb #156
 def _given(call, pipe, args, kwargs):
     "All arguments of a call by name; what a class of yours passes on has the defaults of the stock pipeline."
     stock = next(c for c in type(pipe).__mro__[1:] if c.__name__ in STOCK)
@@ -914,14 +918,14 @@ def _given(call, pipe, args, kwargs):
     bound.apply_defaults()
     return {**defaults, **bound.arguments, **bound.arguments.get('kwargs', {})}
 
-# %% ../nbs/11_pipelines.ipynb #156
+# %% ../nbs/11_pipelines.ipynb #157
 def _stand_in(net, forward):
     "A network of the same class and with the same weights, with hooks of its own and another forward."
     new = copy(network_of(net))
     new.__dict__.update({k: type(v)() for k,v in vars(new).items() if k.startswith('_forward_')}, _compiled_call_impl=None, forward=forward)
     return new
 
-# %% ../nbs/11_pipelines.ipynb #158
+# %% ../nbs/11_pipelines.ipynb #159
 @patch
 @contextmanager
 def watch(self:guided,
