@@ -5,81 +5,144 @@
 
 The table is printed and kept as JSON beside this file.
 """
+
 import argparse, copy, itertools, platform, time
 import torch
 import samplers
 from samplers import BATCH, alternate, normal, stopwatch
 from sweep import report
 
-PROMPTS = [f'a {colour} {garment}' for colour,garment in itertools.product(('red', 'blue', 'green', 'yellow'), ('sneaker', 'dress', 'shirt', 'bag'))]
+PROMPTS = [
+    f'a {colour} {garment}'
+    for colour, garment in itertools.product(
+        ('red', 'blue', 'green', 'yellow'), ('sneaker', 'dress', 'shirt', 'bag')
+    )
+]
+
 
 def embedded():
     "The embedded model as a denoiser, another of its kind, conditions for a batch, and the empty prompt."
     from cf_guidance.denoisers import DiscreteDenoiser
-    from cf_guidance.fashion import quiet
+    from cf_guidance.lab.fashion import quiet
     from cf_guidance.pipelines import MinimalDiffusion
+
     quiet()
     m = MinimalDiffusion(progress=False).load()
     emb = m.encode([*PROMPTS, ''])
-    return *(DiscreteDenoiser(o) for o in (m.unet, copy.deepcopy(m.unet))), dict(encoder_hidden_states=emb[:-1]), dict(encoder_hidden_states=emb[-1:])
+    return (
+        *(DiscreteDenoiser(o) for o in (m.unet, copy.deepcopy(m.unet))),
+        dict(encoder_hidden_states=emb[:-1]),
+        dict(encoder_hidden_states=emb[-1:]),
+    )
+
 
 def bare(D, rows, cond):
     "The network alone, on a batch of so many rows."
-    x,t = normal(rows, 4, 8, 8),torch.full((rows,), 500)
-    emb = cond['encoder_hidden_states'].repeat(rows//BATCH, 1, 1)
+    x, t = normal(rows, 4, 8, 8), torch.full((rows,), 500)
+    emb = cond['encoder_hidden_states'].repeat(rows // BATCH, 1, 1)
     return lambda: D.inner_model(x, t, emb)
+
 
 def steps(D, other, cond, neg, repeats, calls):
     "One guided evaluation: the time in the networks, and the time beside it."
     from cf_guidance.guided import GuidedDenoiser, Term
     from cf_guidance.schedules import get_cos_sched
     from cf_guidance.transforms import full_norm
-    x,ladder,rows = normal(BATCH, 4, 8, 8)*3,D.get_sigmas_karras(50),{}
-    guided = {'CFG': GuidedDenoiser(D, neg, w=4.), 'CFG, a weight a step': GuidedDenoiser(D, neg, w=get_cos_sched(len(ladder)-1), sigmas=ladder), 'CFG, a weight a sample': GuidedDenoiser(D, neg, w=torch.linspace(1.5, 7.5, BATCH)),
-              'full_norm': GuidedDenoiser(D, neg, w=.2, rule=full_norm), 'CFG in an interval': GuidedDenoiser(D, neg, w=4., interval=(.3, 5.)), 'CFG + autoguidance': GuidedDenoiser(D, Term(neg, 4.), Term(other, 1.5))}
+
+    x, ladder, rows = normal(BATCH, 4, 8, 8) * 3, D.get_sigmas_karras(50), {}
+    guided = {
+        'CFG': GuidedDenoiser(D, neg, w=4.0),
+        'CFG, a weight a step': GuidedDenoiser(
+            D, neg, w=get_cos_sched(len(ladder) - 1), sigmas=ladder
+        ),
+        'CFG, a weight a sample': GuidedDenoiser(D, neg, w=torch.linspace(1.5, 7.5, BATCH)),
+        'full_norm': GuidedDenoiser(D, neg, w=0.2, rule=full_norm),
+        'CFG in an interval': GuidedDenoiser(D, neg, w=4.0, interval=(0.3, 5.0)),
+        'CFG + autoguidance': GuidedDenoiser(D, Term(neg, 4.0), Term(other, 1.5)),
+    }
     inside = {m: stopwatch(m.forward) for m in (D.inner_model, other.inner_model)}
+
     def once(f):
         def _f():
-            for o in inside.values(): o.seconds = 0.
+            for o in inside.values():
+                o.seconds = 0.0
             start = samplers.clock()
-            for _ in range(calls): f()
-            return (samplers.clock()-start)/calls, sum(o.seconds for o in inside.values())/calls
+            for _ in range(calls):
+                f()
+            return (samplers.clock() - start) / calls, sum(
+                o.seconds for o in inside.values()
+            ) / calls
+
         return _f
-    fs = {k: once(lambda G=G: G(x, 3., **cond)) for k,G in guided.items()} | {'the denoiser alone': once(lambda: D(x, 3., **cond))}
-    for m,f in inside.items(): m.forward = f
-    try: times = alternate(fs, repeats)
+
+    fs = {k: once(lambda G=G: G(x, 3.0, **cond)) for k, G in guided.items()} | {
+        'the denoiser alone': once(lambda: D(x, 3.0, **cond))
+    }
+    for m, f in inside.items():
+        m.forward = f
+    try:
+        times = alternate(fs, repeats)
     finally:
-        for m in inside: del m.forward
-    for k,(total,net) in times.items():
-        rows[f'{k}: overhead over its networks'] = (total-net)/net, 'goal 0.02' if k != 'the denoiser alone' else ''
-        rows[f'  {k}: us beside them'] = (total-net)*1e6, ''
-    t = samplers.seconds({'guided': lambda: guided['CFG'](x, 3., **cond), 'bare': bare(D, 2*BATCH, cond)}, calls, repeats)
-    rows['CFG / the bare network on as many rows'] = t['guided']/t['bare'], 'goal 1.02'
+        for m in inside:
+            del m.forward
+    for k, (total, net) in times.items():
+        rows[f'{k}: overhead over its networks'] = (
+            (total - net) / net,
+            'goal 0.02' if k != 'the denoiser alone' else '',
+        )
+        rows[f'  {k}: us beside them'] = (total - net) * 1e6, ''
+    t = samplers.seconds(
+        {'guided': lambda: guided['CFG'](x, 3.0, **cond), 'bare': bare(D, 2 * BATCH, cond)},
+        calls,
+        repeats,
+    )
+    rows['CFG / the bare network on as many rows'] = t['guided'] / t['bare'], 'goal 1.02'
     return rows
+
 
 def interval(D, cond, neg, repeats, n):
     "Sampling with guidance in a third of the steps, against guidance in all."
     from cf_guidance import karras
     from cf_guidance.guided import GuidedDenoiser
+
     ladder = D.get_sigmas_karras(n)
-    third = len(ladder[:-1])//3
-    lo,hi = ladder[2*third].item(),ladder[third].item()
-    x = normal(BATCH, 4, 8, 8)*ladder[0]
-    models = {'full': GuidedDenoiser(D, neg, w=4.), 'interval': GuidedDenoiser(D, neg, w=4., interval=(lo, hi)), 'none': D}
-    def run(G): return lambda: karras.sample(G, x, ladder, karras.euler, cond)
-    t = samplers.seconds({k: run(G) for k,G in models.items()}, 1, repeats)
-    nfe = {k: int(G.nfe_per_sample[0]) for k,G in models.items() if k != 'none'}
-    return {f'CFG in {len(ladder)-1} steps, s': (t['full'], ''), '  in a third of the steps / in all': (t['interval']/t['full'], 'goal 0.69'), '  evaluations, likewise': (nfe['interval']/nfe['full'], ''), '  unguided / in all': (t['none']/t['full'], '')}
+    third = len(ladder[:-1]) // 3
+    lo, hi = ladder[2 * third].item(), ladder[third].item()
+    x = normal(BATCH, 4, 8, 8) * ladder[0]
+    models = {
+        'full': GuidedDenoiser(D, neg, w=4.0),
+        'interval': GuidedDenoiser(D, neg, w=4.0, interval=(lo, hi)),
+        'none': D,
+    }
+
+    def run(G):
+        return lambda: karras.sample(G, x, ladder, karras.euler, cond)
+
+    t = samplers.seconds({k: run(G) for k, G in models.items()}, 1, repeats)
+    nfe = {k: int(G.nfe_per_sample[0]) for k, G in models.items() if k != 'none'}
+    return {
+        f'CFG in {len(ladder) - 1} steps, s': (t['full'], ''),
+        '  in a third of the steps / in all': (t['interval'] / t['full'], 'goal 0.69'),
+        '  evaluations, likewise': (nfe['interval'] / nfe['full'], ''),
+        '  unguided / in all': (t['none'] / t['full'], ''),
+    }
+
 
 def pag_pipeline(unet):
     "diffusers' pipeline for perturbed-attention guidance in the middle of a network."
     from diffusers import DDIMScheduler, StableDiffusionPAGPipeline, StableDiffusionPipeline
-    from cf_guidance.fashion import fashion_path
+    from cf_guidance.lab.fashion import fashion_path
+
     pipe = StableDiffusionPipeline.from_pretrained(fashion_path())
-    parts = {**pipe.components, 'unet': unet or pipe.unet, 'scheduler': DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)}
+    parts = {
+        **pipe.components,
+        'unet': unet or pipe.unet,
+        'scheduler': DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True),
+    }
     p = StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers='mid')
     p.set_progress_bar_config(disable=True)
     return p
+
 
 def pag(unet, n, batch, repeats):
     "PAG alone, weight 4 (their scale is 3), against diffusers' pipeline: the same latents at the end, and the time to get there."
@@ -87,42 +150,106 @@ def pag(unet, n, batch, repeats):
     from cf_guidance.attention import PAG
     from cf_guidance.denoisers import DiscreteDenoiser
     from cf_guidance.guided import GuidedDenoiser
+
     p = pag_pipeline(unet)
-    unet,D = p.unet,DiscreteDenoiser(p.unet, p.scheduler.alphas_cumprod)
-    emb,x = normal(batch, 12, unet.config.cross_attention_dim),normal(batch, unet.config.in_channels, *(unet.config.sample_size,)*2)
+    unet, D = p.unet, DiscreteDenoiser(p.unet, p.scheduler.alphas_cumprod)
+    emb, x = (
+        normal(batch, 12, unet.config.cross_attention_dim),
+        normal(batch, unet.config.in_channels, *(unet.config.sample_size,) * 2),
+    )
     p.scheduler.set_timesteps(n)
     sigmas = torch.cat([D.t_to_sigma(p.scheduler.timesteps.float()), torch.zeros(1)])
-    start = x*(1+sigmas[0]**2).sqrt()
-    guided = {k: GuidedDenoiser(D, PAG(unet, share=k == 'ours'), w=4.) for k in ('ours', 'ours, without the shared prefix')}
-    fs = {k: lambda G=G: karras.sample(G, start, sigmas, karras.euler, dict(encoder_hidden_states=emb)) for k,G in guided.items()}
-    fs['theirs'] = lambda: p(prompt_embeds=emb, guidance_scale=1., pag_scale=3., latents=x, num_inference_steps=n, output_type='latent').images
-    ends = {k: f() for k,f in fs.items()}
-    assert all(torch.allclose(o, ends['theirs'], atol=1e-3*ends['theirs'].abs().max().item()) for o in ends.values()), 'the latents differ'
+    start = x * (1 + sigmas[0] ** 2).sqrt()
+    guided = {
+        k: GuidedDenoiser(D, PAG(unet, share=k == 'ours'), w=4.0)
+        for k in ('ours', 'ours, without the shared prefix')
+    }
+    fs = {
+        k: lambda G=G: karras.sample(
+            G, start, sigmas, karras.euler, dict(encoder_hidden_states=emb)
+        )
+        for k, G in guided.items()
+    }
+    fs['theirs'] = lambda: (
+        p(
+            prompt_embeds=emb,
+            guidance_scale=1.0,
+            pag_scale=3.0,
+            latents=x,
+            num_inference_steps=n,
+            output_type='latent',
+        ).images
+    )
+    ends = {k: f() for k, f in fs.items()}
+    assert all(
+        torch.allclose(o, ends['theirs'], atol=1e-3 * ends['theirs'].abs().max().item())
+        for o in ends.values()
+    ), 'the latents differ'
     t = samplers.seconds(fs, 1, repeats)
-    name = f'PAG, {sum(o.numel() for o in unet.parameters())/1e6:.0f} M parameters, latents of {unet.config.sample_size}, steps {n}'
-    return {f'{name}: theirs, s': (t['theirs'], ''), f'  {name}: theirs / ours': (t['theirs']/t['ours'], 'goal 1.15'), f'  {name}: theirs / ours without the shared prefix': (t['theirs']/t['ours, without the shared prefix'], '')}
+    name = f'PAG, {sum(o.numel() for o in unet.parameters()) / 1e6:.0f} M parameters, latents of {unet.config.sample_size}, steps {n}'
+    return {
+        f'{name}: theirs, s': (t['theirs'], ''),
+        f'  {name}: theirs / ours': (t['theirs'] / t['ours'], 'goal 1.15'),
+        f'  {name}: theirs / ours without the shared prefix': (
+            t['theirs'] / t['ours, without the shared prefix'],
+            '',
+        ),
+    }
+
 
 def sd15(size):
     "A network in the shape of Stable Diffusion 1.5, untrained, for latents of `size`."
     from diffusers import UNet2DConditionModel
+
     torch.manual_seed(0)
     return UNet2DConditionModel(cross_attention_dim=768, sample_size=size).eval()
 
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument('--steps', type=int, default=30, help='sampling steps')
     p.add_argument('--calls', type=int, default=10, help='calls that are timed together')
     p.add_argument('--repeats', type=int, default=9, help='of which the median is taken')
-    p.add_argument('--sd15', type=int, default=64, help='size of latents for the large network, which needs 4 GB and minutes; 0: without it')
-    p.add_argument('--busy', action='store_true', help='one thread, and its own time: other programs on the machine do not count')
+    p.add_argument(
+        '--sd15',
+        type=int,
+        default=64,
+        help='size of latents for the large network, which needs 4 GB and minutes; 0: without it',
+    )
+    p.add_argument(
+        '--busy',
+        action='store_true',
+        help='one thread, and its own time: other programs on the machine do not count',
+    )
     args = p.parse_args()
     if args.busy:
         samplers.clock = time.thread_time
         torch.set_num_threads(1)
-    D,other,cond,neg = embedded()
+    D, other, cond, neg = embedded()
     with torch.no_grad():
-        rows = {**steps(D, other, cond, neg, args.repeats, args.calls), **interval(D, cond, neg, args.repeats, args.steps), **pag(None, args.steps, BATCH, args.repeats)}
-        if args.sd15: rows |= pag(sd15(args.sd15), 1, 1, 1)
-    report(rows, 'guided', dict(device=f'{platform.machine()} CPU, {torch.get_num_threads()} threads', clock=samplers.clock.__name__, batch=BATCH, steps=args.steps, calls=args.calls, repeats=args.repeats, torch=torch.__version__))
+        rows = {
+            **steps(D, other, cond, neg, args.repeats, args.calls),
+            **interval(D, cond, neg, args.repeats, args.steps),
+            **pag(None, args.steps, BATCH, args.repeats),
+        }
+        if args.sd15:
+            rows |= pag(sd15(args.sd15), 1, 1, 1)
+    report(
+        rows,
+        'guided',
+        dict(
+            device=f'{platform.machine()} CPU, {torch.get_num_threads()} threads',
+            clock=samplers.clock.__name__,
+            batch=BATCH,
+            steps=args.steps,
+            calls=args.calls,
+            repeats=args.repeats,
+            torch=torch.__version__,
+        ),
+    )
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

@@ -6,6 +6,7 @@
 torch-fidelity is the other side where it is installed: `pip install --no-deps torch-fidelity` is enough, for its metrics are read as files.
 Without it, its rows are absent. The table is printed and kept as JSON beside this file.
 """
+
 import argparse, importlib.metadata, importlib.util, platform, sys, time, types
 from types import SimpleNamespace
 import torch
@@ -13,66 +14,128 @@ import samplers
 from samplers import seconds
 from sweep import report
 
-FID,KID,PRC = ('metric_fid', 'metric_kid', 'metric_prc')
+FID, KID, PRC = ('metric_fid', 'metric_kid', 'metric_prc')
+
 
 def torch_fidelity():
     "torch-fidelity's `fid`, `kid` and `prc`, read as files: its package imports torchvision, which they do not need. None where it is not installed."
     spec = importlib.util.find_spec('torch_fidelity')
-    if spec is None: return None
+    if spec is None:
+        return None
     before = {k for k in sys.modules if k.split('.')[0] == 'torch_fidelity'}
-    if before: raise RuntimeError(f'torch_fidelity: {sorted(before)} are imported already')
+    if before:
+        raise RuntimeError(f'torch_fidelity: {sorted(before)} are imported already')
+
     def module(name, **attrs):
         m = sys.modules[name] = types.ModuleType(name)
         m.__dict__.update(attrs)
-    needed = ('get_cacheable_input_name', 'cache_lookup_one_recompute_on_miss', 'extract_featuresdict_from_input_id_cached', 'create_feature_extractor',
-              'resolve_feature_extractor', 'resolve_feature_layer_for_metric')
+
+    needed = (
+        'get_cacheable_input_name',
+        'cache_lookup_one_recompute_on_miss',
+        'extract_featuresdict_from_input_id_cached',
+        'create_feature_extractor',
+        'resolve_feature_extractor',
+        'resolve_feature_layer_for_metric',
+    )
     module('torch_fidelity', __path__=list(spec.submodule_search_locations))
     module('torch_fidelity.utils', **dict.fromkeys(needed))
-    try: return SimpleNamespace(**{k[7:]: importlib.import_module(f'torch_fidelity.{k}') for k in (FID, KID, PRC)})
+    try:
+        return SimpleNamespace(
+            **{k[7:]: importlib.import_module(f'torch_fidelity.{k}') for k in (FID, KID, PRC)}
+        )
     finally:
-        for k in [k for k in sys.modules if k.split('.')[0] == 'torch_fidelity']: del sys.modules[k]
+        for k in [k for k in sys.modules if k.split('.')[0] == 'torch_fidelity']:
+            del sys.modules[k]
 
-def their_fid(tf, x, ref): return tf.fid.fid_statistics_to_metric(*map(tf.fid.fid_features_to_statistics, (x, ref)), False)[tf.fid.KEY_METRIC_FID]
+
+def their_fid(tf, x, ref):
+    return tf.fid.fid_statistics_to_metric(
+        *map(tf.fid.fid_features_to_statistics, (x, ref)), False
+    )[tf.fid.KEY_METRIC_FID]
+
+
 def their_kid(tf, x, ref, **kw):
     res = tf.kid.kid_features_to_metric(x, ref, verbose=False, **kw)
     return res[tf.kid.KEY_METRIC_KID_MEAN], res[tf.kid.KEY_METRIC_KID_STD]
+
+
 def their_prc(tf, x, ref, **kw):
     res = tf.prc.prc_features_to_metric(x, ref, verbose=False, **kw)
     return res[tf.prc.KEY_METRIC_PRECISION], res[tf.prc.KEY_METRIC_RECALL]
 
+
 def clouds(n, d):
     "Correlated features of two sides, float32."
     g = torch.Generator().manual_seed(0)
-    mix = torch.randn(d, d, generator=g)/d**.5
-    return [torch.randn(n, d, generator=g)@mix + i*.1 for i in (0, 1)]
+    mix = torch.randn(d, d, generator=g) / d**0.5
+    return [torch.randn(n, d, generator=g) @ mix + i * 0.1 for i in (0, 1)]
+
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument('--busy', action='store_true', help='processor time of one thread')
     p.add_argument('--repeats', type=int, default=3, help='of which the median is taken')
     args = p.parse_args()
     if args.busy:
         torch.set_num_threads(1)
         samplers.clock = time.process_time
-    from cf_guidance import metrics
-    tf,(x,ref),rows = torch_fidelity(),clouds(10_000, 512),{}
+    from cf_guidance.lab import metrics
+
+    tf, (x, ref), rows = torch_fidelity(), clouds(10_000, 512), {}
     small = [o[:2000] for o in (x, ref)]
+
     def streamed():
         s = metrics.Stats()
-        for b in x.split(500): s.update(b)
+        for b in x.split(500):
+            s.update(b)
+
     def against(name, ours, theirs, goal=''):
         t = seconds(dict(ours=ours, theirs=theirs) if tf else dict(ours=ours), 1, args.repeats)
         rows[f'{name}, s'] = t['ours'], goal
-        if tf: rows[f"  torch-fidelity's {name.split(' of ')[0]}, ratio"] = t['theirs']/t['ours'], ''
-    against('FID of 10,000 x 512', lambda: metrics.fid(x, ref), lambda: their_fid(tf, x, ref), 'goal 2')
-    rows['mean and covariance of 10,000 x 512 in batches of 500, s'] = seconds(dict(f=streamed), 1, args.repeats)['f'], ''
-    against('KID of 10,000 x 512, 100 subsets of 1,000', lambda: metrics.kid(x, ref), lambda: their_kid(tf, x, ref))
-    against('precision and recall of 2,000 x 512', lambda: metrics.precision_recall(*small), lambda: their_prc(tf, *small))
-    rows['precision and recall of 10,000 x 512, s'] = seconds(dict(f=lambda: metrics.precision_recall(x, ref)), 1, 1)['f'], ''
-    images,features = torch.rand(1000, 1, 32, 32)*2-1,metrics.fashion_features()
-    rows['FashionNet features of 1,000 grey images, s'] = seconds(dict(f=lambda: metrics.get_features(images, features)), 1, args.repeats)['f'], ''
-    about = dict(device=f'{platform.machine()} CPU, {torch.get_num_threads()} threads', clock='processor time' if args.busy else 'time of the day', torch=torch.__version__,
-                 **{'torch-fidelity': importlib.metadata.version('torch-fidelity') if tf else 'not installed'})
+        if tf:
+            rows[f"  torch-fidelity's {name.split(' of ')[0]}, ratio"] = t['theirs'] / t['ours'], ''
+
+    against(
+        'FID of 10,000 x 512', lambda: metrics.fid(x, ref), lambda: their_fid(tf, x, ref), 'goal 2'
+    )
+    rows['mean and covariance of 10,000 x 512 in batches of 500, s'] = (
+        seconds(dict(f=streamed), 1, args.repeats)['f'],
+        '',
+    )
+    against(
+        'KID of 10,000 x 512, 100 subsets of 1,000',
+        lambda: metrics.kid(x, ref),
+        lambda: their_kid(tf, x, ref),
+    )
+    against(
+        'precision and recall of 2,000 x 512',
+        lambda: metrics.precision_recall(*small),
+        lambda: their_prc(tf, *small),
+    )
+    rows['precision and recall of 10,000 x 512, s'] = (
+        seconds(dict(f=lambda: metrics.precision_recall(x, ref)), 1, 1)['f'],
+        '',
+    )
+    images, features = torch.rand(1000, 1, 32, 32) * 2 - 1, metrics.fashion_features()
+    rows['FashionNet features of 1,000 grey images, s'] = (
+        seconds(dict(f=lambda: metrics.get_features(images, features)), 1, args.repeats)['f'],
+        '',
+    )
+    about = dict(
+        device=f'{platform.machine()} CPU, {torch.get_num_threads()} threads',
+        clock='processor time' if args.busy else 'time of the day',
+        torch=torch.__version__,
+        **{
+            'torch-fidelity': importlib.metadata.version('torch-fidelity')
+            if tf
+            else 'not installed'
+        },
+    )
     report(rows, 'metrics', about)
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

@@ -6,6 +6,7 @@
 
 The table is printed and kept as JSON beside this file.
 """
+
 import argparse, platform, time
 import torch
 import samplers
@@ -13,101 +14,203 @@ from guided import sd15
 from samplers import BATCH, normal
 from sweep import report
 
+
 def rules():
     "Every rule, with usual settings."
     from cf_guidance import transforms as T
+
     named = {k: getattr(T, k) for k in T.__all__ if hasattr(getattr(T, k), 'space')}
-    return {k: f.of(beta=-.5) if k == 'apg' else f for k,f in named.items()}
+    return {k: f.of(beta=-0.5) if k == 'apg' else f for k, f in named.items()}
+
 
 def own_time(device, batch, size, share_of, repeats, calls):
     "Seconds of each rule for a batch of latents, and its share of a call of the network that guidance needs."
-    (neg,pos),states = pair(batch, size, device),{}
+    (neg, pos), states = pair(batch, size, device), {}
+
     def run(k, f):
-        if not f.stateful: return lambda: f(neg, pos, 5.)
-        def _run(): states[k] = f(neg, pos, 5., states.get(k))[1]
+        if not f.stateful:
+            return lambda: f(neg, pos, 5.0)
+
+        def _run():
+            states[k] = f(neg, pos, 5.0, states.get(k))[1]
+
         return _run
-    t = samplers.seconds({k: synced(run(k, f), device) for k,f in rules().items()}, calls, repeats)
+
+    t = samplers.seconds({k: synced(run(k, f), device) for k, f in rules().items()}, calls, repeats)
     rows = {}
-    for k,s in t.items(): rows |= {f'{k}, {batch} latents of {size}x{size}x4, us': (s*1e6, ''), f'  {k}: millionths of the network': (s/share_of*1e6, 'goal ' + ('10000' if device == 'cuda' else '1000'))}
+    for k, s in t.items():
+        rows |= {
+            f'{k}, {batch} latents of {size}x{size}x4, us': (s * 1e6, ''),
+            f'  {k}: millionths of the network': (
+                s / share_of * 1e6,
+                'goal ' + ('10000' if device == 'cuda' else '1000'),
+            ),
+        }
     return rows
+
 
 def pair(batch, size, device):
     "A negative and a positive prediction that differ by a tenth."
-    neg,other = normal(2, batch, 4, size, size).to(device)
-    return neg, neg + .1*other
+    neg, other = normal(2, batch, 4, size, size).to(device)
+    return neg, neg + 0.1 * other
+
 
 def synced(f, device):
     def _f():
         f()
-        if device == 'cuda': torch.cuda.synchronize()
+        if device == 'cuda':
+            torch.cuda.synchronize()
+
     return _f
+
 
 def network(device, batch, size, repeats):
     "Seconds of one call of a network in the shape of Stable Diffusion 1.5 on prompts and negative prompts: measured on two rows, times their number."
     net = sd15(size).to(device)
-    x,emb = normal(2, 4, size, size).to(device),normal(2, 77, 768).to(device)
-    return samplers.seconds({'net': synced(lambda: net(x, 500, emb), device)}, 1, repeats)['net']*batch
+    x, emb = normal(2, 4, size, size).to(device), normal(2, 77, 768).to(device)
+    return (
+        samplers.seconds({'net': synced(lambda: net(x, 500, emb), device)}, 1, repeats)['net']
+        * batch
+    )
+
 
 def tcfg_or_svd(device, repeats):
     "TCFG by the 2 x 2 Gram matrix, against the singular vectors of the flattened predictions."
     from cf_guidance.transforms import tcfg
-    neg,pos = pair(8, 128, device)
+
+    neg, pos = pair(8, 128, device)
+
     def svd(neg, pos):
         both = torch.stack([neg.flatten(1), pos.flatten(1)], 1)
-        first = torch.linalg.svd(both, full_matrices=False).Vh[:,:1]
-        tangent = ((neg.flatten(1)[:,None]*first).sum(-1, keepdim=True)*first)[:,0].view_as(neg)
-        return tangent + 5.*(pos-tangent)
-    assert torch.allclose(svd(neg.double(), pos.double()).float(), tcfg(neg, pos, 5.), atol=1e-4), 'the two differ'
-    t = samplers.seconds({'svd': synced(lambda: svd(neg, pos), device), 'gram': synced(lambda: tcfg(neg, pos, 5.), device)}, 5, repeats)
-    return {'TCFG by SVD, 8 latents of 128x128x4, ms': (t['svd']*1e3, ''), '  SVD / Gram matrix': (t['svd']/t['gram'], 'goal 10')}
+        first = torch.linalg.svd(both, full_matrices=False).Vh[:, :1]
+        tangent = ((neg.flatten(1)[:, None] * first).sum(-1, keepdim=True) * first)[:, 0].view_as(
+            neg
+        )
+        return tangent + 5.0 * (pos - tangent)
+
+    assert torch.allclose(
+        svd(neg.double(), pos.double()).float(), tcfg(neg, pos, 5.0), atol=1e-4
+    ), 'the two differ'
+    t = samplers.seconds(
+        {
+            'svd': synced(lambda: svd(neg, pos), device),
+            'gram': synced(lambda: tcfg(neg, pos, 5.0), device),
+        },
+        5,
+        repeats,
+    )
+    return {
+        'TCFG by SVD, 8 latents of 128x128x4, ms': (t['svd'] * 1e3, ''),
+        '  SVD / Gram matrix': (t['svd'] / t['gram'], 'goal 10'),
+    }
+
 
 def pipeline(unet, device):
     "A stock pipeline, with the embedded network or another one."
     from diffusers import StableDiffusionPipeline
-    from cf_guidance.fashion import fashion_path, quiet
+    from cf_guidance.lab.fashion import fashion_path, quiet
+
     quiet()
     pipe = StableDiffusionPipeline.from_pretrained(fashion_path()).to(device)
-    if unet is not None: pipe.unet = unet.to(device)
+    if unet is not None:
+        pipe.unet = unet.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
 
 def stock(unet, n, batch, repeats, device, thirds=True):
     "`guided(pipe, NegativePrompt())` against the pipeline's own guidance, and guidance in a third of the steps."
     from cf_guidance.pipelines import NegativePrompt, guided, ladder_of
     from cf_guidance.schedules import interval_of_fractions
+
     pipe = pipeline(unet, device)
-    unet,emb = pipe.unet,normal(batch, 12, pipe.unet.config.cross_attention_dim).to(device)
-    x = normal(batch, 4, *(unet.config.sample_size,)*2).to(device)
-    third = interval_of_fractions(ladder_of(pipe, n), 1/3, 2/3)
-    def run(): return pipe(prompt_embeds=emb, negative_prompt_embeds=0*emb, latents=x, num_inference_steps=n, output_type='latent').images
+    unet, emb = pipe.unet, normal(batch, 12, pipe.unet.config.cross_attention_dim).to(device)
+    x = normal(batch, 4, *(unet.config.sample_size,) * 2).to(device)
+    third = interval_of_fractions(ladder_of(pipe, n), 1 / 3, 2 / 3)
+
+    def run():
+        return pipe(
+            prompt_embeds=emb,
+            negative_prompt_embeds=0 * emb,
+            latents=x,
+            num_inference_steps=n,
+            output_type='latent',
+        ).images
+
     def inside(*terms, **kw):
         def _run():
-            with guided(pipe, *terms, **kw): return run()
+            with guided(pipe, *terms, **kw):
+                return run()
+
         return _run
-    fs = {'theirs': run, 'ours': inside(NegativePrompt())} | ({'third': inside(interval=third)} if thirds else {})
-    ends = {k: f() for k,f in fs.items()}
-    assert torch.allclose(ends['ours'], ends['theirs'], atol=1e-3*ends['theirs'].abs().max().item()), 'the latents differ'
-    t = samplers.seconds({k: synced(f, device) for k,f in fs.items()}, 1, repeats)
-    name = f'{sum(o.numel() for o in unet.parameters())/1e6:.0f} M parameters, latents of {unet.config.sample_size}, {batch} prompts, {n} steps'
-    rows = {f"{name}: the pipeline's own CFG, s": (t['theirs'], ''), f'  {name}: guided(pipe, CFG) / own': (t['ours']/t['theirs'], 'goal 1.02')}
-    return rows | ({f'  {name}: a third of the steps guided / own': (t['third']/t['theirs'], 'goal 0.69')} if thirds else {})
+
+    fs = {'theirs': run, 'ours': inside(NegativePrompt())} | (
+        {'third': inside(interval=third)} if thirds else {}
+    )
+    ends = {k: f() for k, f in fs.items()}
+    assert torch.allclose(
+        ends['ours'], ends['theirs'], atol=1e-3 * ends['theirs'].abs().max().item()
+    ), 'the latents differ'
+    t = samplers.seconds({k: synced(f, device) for k, f in fs.items()}, 1, repeats)
+    name = f'{sum(o.numel() for o in unet.parameters()) / 1e6:.0f} M parameters, latents of {unet.config.sample_size}, {batch} prompts, {n} steps'
+    rows = {
+        f"{name}: the pipeline's own CFG, s": (t['theirs'], ''),
+        f'  {name}: guided(pipe, CFG) / own': (t['ours'] / t['theirs'], 'goal 1.02'),
+    }
+    return rows | (
+        {f'  {name}: a third of the steps guided / own': (t['third'] / t['theirs'], 'goal 0.69')}
+        if thirds
+        else {}
+    )
+
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument('--device', default='cpu')
     p.add_argument('--steps', type=int, default=30, help='sampling steps')
     p.add_argument('--calls', type=int, default=5, help='calls of a rule that are timed together')
     p.add_argument('--repeats', type=int, default=9, help='of which the median is taken')
-    p.add_argument('--sd15', type=int, default=64, help='size of latents for the large network, which needs 4 GB and minutes')
-    p.add_argument('--busy', action='store_true', help='one thread, and its own time: other programs on the machine do not count')
+    p.add_argument(
+        '--sd15',
+        type=int,
+        default=64,
+        help='size of latents for the large network, which needs 4 GB and minutes',
+    )
+    p.add_argument(
+        '--busy',
+        action='store_true',
+        help='one thread, and its own time: other programs on the machine do not count',
+    )
     args = p.parse_args()
     if args.busy:
         samplers.clock = time.thread_time
         torch.set_num_threads(1)
     with torch.no_grad():
         net = network(args.device, 16, args.sd15, 1)
-        rows = {'Stable Diffusion 1.5 in shape, 16 rows, s': (net, ''), **own_time(args.device, 8, args.sd15, net, args.repeats, args.calls), **tcfg_or_svd(args.device, args.repeats),
-                **stock(None, args.steps, BATCH, args.repeats, args.device), **stock(sd15(args.sd15//2), 2, 1, 3, args.device, thirds=False), **stock(sd15(args.sd15//4), 3, BATCH, 1, args.device)}
-    report(rows, 'pipelines', dict(device=f'{platform.machine()} {args.device}, {torch.get_num_threads()} threads', clock=samplers.clock.__name__, batch=BATCH, steps=args.steps, calls=args.calls, repeats=args.repeats, torch=torch.__version__))
+        rows = {
+            'Stable Diffusion 1.5 in shape, 16 rows, s': (net, ''),
+            **own_time(args.device, 8, args.sd15, net, args.repeats, args.calls),
+            **tcfg_or_svd(args.device, args.repeats),
+            **stock(None, args.steps, BATCH, args.repeats, args.device),
+            **stock(sd15(args.sd15 // 2), 2, 1, 3, args.device, thirds=False),
+            **stock(sd15(args.sd15 // 4), 3, BATCH, 1, args.device),
+        }
+    report(
+        rows,
+        'pipelines',
+        dict(
+            device=f'{platform.machine()} {args.device}, {torch.get_num_threads()} threads',
+            clock=samplers.clock.__name__,
+            batch=BATCH,
+            steps=args.steps,
+            calls=args.calls,
+            repeats=args.repeats,
+            torch=torch.__version__,
+        ),
+    )
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

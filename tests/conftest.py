@@ -1,4 +1,5 @@
 "What the tests share. `pytest --flags 'slow net'` also runs the notebook cells that carry these flags."
+
 import os, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -6,32 +7,59 @@ from shutil import copy2
 
 ROOT = Path(__file__).resolve().parents[1]
 INI = ConfigParser(delimiters=['='], interpolation=None)
-INI.read(ROOT/'settings.ini', encoding='utf-8')
+INI.read(ROOT / 'settings.ini', encoding='utf-8')
 CFG = INI['DEFAULT']
-NBS = [p for p in sorted((ROOT/'nbs').rglob('[!_.]*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
-MODULES = sorted(p.stem for p in (ROOT/'cf_guidance').glob('[!_]*.py'))
+NBS = [
+    p for p in sorted((ROOT / 'nbs').rglob('[!_.]*.ipynb')) if '.ipynb_checkpoints' not in p.parts
+]
+MODULES = sorted(p.stem for p in (ROOT / 'cf_guidance').glob('[!_]*.py'))
 
 # one thread a process (there is a process a core), and no network: what needs it has the flag `net`
-ENV = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]))
+ENV = dict(
+    os.environ,
+    OMP_NUM_THREADS='1',
+    MKL_NUM_THREADS='1',
+    HF_HUB_OFFLINE='1',
+    PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]),
+)
+
 
 def pytest_addoption(parser):
-    parser.addoption('--flags', default='', help='notebook cells to run although settings.ini skips their flag, e.g. "slow net"')
+    parser.addoption(
+        '--flags',
+        default='',
+        help='notebook cells to run although settings.ini skips their flag, e.g. "slow net"',
+    )
 
-def name(path): return path.relative_to(ROOT).as_posix()
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
 
 def python(*args, **kw):
     "Run a fresh Python and return what it did"
-    return subprocess.run([sys.executable, *map(str, args)], **dict(dict(env=ENV, capture_output=True, text=True), **kw))
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        **dict(dict(env=ENV, capture_output=True, text=True), **kw),
+    )
+
 
 def repo_files():
     "The files of the repository, tracked or not yet"
-    r = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [ROOT/f for f in r.stdout.split('\0') if f and (ROOT/f).is_file()]
+    r = subprocess.run(
+        ['git', 'ls-files', '-co', '--exclude-standard', '-z'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / f for f in r.stdout.split('\0') if f and (ROOT / f).is_file()]
+
 
 def copy_repo(dest):
     "A copy of the repository's files, for what would write into it"
     for f in repo_files():
-        to = dest/f.relative_to(ROOT)
+        to = dest / f.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True)
         copy2(f, to)
     return dest

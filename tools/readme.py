@@ -3,45 +3,61 @@
 It does what `nbdev_readme` does, without Quarto: hidden cells are left out, outputs are kept as text, and links that are
 relative to nbs/ become relative to the root. Pictures are files in nbs/images, named in Markdown cells.
 """
+
 import posixpath, re, sys
 from pathlib import Path
 from nbdev.process import NBProcessor
 from nbdev.processors import hide_line, rm_export, strip_ansi
 
 ROOT = Path(__file__).resolve().parents[1]
-INDEX, README = ROOT/'nbs/index.ipynb', ROOT/'README.md'
+INDEX, README = ROOT / 'nbs/index.ipynb', ROOT / 'README.md'
 NOTE = '<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook, not this file. -->'
+
 
 def fence(s, lang):
     s = s.strip('\n').rstrip()
     return f'```{lang}\n{s}\n```'
 
+
 def _from_root(m):
     path = m[2] if re.match(r'\w+:|#', m[2]) else posixpath.normpath('nbs/' + m[2])
     return m[1] + path
 
+
 def relink(md):
     "Links of `md`, outside its code blocks, as seen from the root"
-    parts = re.split(r'(^```.*?^```)', md, flags=re.M|re.S)
-    return ''.join(p if p.startswith('```') else re.sub(r'(\]\(|(?:src|href)=")([^)"\s]+)', _from_root, p) for p in parts)
+    parts = re.split(r'(^```.*?^```)', md, flags=re.M | re.S)
+    return ''.join(
+        p if p.startswith('```') else re.sub(r'(\]\(|(?:src|href)=")([^)"\s]+)', _from_root, p)
+        for p in parts
+    )
+
 
 def output(o):
     "One output of a cell as Markdown"
-    if o.output_type == 'stream': return fence(''.join(o.text), 'text')
+    if o.output_type == 'stream':
+        return fence(''.join(o.text), 'text')
     data = o.get('data', {})
-    if 'text/markdown' in data: return relink(''.join(data['text/markdown']).strip())
+    if 'text/markdown' in data:
+        return relink(''.join(data['text/markdown']).strip())
     if any(k.startswith('image/') for k in data):
-        raise SystemExit(f'{INDEX.name}: a cell has a picture as output; save it in nbs/images and show it from a Markdown cell')
+        raise SystemExit(
+            f'{INDEX.name}: a cell has a picture as output; save it in nbs/images and show it from a Markdown cell'
+        )
     return fence(''.join(data['text/plain']), 'text')
+
 
 def cell(c):
     "The Markdown pieces of one cell"
-    if c.cell_type == 'raw': return []
-    if c.cell_type != 'code': return [relink(c.source.strip())]
+    if c.cell_type == 'raw':
+        return []
+    if c.cell_type != 'code':
+        return [relink(c.source.strip())]
     off = {k.rstrip(':') for k, v in c.directives_.items() if v == ['false']}
     code = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M).strip()
     src = [fence(code, 'python')] if code and not off & {'echo', 'include'} else []
     return src + ([] if off & {'output', 'include'} else [output(o) for o in c.outputs])
+
 
 def readme():
     "The text of README.md"
@@ -49,7 +65,12 @@ def readme():
     parts = [p for c in cells if c.get('source') for p in cell(c) if p]
     return '\n\n'.join([parts[0], NOTE] + parts[1:]) + '\n'
 
+
 if __name__ == '__main__':
     new, old = readme(), README.read_text(encoding='utf-8') if README.exists() else ''
-    if '--check' not in sys.argv: README.write_text(new, encoding='utf-8')
-    elif new != old: raise SystemExit('README.md is not what nbs/index.ipynb gives: run `python tools/readme.py`')
+    if '--check' not in sys.argv:
+        README.write_text(new, encoding='utf-8')
+    elif new != old:
+        raise SystemExit(
+            'README.md is not what nbs/index.ipynb gives: run `python tools/readme.py`'
+        )
