@@ -1121,36 +1121,70 @@ d = {
                 'karras.html#denoiser.get_sigmas_karras',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras.SigmaSchedule': (
+                'karras.html#sigmaschedule',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras.SigmaSchedule.__call__': (
+                'karras.html#sigmaschedule.__call__',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras.SigmaSchedule.__post_init__': (
+                'karras.html#sigmaschedule.__post_init__',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras.SigmaSchedule.at_step': (
+                'karras.html#sigmaschedule.at_step',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras.State': ('karras.html#state', 'cf_guidance/karras.py'),
             'cf_guidance.karras.State.evaluate': (
                 'karras.html#state.evaluate',
                 'cf_guidance/karras.py',
             ),
-            'cf_guidance.karras._Bound': ('karras.html#_bound', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._Bound.__call__': (
-                'karras.html#_bound.__call__',
+            'cf_guidance.karras._BoundDenoiser': (
+                'karras.html#_bounddenoiser',
                 'cf_guidance/karras.py',
             ),
-            'cf_guidance.karras._Bound.__init__': (
-                'karras.html#_bound.__init__',
+            'cf_guidance.karras._BoundDenoiser.__call__': (
+                'karras.html#_bounddenoiser.__call__',
                 'cf_guidance/karras.py',
             ),
-            'cf_guidance.karras._Bound._ask': ('karras.html#_bound._ask', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._Bound._check': (
-                'karras.html#_bound._check',
+            'cf_guidance.karras._BoundDenoiser.__init__': (
+                'karras.html#_bounddenoiser.__init__',
                 'cf_guidance/karras.py',
             ),
-            'cf_guidance.karras._Bound.parts': (
-                'karras.html#_bound.parts',
+            'cf_guidance.karras._BoundDenoiser._checked': (
+                'karras.html#_bounddenoiser._checked',
                 'cf_guidance/karras.py',
             ),
-            'cf_guidance.karras._Bound.quantize_sigma': (
-                'karras.html#_bound.quantize_sigma',
+            'cf_guidance.karras._BoundDenoiser._query': (
+                'karras.html#_bounddenoiser._query',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._BoundDenoiser.parts': (
+                'karras.html#_bounddenoiser.parts',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._BoundDenoiser.quantize_sigma': (
+                'karras.html#_bounddenoiser.quantize_sigma',
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras._check_eta': ('karras.html#_check_eta', 'cf_guidance/karras.py'),
             'cf_guidance.karras._check_ladder_args': (
                 'karras.html#_check_ladder_args',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._check_options': (
+                'karras.html#_check_options',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._checked_run': (
+                'karras.html#_checked_run',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._checked_sigmas': (
+                'karras.html#_checked_sigmas',
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras._dpm2': ('karras.html#_dpm2', 'cf_guidance/karras.py'),
@@ -1176,21 +1210,17 @@ d = {
             ),
             'cf_guidance.karras._quantized': ('karras.html#_quantized', 'cf_guidance/karras.py'),
             'cf_guidance.karras._renoised': ('karras.html#_renoised', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._run': ('karras.html#_run', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._run_steps': ('karras.html#_run_steps', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._run_to_end': ('karras.html#_run_to_end', 'cf_guidance/karras.py'),
             'cf_guidance.karras._sde_noise': ('karras.html#_sde_noise', 'cf_guidance/karras.py'),
             'cf_guidance.karras._shell': ('karras.html#_shell', 'cf_guidance/karras.py'),
             'cf_guidance.karras._stochastic': ('karras.html#_stochastic', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._walk': ('karras.html#_walk', 'cf_guidance/karras.py'),
             'cf_guidance.karras.ancestral': ('karras.html#ancestral', 'cf_guidance/karras.py'),
             'cf_guidance.karras.brownian_noise': (
                 'karras.html#brownian_noise',
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras.cfgpp': ('karras.html#cfgpp', 'cf_guidance/karras.py'),
-            'cf_guidance.karras.check_ladder': (
-                'karras.html#check_ladder',
-                'cf_guidance/karras.py',
-            ),
             'cf_guidance.karras.churned': ('karras.html#churned', 'cf_guidance/karras.py'),
             'cf_guidance.karras.ddim': ('karras.html#ddim', 'cf_guidance/karras.py'),
             'cf_guidance.karras.ddpm': ('karras.html#ddpm', 'cf_guidance/karras.py'),
@@ -1230,7 +1260,7 @@ d = {
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras.lms': ('karras.html#lms', 'cf_guidance/karras.py'),
-            'cf_guidance.karras.on_ladder': ('karras.html#on_ladder', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.on_sigmas': ('karras.html#on_sigmas', 'cf_guidance/karras.py'),
             'cf_guidance.karras.sample': ('karras.html#sample', 'cf_guidance/karras.py'),
             'cf_guidance.karras.sample_ddim': ('karras.html#sample_ddim', 'cf_guidance/karras.py'),
             'cf_guidance.karras.sample_ddpm': ('karras.html#sample_ddpm', 'cf_guidance/karras.py'),
@@ -1955,10 +1985,17 @@ d = {
             ),
         },
         'cf_guidance.noise': {
+            'cf_guidance.noise._as_device': ('noise.html#_as_device', 'cf_guidance/noise.py'),
             'cf_guidance.noise._as_generator': ('noise.html#_as_generator', 'cf_guidance/noise.py'),
+            'cf_guidance.noise._check_shape': ('noise.html#_check_shape', 'cf_guidance/noise.py'),
+            'cf_guidance.noise._check_whole': ('noise.html#_check_whole', 'cf_guidance/noise.py'),
             'cf_guidance.noise.randn': ('noise.html#randn', 'cf_guidance/noise.py'),
             'cf_guidance.noise.split_generator': (
                 'noise.html#split_generator',
+                'cf_guidance/noise.py',
+            ),
+            'cf_guidance.noise.step_generator': (
+                'noise.html#step_generator',
                 'cf_guidance/noise.py',
             ),
         },

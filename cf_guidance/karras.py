@@ -4,6 +4,8 @@
 
 # %% auto #0
 __all__ = [
+    'check_ladder',
+    'on_ladder',
     'euler',
     'heun',
     'dpm2',
@@ -16,8 +18,8 @@ __all__ = [
     'get_sigmas_polyexponential',
     'get_sigmas_vp',
     'get_premature_sigma_min',
-    'check_ladder',
-    'on_ladder',
+    'SigmaSchedule',
+    'on_sigmas',
     'toward',
     'State',
     'churned',
@@ -50,19 +52,26 @@ __all__ = [
     'sample_ddim',
     'sample_ddpm',
     'sample_euler_cfg_pp',
+    'make_quantizer',
 ]
 
 # %% ../nbs/04_karras.ipynb #3
 import math
-from functools import cache
+import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
 from .noise import randn, split_generator
-from .denoisers import Denoiser, per_sample
+from .denoisers import Denoiser, make_quantizer, per_sample
+
+_all_ = [
+    'make_quantizer'
+]  # the call that the k-diffusion discussion ended with imports it from here
 
 
 # %% ../nbs/04_karras.ipynb #6
@@ -211,46 +220,92 @@ def get_premature_sigma_min(
 
 
 # %% ../nbs/04_karras.ipynb #27
-def check_ladder(
-    sigmas,  # (n+1,) noise levels, a tensor or a list
-) -> list:  # n+1 floats
-    "A ladder as numbers, or a ValueError: at least one step, finite, decreasing, above 0 but for the last."
-    s = torch.as_tensor(sigmas).detach()
+def _checked_sigmas(sigmas):
+    "The noise levels as a list of floats, or an error: finite, decreasing, above 0 but for the last."
+    try:
+        s = torch.as_tensor(sigmas).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f'sigmas: expected a tensor or list of noise levels, got {type(sigmas).__name__}'
+        ) from None
+    if s.is_complex() or s.dtype == torch.bool:
+        raise TypeError(f'sigmas: expected real numbers, got {s.dtype}')
     if s.ndim != 1 or len(s) < 2:
         raise ValueError(
-            f'sigmas has shape {tuple(s.shape)}: allowed is a list of at least two noise levels'
+            f'sigmas: expected at least two noise levels in one row, got shape {tuple(s.shape)}'
         )
     levels = s.tolist()
     for i, (a, b) in enumerate(pairwise(levels)):
         if not (math.inf > a > b >= 0):
             raise ValueError(
-                f'sigmas: levels {i} and {i + 1} are {a:.6g} and {b:.6g}; allowed are finite levels that decrease, above 0 but for the last, which may be 0'
+                'sigmas: expected finite, decreasing noise levels (only the last may be 0), '
+                f'got {a:.6g} and {b:.6g} at {i} and {i + 1}'
             )
     return levels
 
 
 # %% ../nbs/04_karras.ipynb #29
-def on_ladder(
-    values,  # one number a step, such as `get_cos_sched` gives, or for each step one a sample, (n, B)
-    sigmas,  # (n+1,) the ladder: decreasing noise levels, one more than steps
-):  # a function from noise levels, any shape (one a sample: (B,)), to values of that shape
-    "One value a step as a function of sigma: `values[i]` around `sigmas[i]`; the ends hold beyond."
-    levels, values = check_ladder(sigmas)[:-1], torch.as_tensor(values)
-    if values.ndim not in (1, 2) or len(values) != len(levels):
+@dataclass(frozen=True, eq=False)
+class SigmaSchedule:
+    "One value per step, as a function of sigma. `on_sigmas` makes one."
+
+    values: torch.Tensor  # (steps,), or (steps, B) for one per step and sample
+    sigmas: tuple  # steps+1 noise levels, decreasing
+    _between: torch.Tensor = field(init=False, repr=False)
+
+    def __post_init__(self):
+        # a little below the middle: sigmas that were rounded to float32 keep their own step
+        middles = [(a * b) ** 0.5 * (1 - 1e-4) for a, b in pairwise(self.sigmas[:-1])]
+        object.__setattr__(self, '_between', torch.tensor(middles[::-1]))
+
+    def __call__(
+        self,
+        sigma: torch.Tensor,  # noise levels of any shape; (B,) if there is one value per sample
+    ) -> torch.Tensor:  # values in the shape and type of `sigma`
+        "The values around `sigma`; the first and the last hold beyond the ends."
+        sigma = torch.as_tensor(sigma)
+        i = torch.bucketize(sigma.float(), self._between.to(sigma.device))
+        v = self.values.to(sigma.device).flip(0)
+        v = v[i] if v.ndim == 1 else v[i, torch.arange(v.shape[1], device=i.device)]
+        return v.to(sigma.dtype) if sigma.is_floating_point() else v
+
+    def at_step(
+        self,
+        step: int,  # number of the sampler's step, from 0
+    ) -> torch.Tensor:  # a number, or (B,)
+        "The value of a step."
+        if not 0 <= step < len(self.values):
+            raise IndexError(f'step: expected 0 to {len(self.values) - 1}, got {step}')
+        return self.values[step]
+
+
+# %% ../nbs/04_karras.ipynb #28a3307b
+def on_sigmas(
+    values,  # one number per step, such as `get_cos_sched` gives; or (steps, B): one per sample
+    sigmas,  # (steps+1,) noise levels of the sampler, decreasing
+) -> SigmaSchedule:  # a function of sigma, (B,) -> (B,)
+    "A list with one value per step as a function of sigma."
+    levels = _checked_sigmas(sigmas)
+    try:
+        v = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f'values: expected one number per step, got {type(values).__name__}'
+        ) from None
+    if v.is_complex() or v.dtype == torch.bool:
+        raise TypeError(f'values: expected real numbers, got {v.dtype}')
+    if v.ndim not in (1, 2) or len(v) != len(levels) - 1:
         raise ValueError(
-            f'values has shape {tuple(values.shape)}: allowed is one value a step, shape ({len(levels)},), or one a step and sample'
+            f'values: expected one per step, shape ({len(levels) - 1},) or ({len(levels) - 1}, B), '
+            f'got shape {tuple(v.shape)}'
         )
-    between = torch.tensor([(a * b) ** 0.5 * (1 - 1e-4) for a, b in pairwise(levels)][::-1])
+    if not v.isfinite().all():
+        raise ValueError('values: expected finite numbers, got NaN or infinity')
+    return SigmaSchedule(v, tuple(levels))
 
-    def at(sigma):
-        i = torch.bucketize(sigma.float(), between.to(sigma.device))
-        v = values.to(sigma.device).flip(0)
-        return (v[i] if v.ndim == 1 else v[i, torch.arange(v.shape[1], device=i.device)]).to(
-            sigma.dtype
-        )
 
-    at.values, at.sigmas = values, check_ladder(sigmas)
-    return at
+# %% ../nbs/04_karras.ipynb #99e670f7
+check_ladder, on_ladder = _checked_sigmas, on_sigmas  # until nothing uses these names
 
 
 # %% ../nbs/04_karras.ipynb #35
@@ -376,63 +431,89 @@ def _fresh_noise(x, sigmas, generator):
 
 
 # %% ../nbs/04_karras.ipynb #49
-class _Bound:
-    "A denoiser with its conditions, for noise levels that are single numbers."
+class _BoundDenoiser:
+    "A denoiser with its conditions, for one noise level per call. Its estimates are checked."
 
     def __init__(self, D, cond):
-        self.D, self.cond, self.i = D, cond, 0
+        self.D, self.cond, self.step = D, cond, 0
+        self.takes_step = getattr(D, 'takes_step', False)
 
-    def _ask(self, f, x, sigma):
-        return f(x, per_sample(sigma, x), **self.cond)
+    def __call__(self, x, sigma):
+        return self._checked(self._query(self.D, x, sigma), x, sigma)
+
+    def parts(self, x, sigma):
+        "The guided, the positive and the negative estimate."
+        if not hasattr(self.D, 'parts'):
+            raise TypeError(
+                'D: this sampler needs a guided denoiser with `parts`, such as GuidedDenoiser'
+            )
+        return [self._checked(o, x, sigma) for o in self._query(self.D.parts, x, sigma)[:3]]
 
     def quantize_sigma(self, sigma):
         return getattr(self.D, 'quantize_sigma', lambda o: o)(sigma)
 
-    def __call__(self, x, sigma):
-        return self._check(self._ask(self.D, x, sigma), x, sigma)
+    def _query(self, f, x, sigma):
+        step = dict(step=self.step) if self.takes_step else {}
+        return f(x, per_sample(sigma, x), **step, **self.cond)
 
-    def _check(self, x0, x, sigma):
+    def _checked(self, x0, x, sigma):
         "The estimate in the type of `x`, which autocast may have changed."
+        if not isinstance(x0, torch.Tensor):
+            raise TypeError(f'D: expected a tensor as its estimate, got {type(x0).__name__}')
         if x0.shape != x.shape:
             raise ValueError(
-                f'model: its estimate has shape {tuple(x0.shape)}, but x has {tuple(x.shape)}'
+                f'D: expected an estimate of shape {tuple(x.shape)} as x, got {tuple(x0.shape)}'
             )
-        if not math.isfinite(x0.sum(dtype=torch.promote_types(x0.dtype, torch.float32)).item()):
-            raise ValueError(
-                f'model: its estimate at step {self.i} (sigma={sigma:.6g}) is not finite'
+        total = x0.sum(dtype=torch.promote_types(x0.dtype, torch.float32))
+        if not math.isfinite(total.item()):
+            raise FloatingPointError(
+                f'the estimate of D at step {self.step} (sigma={sigma:.6g}) is not finite'
             )
         return x0.to(x.dtype)
 
 
-# %% ../nbs/04_karras.ipynb #50
-@patch
-def parts(self: _Bound, x, sigma):
-    if not hasattr(self.D, 'parts'):
-        raise ValueError(
-            'model: this sampler reads the parts of a guided denoiser, such as GuidedDenoiser, and it has no `parts`'
-        )
-    return [self._check(o, x, sigma) for o in self._ask(self.D.parts, x, sigma)[:3]]
-
-
 # %% ../nbs/04_karras.ipynb #51
-def _walk(D, x, sigmas, step, cond, generator, noise, options):
-    "Yield `x` and the state after each step; neither is kept here while the next one runs."
-    levels, D = check_ladder(sigmas), _Bound(D, {} if cond is None else cond)
+def _checked_run(D, x, sigmas, step, cond, options):
+    "Check what a run is given, and begin it: the noise levels, and `D` bound to its conditions."
+    levels, cond = _checked_sigmas(sigmas), {} if cond is None else cond
     if not callable(step):
-        raise TypeError(f'step={step!r}: allowed are functions such as euler, heun, dpmpp_2m')
-    if not isinstance(D.cond, Mapping):
-        raise TypeError(
-            f'cond is a {type(D.cond).__name__}: allowed is a dict of conditions by name'
-        )
+        raise TypeError(f'step: expected a step such as euler, heun or dpmpp_2m, got {step!r}')
+    if not callable(D):
+        raise TypeError(f'D: expected a denoiser D(x, sigma, **cond), got {D!r}')
+    if not isinstance(cond, Mapping):
+        raise TypeError(f'cond: expected a dict of conditions by name, got {type(cond).__name__}')
+    if not isinstance(x, torch.Tensor) or not x.ndim:
+        raise TypeError(f'x: expected a tensor (B, ...), got {x!r:.60}')
     if not x.isfinite().all():
-        raise ValueError('x has values that are not finite')
-    if hasattr(D.D, 'check_ladder'):
-        D.D.check_ladder(sigmas)
+        raise ValueError('x: expected finite values, got NaN or infinity')
+    _check_options(step, options)
+    start = getattr(D, 'start', None) or getattr(D, 'check_ladder', None)
+    if start is not None:
+        start(sigmas)
+    return levels, _BoundDenoiser(D, cond)
+
+
+def _check_options(step, options):
+    "An error for options that the step does not have."
+    params = [p for p in inspect.signature(step).parameters.values()][5:]
+    known = [p.name for p in params if p.kind is not p.VAR_KEYWORD]
+    for name in options:
+        if name not in known and len(known) == len(params):
+            raise TypeError(
+                f'{name}: not an option of {step.__name__}, which has {", ".join(known) or "none"}'
+            )
+
+
+# %% ../nbs/04_karras.ipynb #083da268
+def _run_steps(D, x, sigmas, step, cond, generator, noise, options):
+    "Yield `x` and the state after each step; neither is kept here while the next one runs."
+    levels, D = _checked_run(D, x, sigmas, step, cond, options)
     make = brownian_noise if getattr(step, 'brownian', False) else _fresh_noise
     state = State(len(levels) - 1, 0, noise or make(x, sigmas, generator))
-    for D.i, sigma, sigma_next in zip(range(len(levels)), levels, levels[1:]):
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        D.step = i
         with torch.no_grad():
-            x, state = step(D, x, sigma, sigma_next, state._replace(i=D.i), **options)
+            x, state = step(D, x, sigma, sigma_next, state._replace(i=i), **options)
         yield x, state
         state = state._replace(x=None, x0=None)
 
@@ -441,15 +522,19 @@ def _walk(D, x, sigmas, step, cond, generator, noise, options):
 def samples(
     D,  # `D(x, sigma, **cond) -> x0`, sigma (B,)
     x: torch.Tensor,  # (B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise
-    sigmas,  # (n+1,) decreasing noise levels, see the ladders above
+    sigmas,  # (n+1,) decreasing noise levels, see above
     step=heun,  # such as `euler`, `dpmpp_2m`, `ancestral(heun)`
     cond: dict = None,  # what `D` is conditioned on, by name
     generator=None,  # for steps that draw noise: see `split_generator`
     noise=None,  # in its place: a function of two noise levels that gives (B, ...) of variance 1
     **options,  # of the step, such as `s_churn` or `eta`
 ):  # yields `x` (B, ...) and the first estimate (B, ...) of each step
-    "Walk down a ladder, a step at a time. (Nothing runs, and nothing is checked, before the first is asked for.)"
-    for x, state in _walk(D, x, sigmas, step, cond, generator, noise, options):
+    """Sample one step at a time. Nothing runs, and nothing is checked, before the first `next`.
+
+    If `D` has a method `start`, it is called with `sigmas` first: a guided denoiser begins a run there.
+    If `D.takes_step` is true, each call of `D` gets `step=i`, the number of the sampler's step.
+    """
+    for x, state in _run_steps(D, x, sigmas, step, cond, generator, noise, options):
         yield x, state.x0
         state = None
 
@@ -466,18 +551,18 @@ def sample(
     progress: bool = False,  # show a bar
     **options,  # of the step
 ) -> torch.Tensor:  # (B, ...) at the last noise level
-    "Walk down a ladder to its end; the arguments are those of `samples`."
-    return _run(step, D, x, sigmas, cond, None, not progress, generator, noise, **options)
+    "Run a sampler to its end; the arguments are those of `samples`."
+    return _run_to_end(step, D, x, sigmas, cond, None, not progress, generator, noise, **options)
 
 
 # %% ../nbs/04_karras.ipynb #54
-def _run(
+def _run_to_end(
     step, model, x, sigmas, extra_args, callback, disable, generator=None, noise=None, **options
 ):
     from tqdm.auto import tqdm
 
-    with tqdm(total=len(check_ladder(sigmas)) - 1, disable=disable) as bar:
-        for x, state in _walk(model, x, sigmas, step, extra_args, generator, noise, options):
+    with tqdm(total=len(_checked_sigmas(sigmas)) - 1, disable=disable) as bar:
+        for x, state in _run_steps(model, x, sigmas, step, extra_args, generator, noise, options):
             if callback:
                 callback(
                     dict(
@@ -660,7 +745,7 @@ def brownian_noise(
     "Noise from Brownian paths in sigma, one a sample."
     from torchsde import BrownianInterval, BrownianTree
 
-    lo, hi = _margin(min(o for o in check_ladder(sigmas) if o > 0), float(sigmas[0]))
+    lo, hi = _margin(min(o for o in _checked_sigmas(sigmas) if o > 0), float(sigmas[0]))
     shape, device, dtype = x.shape[1:], x.device, x.dtype
 
     def path(seed):
@@ -795,7 +880,9 @@ def cfgpp(D, x, sigma, sigma_next, state):
 
 # %% ../nbs/04_karras.ipynb #106
 def _shell(step, model, x, sigmas, *args, **kwargs):
-    return _run(step, model, x, torch.unique_consecutive(torch.as_tensor(sigmas)), *args, **kwargs)
+    return _run_to_end(
+        step, model, x, torch.unique_consecutive(torch.as_tensor(sigmas)), *args, **kwargs
+    )
 
 
 # %% ../nbs/04_karras.ipynb #107
