@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = [
-    'APG',
-    'rule',
-    'cfg',
-    'cfg_paper',
-    'match_norm',
     'perpendicular',
+    'APG_PRESETS',
+    'Rule',
+    'rule',
+    'PostRule',
+    'post_rule',
+    'cfg',
     'base_norm',
     't_norm',
     'full_norm',
-    'is_per_sample',
     'rescale',
     'ep_cfg',
     'cfg_norm',
@@ -33,58 +33,82 @@ __all__ = [
 ]
 
 # %% ../nbs/01_transforms.ipynb #3
-import inspect, math, operator
-from collections.abc import Mapping
-from functools import wraps
+import importlib
+import inspect
+import math
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from numbers import Real
+from types import MappingProxyType
+
 import torch
-from fastcore.basics import patch
 
 
 # %% ../nbs/01_transforms.ipynb #6
-def _check(neg, pos, axes=1):
-    "The type of the result, if `neg` and `pos` go together."
-    if not (torch.is_tensor(neg) and torch.is_tensor(pos)):
-        raise TypeError(
-            f'neg and pos must be tensors, not {type(neg).__name__} and {type(pos).__name__}'
-        )
-    if neg.shape != pos.shape:
+def _common_dtype(first, pos, axes=1, name='neg'):
+    "The dtype of the result, if the two predictions go together."
+    for k, o in ((name, first), ('pos', pos)):
+        if not torch.is_tensor(o):
+            raise TypeError(f'{k}: expected a tensor, got {type(o).__name__}')
+    if first.shape != pos.shape:
         raise ValueError(
-            f'neg has shape {tuple(neg.shape)} and pos {tuple(pos.shape)}: they must be the same'
+            f'expected {name} and pos of one shape, got {name} {tuple(first.shape)}'
+            f' and pos {tuple(pos.shape)}'
         )
-    if neg.ndim < axes:
+    if first.device != pos.device:
         raise ValueError(
-            f'neg and pos have shape {tuple(neg.shape)}: allowed are {axes} axes or more, the first of which is the batch'
+            f'expected {name} and pos on one device, got {name} on {first.device}'
+            f' and pos on {pos.device}'
         )
-    dtype = torch.promote_types(neg.dtype, pos.dtype)
+    if first.ndim < axes:
+        raise ValueError(
+            f'{name}: expected at least {axes} axes, the first one the batch,'
+            f' got shape {tuple(first.shape)}'
+        )
+    dtype = torch.promote_types(first.dtype, pos.dtype)
     if not dtype.is_floating_point:
-        raise TypeError(f'neg and pos must be of a floating-point type, not {dtype}')
+        raise TypeError(f'{name} and pos: expected a floating-point dtype, got {dtype}')
     return dtype
 
 
 # %% ../nbs/01_transforms.ipynb #7
-def _weight(w, like):
+def _broadcast_weight(w, like):
     "`w` as a number, or as a tensor that broadcasts over all axes of `like` but the first."
-    if isinstance(w, (int, float)):
+    expected = f'w: expected a finite number or {len(like)} of them, one per sample'
+    look = not torch.compiler.is_compiling()  # a look at values breaks a compiled graph
+    if isinstance(w, int | float) and not isinstance(w, bool):
+        if look and not math.isfinite(w):
+            raise ValueError(f'{expected}, got {w!r}')
         return w
-    if w is None or isinstance(w, str):
-        raise TypeError(f'w={w!r}: allowed are a number, or a tensor with one value a sample')
-    w, one = torch.as_tensor(w).to(like), (1,) * (like.ndim - 1)
-    if w.ndim == 0 or w.shape == (len(like),) + one:
-        return w
-    if w.shape == (len(like),):
-        return w.view(-1, *one)
-    raise ValueError(
-        f'w has shape {tuple(w.shape)}: it must be a number or have one value a sample, shape ({len(like)},)'
-    )
+    try:
+        t = torch.as_tensor(w)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f'{expected}, got {_short(w)}') from None
+    if t.dtype == torch.bool or t.is_complex():
+        raise TypeError(f'{expected}, got {_short(w)}')
+    if look and t.device.type == 'cpu' and not t.isfinite().all():  # a GPU would have to wait
+        raise ValueError(f'{expected}, got {_short(w)}')
+    t, one = t.to(like), (1,) * (like.ndim - 1)
+    if t.ndim == 0 or t.shape == (len(like), *one):
+        return t
+    if t.shape == (len(like),):
+        return t.view(-1, *one)
+    raise ValueError(f'{expected}, got shape {tuple(t.shape)}')
+
+
+def _short(x, most=60):
+    "`x` as an error message shows it."
+    text = ' '.join(repr(x).split())
+    return text if len(text) <= most else f'{type(x).__name__} {text[:most]}...'
 
 
 # %% ../nbs/01_transforms.ipynb #9
 def _wide(dtype, device):
-    "The type to calculate in: float32, but float64 for bfloat16, whose numbers have squares that float32 has not."
-    return torch.promote_types(
-        dtype, torch.float64 if dtype == torch.bfloat16 and device.type != 'mps' else torch.float32
-    )
+    "The dtype to calculate in: float64 for bfloat16, whose squares overflow float32, else float32."
+    bfloat = dtype == torch.bfloat16 and device.type != 'mps'
+    return torch.promote_types(dtype, torch.float64 if bfloat else torch.float32)
 
 
 def _narrow(x, dtype):
@@ -94,116 +118,161 @@ def _narrow(x, dtype):
 
 
 # %% ../nbs/01_transforms.ipynb #11
-def _setting(name, v, default, limits):
-    "An error if `v` is not allowed for a setting. What kind of thing it must be is seen from its default: a rule, a tuple, or a number."
-    if callable(default):
-        if not callable(v) or isinstance(v, type):
-            raise ValueError(f'{name}={v!r}: allowed are rules, such as cfg')
-        if limits and getattr(v, 'space', 'any') not in limits:
-            raise ValueError(
-                f'{name}={v.__name__}: it works in the space {v.space!r}; allowed are rules for {" or ".join(map(repr, limits))}'
-            )
-        return
-    many, (lo, hi) = isinstance(default, tuple), limits or (-math.inf, math.inf)
-    ok = isinstance(v, (list, tuple)) and len(v) if many else v is not None
-    if not ok or not all(_number(o, lo, hi) or o == default for o in (v if many else [v])):
-        raise ValueError(
-            f'{name}={v!r}: allowed are {"one or more " if many else ""}finite numbers from {lo}'
-            + f' to {hi}' * (hi < math.inf)
-            + f', or {default}' * (default == math.inf)
-        )
+def _checked_setting(name, value, default, limits):
+    "`value`, if it is of the kind of `default` and within `limits`."
+    many = isinstance(default, tuple)
+    if not many and not (isinstance(default, Real) and not isinstance(default, bool)):
+        if isinstance(value, type(default)):
+            return value
+        raise ValueError(f'{name}: expected {type(default).__name__}, got {_short(value)}')
+    lo, hi = limits or (-math.inf, math.inf)
+    ok = isinstance(value, list | tuple) and len(value) > 0 if many else True
+    if ok and all(_is_number(o, lo, hi) or o == default for o in (value if many else [value])):
+        return tuple(value) if many else value
+    kind = 'a tuple of finite numbers' if many else 'a finite number'
+    span = f', {lo} to {hi}' if hi < math.inf else f', {lo} or more' if lo > -math.inf else ''
+    end = ' or inf' if default == math.inf else ''
+    raise ValueError(f'{name}: expected {kind}{span}{end}, got {_short(value)}')
 
 
-def _number(o, lo, hi):
+def _is_number(o, lo=-math.inf, hi=math.inf):
     return isinstance(o, Real) and not isinstance(o, bool) and lo <= o <= hi and math.isfinite(o)
 
 
+# %% ../nbs/01_transforms.ipynb #2b72cfdd
+_SPACES = ('eps', 'x0', 'v', 'flow', 'any')
+
+
+@dataclass(frozen=True, repr=False)
+class _Formula:
+    "What a `Rule` and a `PostRule` share: a formula with a name, a space and settings."
+
+    formula: Callable
+    space: str = field(default='any', kw_only=True)
+    axes: int = field(default=1, kw_only=True)
+    limits: dict = field(default_factory=dict, kw_only=True, compare=False)
+    settings: dict = field(default_factory=dict, kw_only=True, hash=False)
+
+    def _args(self):
+        "Names of the positional arguments of the formula."
+        raise NotImplementedError
+
+    def __post_init__(self):
+        f, args = self.formula, self._args()
+        if not inspect.isroutine(f):
+            raise TypeError(f'expected a function of ({", ".join(args)}), got {_short(f)}')
+        if self.space not in _SPACES:
+            raise ValueError(f'space: expected one of {_SPACES}, got {_short(self.space)}')
+        params = inspect.signature(f).parameters.values()
+        if sum(p.kind is not p.KEYWORD_ONLY for p in params) != len(args):
+            raise TypeError(f'{f.__name__}: expected a function of ({", ".join(args)})')
+        defaults = {p.name: p.default for p in params if p.kind is p.KEYWORD_ONLY}
+        for k in (*self.limits, *self.settings):
+            if k not in defaults:
+                known = ', '.join(defaults) or 'no settings'
+                raise TypeError(f'{f.__name__} has no setting {k!r}: expected {known}')
+        given = {
+            k: _checked_setting(k, v, defaults[k], self.limits.get(k))
+            for k, v in self.settings.items()
+        }
+        object.__setattr__(self, 'settings', MappingProxyType(defaults | given))
+        for k in ('__name__', '__qualname__', '__doc__', '__module__'):
+            object.__setattr__(self, k, getattr(f, k))
+        object.__setattr__(self, '__wrapped__', f)
+
+    def __repr__(self):
+        settings = ', '.join(f'{k}={v!r}' for k, v in self.settings.items())
+        return f'{self.__name__}.of({settings})' if settings else self.__name__
+
+    def of(
+        self,
+        **settings,  # by name; those that are not given stay
+    ):
+        "The same formula with other settings."
+        return replace(self, settings={**self.settings, **settings})
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self  # nothing in it can change
+
+    def __reduce__(self):
+        own = getattr(sys.modules.get(self.__module__), self.__qualname__, None)
+        if isinstance(own, _Formula) and own.formula is self.formula:
+            return _named_formula, (self.__module__, self.__qualname__, dict(self.settings))
+        fields = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        return _new_formula, (type(self), fields | dict(settings=dict(self.settings)))
+
+
+def _named_formula(module, name, settings):
+    return getattr(importlib.import_module(module), name).of(**settings)
+
+
+def _new_formula(cls, fields):
+    return cls(**fields)
+
+
 # %% ../nbs/01_transforms.ipynb #13
-def _remembered(state, like):
-    "A state in the type of the predictions, if it has one row a sample."
+def _checked_state(state, like):
+    "A state in the dtype of the predictions, if it has one row per sample."
     if state is None:
         return None
-    if not torch.is_tensor(state) or not state.ndim or len(state) != len(like):
+    if not torch.is_tensor(state):
+        raise TypeError(f'state: expected None or a tensor, got {_short(state)}')
+    if not state.ndim or len(state) != len(like):
         raise ValueError(
-            f'state={tuple(state.shape) if torch.is_tensor(state) else state!r}: allowed are None, or a tensor with one row a sample, {len(like)}'
+            f'state: expected one row per sample, {len(like)}, got shape {tuple(state.shape)}'
         )
     return state.to(like)
 
 
-# %% ../nbs/01_transforms.ipynb #14
-def _pred(f, neg, pos, w, state, stateful, settings):
-    "What the formula says, and the state after it. A rule inside of it that remembers is asked first."
-    inner = settings.get('rule')
-    if stateful:
-        return f(neg, pos, w, state, **settings)
-    if not getattr(inner, 'stateful', False):
-        return f(neg, pos, w, **settings), None
-    g, state = inner(neg, pos, w, state)
-    return f(neg, pos, w, **dict(settings, rule=lambda *_: g)), state
+def _at_weight(at, w, end, pred):
+    "`pred`, replaced by `end` where the weight is `at`."
+    if at is None:
+        return pred
+    if torch.is_tensor(w):
+        return torch.where(w == at, end, pred)
+    return end.clone() if w == at else pred
 
 
-# %% ../nbs/01_transforms.ipynb #15
-def _bound(f, facts, limits, settings):
-    "The rule of a formula, with settings. With another rule inside it works in the space of that, and remembers if that does."
-    space, pos_at, neg_at, stateful, axes = facts
-    inner, own = settings.get('rule'), dict(settings)
-    if inner is not None:
-        if getattr(inner, 'space', 'any') != 'any':
-            space = inner.space
-        pos_at = None if pos_at is None else getattr(inner, 'pos_at', None)
+# %% ../nbs/01_transforms.ipynb #d86849e4
+@dataclass(frozen=True, repr=False)
+class Rule(_Formula):
+    "How a negative and a positive prediction become one: `rule(neg, pos, w) -> pred`."
 
-    @wraps(f)
-    def _f(neg, pos, w, state=None, **kw):
-        if kw:
-            return _f.of(**kw)(neg, pos, w, state)
-        dtype = _check(neg, pos, axes)
-        if state is not None and not _f.stateful:
-            raise TypeError(f'{f.__name__} has no state: allowed is {f.__name__}(neg, pos, w)')
+    pos_at: float | None = field(default=1.0, kw_only=True)
+    neg_at: float | None = field(default=None, kw_only=True)
+    stateful: bool = field(default=False, kw_only=True)
+
+    def _args(self):
+        return ('neg', 'pos', 'w', 'state') if self.stateful else ('neg', 'pos', 'w')
+
+    def __call__(
+        self,
+        neg: torch.Tensor,  # (B, ...) negative prediction, in `space`
+        pos: torch.Tensor,  # (B, ...) positive prediction
+        w,  # a number, or one per sample, (B,)
+        state: torch.Tensor = None,  # of a stateful rule: what the last step returned
+        **settings,  # for this call only
+    ):
+        "The prediction in the dtype of the inputs; a stateful rule returns `(pred, state)`."
+        if settings:
+            return self.of(**settings)(neg, pos, w, state)
+        dtype = _common_dtype(neg, pos, self.axes)
+        if state is not None and not self.stateful:
+            raise TypeError(f'{self.__name__} has no state: call it as rule(neg, pos, w)')
         neg, pos = (o.to(_wide(dtype, o.device)) for o in (neg, pos))
-        w, state = _weight(w, neg), _remembered(state, neg)
-        pred, state = (
-            _pred(f, neg, pos, w, state, stateful, own) if neg.numel() else (pos.clone(), None)
-        )
-        for at, end in (pos_at, pos), (neg_at, neg):
-            if at is not None:
-                pred = (
-                    torch.where(w == at, end, pred)
-                    if torch.is_tensor(w)
-                    else end.clone()
-                    if w == at
-                    else pred
-                )
+        w, state = _broadcast_weight(w, neg), _checked_state(state, neg)
+        if not neg.numel():
+            pred, state = pos.clone(), None
+        elif self.stateful:
+            pred, state = self.formula(neg, pos, w, state, **self.settings)
+        else:
+            pred = self.formula(neg, pos, w, **self.settings)
+        pred = _at_weight(self.neg_at, w, neg, _at_weight(self.pos_at, w, pos, pred))
         pred = _narrow(pred, dtype)
-        return (pred, state) if _f.stateful else pred
-
-    def of(**kw):
-        for k, v in kw.items():
-            if k not in own:
-                raise TypeError(
-                    f'{f.__name__} has no setting {k!r}: allowed are {", ".join(own) or "none"}'
-                )
-            _setting(k, v, _defaults(f)[k], limits.get(k))
-        return _bound(
-            f,
-            facts,
-            limits,
-            {**own, **{k: tuple(v) if isinstance(v, list) else v for k, v in kw.items()}},
-        )
-
-    _f.space, _f.pos_at, _f.neg_at, _f.stateful = (
-        space,
-        pos_at,
-        neg_at,
-        stateful or getattr(inner, 'stateful', False),
-    )
-    _f.settings, _f.of = dict(own), of
-    return _f
-
-
-def _defaults(f):
-    return {
-        k: p.default for k, p in inspect.signature(f).parameters.items() if p.kind is p.KEYWORD_ONLY
-    }
+        return (pred, state) if self.stateful else pred
 
 
 # %% ../nbs/01_transforms.ipynb #16
@@ -211,16 +280,56 @@ def rule(
     space: str,  # what `neg` and `pos` are: 'eps', 'x0', 'v', 'flow', or 'any' if the rule is linear
     pos_at: float = 1.0,  # weight at which the result is exactly `pos`; None: there is none
     neg_at: float = None,  # weight at which it is exactly `neg`, and `pos` is not needed
-    stateful: bool = False,  # is it `f(neg, pos, w, state, ...) -> (pred, state)`?
+    stateful: bool = False,  # does it remember: `f(neg, pos, w, state) -> (pred, state)`
     axes: int = 1,  # axes that a prediction must have, at least
-    **limits,  # of each setting: the smallest and the largest number, or the spaces of a rule
+    **limits,  # smallest and largest value of each setting
 ):
-    "Make a formula a rule: inputs are checked, it runs in fp32 or better, and it knows its `space`. Its keyword-only parameters are its settings, bound by `.of(...)`."
+    "Decorator that makes a formula a `Rule`. Keyword-only parameters become its settings."
+    facts = dict(space=space, pos_at=pos_at, neg_at=neg_at, stateful=stateful, axes=axes)
+    _check_limits(space, limits)
+    return lambda formula: Rule(formula, limits=limits, **facts)
 
-    def _rule(f):
-        return _bound(f, (space, pos_at, neg_at, stateful, axes), limits, _defaults(f))
 
-    return _rule
+def _check_limits(space, limits):
+    if space not in _SPACES:
+        raise ValueError(f'space: expected one of {_SPACES}, got {_short(space)}')
+    for k, v in limits.items():
+        if not (isinstance(v, tuple) and len(v) == 2 and v[0] <= v[1]):
+            raise ValueError(f'{k}: expected limits (low, high), got {_short(v)}')
+
+
+# %% ../nbs/01_transforms.ipynb #98e201f6
+@dataclass(frozen=True, repr=False)
+class PostRule(_Formula):
+    "A correction of a guided prediction by the positive one: `post(pred, pos) -> pred`."
+
+    def _args(self):
+        return ('pred', 'pos')
+
+    def __call__(
+        self,
+        pred: torch.Tensor,  # (B, ...) guided prediction, in `space`
+        pos: torch.Tensor,  # (B, ...) positive prediction
+        **settings,  # for this call only
+    ) -> torch.Tensor:  # (B, ...) in the dtype of the inputs
+        "The corrected prediction."
+        if settings:
+            return self.of(**settings)(pred, pos)
+        dtype = _common_dtype(pred, pos, self.axes, 'pred')
+        pred, pos = (o.to(_wide(dtype, o.device)) for o in (pred, pos))
+        out = self.formula(pred, pos, **self.settings) if pred.numel() else pred.clone()
+        return _narrow(out, dtype)
+
+
+# %% ../nbs/01_transforms.ipynb #62b5d072
+def post_rule(
+    space: str,  # what `pred` and `pos` are: 'eps', 'x0', 'v', 'flow' or 'any'
+    axes: int = 1,  # axes that a prediction must have, at least
+    **limits,  # smallest and largest value of each setting
+):
+    "Decorator that makes a formula `f(pred, pos)` a `PostRule`, in the manner of `rule`."
+    _check_limits(space, limits)
+    return lambda formula: PostRule(formula, space=space, axes=axes, limits=limits)
 
 
 # %% ../nbs/01_transforms.ipynb #18
@@ -234,17 +343,6 @@ def cfg(
     return torch.lerp(neg, pos, w)
 
 
-# %% ../nbs/01_transforms.ipynb #25
-@rule('any', pos_at=0.0)
-def cfg_paper(
-    neg: torch.Tensor,  # (B, ...) negative prediction
-    pos: torch.Tensor,  # (B, ...) positive prediction
-    w,  # a number or (B,): 0 is `pos` (unguided), more goes beyond
-) -> torch.Tensor:  # (B, ...) in the type of the inputs
-    "Classifier-free guidance in the convention of its paper (arXiv:2207.12598, eq. 6), `pos + s*(pos-neg)`: `cfg` at `1+s`."
-    return torch.lerp(neg, pos, 1 + w)
-
-
 # %% ../nbs/01_transforms.ipynb #28
 def _norm(x):
     "Length of each sample, shaped to broadcast over `x`."
@@ -252,12 +350,9 @@ def _norm(x):
 
 
 # %% ../nbs/01_transforms.ipynb #29
-def match_norm(
-    x: torch.Tensor,  # (B, ...) gives the directions
-    like: torch.Tensor,  # (B, ...) gives the lengths
-) -> torch.Tensor:  # (B, ...) in the type of the inputs
+def _match_norm(x, like):
     "`x` with each sample scaled to the length of that in `like`; a zero sample stays zero."
-    dtype = _check(x, like)
+    dtype = _common_dtype(x, like)
     x, like = (o.to(_wide(dtype, o.device)) for o in (x, like))
     n = _norm(x)
     return _narrow(x / torch.where(n == 0, 1, n) * _norm(like), dtype)
@@ -270,15 +365,15 @@ def _dot(a, b):
 
 
 # %% ../nbs/01_transforms.ipynb #33
-def perpendicular(
-    a: torch.Tensor,  # (B, ...)
-    b: torch.Tensor,  # (B, ...)
-) -> torch.Tensor:  # (B, ...) `a`, where `b` is 0
-    "Of each sample of `a` the part that is perpendicular to that of `b`."
-    dtype = _check(a, b)
+def _perpendicular(a, b):
+    "The part of each sample of `a` that is perpendicular to that of `b`; `a` where `b` is 0."
+    dtype = _common_dtype(a, b)
     a, b = (o.to(_wide(dtype, o.device)) for o in (a, b))
     n = _dot(b, b)
     return _narrow(a - _dot(a, b) / torch.where(n == 0, 1, n) * b, dtype)
+
+
+perpendicular = _perpendicular  # its name until the notebook on negatives has moved
 
 
 # %% ../nbs/01_transforms.ipynb #36
@@ -289,7 +384,7 @@ def base_norm(
     w,  # a number or (B,), as in `cfg`; usual values are those of `cfg`
 ) -> torch.Tensor:  # (B, ...) each sample as long as in `neg`
     "`cfg` scaled to the length of `neg` (`BaseNormGuidance` of cf_guidance, 2022)."
-    return match_norm(cfg(neg, pos, w), neg)
+    return _match_norm(torch.lerp(neg, pos, w), neg)
 
 
 # %% ../nbs/01_transforms.ipynb #38
@@ -300,7 +395,7 @@ def t_norm(
     w,  # a number or (B,): length of the push as a share of the length of `neg`; usual are 0.1 to 0.3
 ) -> torch.Tensor:  # (B, ...) in the type of the inputs
     "`neg + w*|neg|*(pos-neg)/|pos-neg|` (`TNormGuidance` of cf_guidance, 2022)."
-    return neg + w * match_norm(pos - neg, neg)
+    return neg + w * _match_norm(pos - neg, neg)
 
 
 # %% ../nbs/01_transforms.ipynb #40
@@ -311,37 +406,7 @@ def full_norm(
     w,  # a number or (B,), as in `t_norm`
 ) -> torch.Tensor:  # (B, ...) each sample as long as in `neg`
     "`t_norm` scaled to the length of `neg` (`FullNormGuidance` of cf_guidance, 2022)."
-    return match_norm(t_norm(neg, pos, w), neg)
-
-
-# %% ../nbs/01_transforms.ipynb #54
-def _rows(x):
-    return x[..., None].flatten(1)
-
-
-def _two_steps(f, neg, pos, w):
-    "What `f` says, a row a sample; of one that remembers, the predictions and states of two steps."
-    if not getattr(f, 'stateful', False):
-        return _rows(f(neg, pos, w))
-    a, state = f(neg, pos, w, None)
-    b, last = f(neg + pos, pos, w, state)
-    return torch.cat([_rows(o) for o in (a, b, state, last) if o is not None], 1)
-
-
-# %% ../nbs/01_transforms.ipynb #55
-def is_per_sample(
-    f,  # a rule, `f(neg, pos, w) -> pred`, or one that remembers
-    neg: torch.Tensor,  # (B, ...) negatives
-    pos: torch.Tensor,  # (B, ...) positives
-    w: torch.Tensor,  # (B,) weights
-    tol: float = 1e-6,  # largest relative difference
-) -> bool:
-    "Is `f(batch)[i]` the same as `f` of sample `i` alone, for each `i`?"
-    alone = torch.cat(
-        [_two_steps(f, neg[i : i + 1], pos[i : i + 1], w[i].item()) for i in range(len(neg))]
-    )
-    diff = (_two_steps(f, neg, pos, w) - alone).norm(dim=1)
-    return bool((diff <= tol * alone.norm(dim=1)).all())
+    return _match_norm(t_norm.formula(neg, pos, w), neg)
 
 
 # %% ../nbs/01_transforms.ipynb #65
@@ -357,18 +422,16 @@ def _ratio(a, b):
 
 
 # %% ../nbs/01_transforms.ipynb #66
-@rule('v', phi=(0, 1))
+@post_rule('v', phi=(0, 1))
 def rescale(
-    neg: torch.Tensor,  # (B, ...) negative prediction
+    pred: torch.Tensor,  # (B, ...) guided prediction
     pos: torch.Tensor,  # (B, ...) positive prediction
-    w,  # a number or (B,), as in the rule that is rescaled
     *,
     phi: float = 0.7,  # how much of it: 0 is not at all
-    rule=cfg,  # the rule whose prediction is rescaled
 ) -> torch.Tensor:  # (B, ...) with `phi=1` each sample has the standard deviation of that in `pos`
-    "Rescaled guidance (arXiv:2305.08891, section 3.4): a rule, then the standard deviation of `pos`, by a share of `phi`."
-    g = rule(neg, pos, w)
-    return torch.lerp(g, g * _ratio(_std(pos), _std(g)).view(-1, *(1,) * (g.ndim - 1)), phi)
+    "Rescaled guidance (arXiv:2305.08891, section 3.4): the standard deviation of `pos`."
+    ratio = _ratio(_std(pos), _std(pred)).view(-1, *(1,) * (pred.ndim - 1))
+    return torch.lerp(pred, pred * ratio, phi)
 
 
 # %% ../nbs/01_transforms.ipynb #71
@@ -384,38 +447,35 @@ def _energy(x, trim):
 
 
 # %% ../nbs/01_transforms.ipynb #72
-@rule('x0', trim=(0, 0.49))
+@post_rule('x0', trim=(0, 0.49))
 def ep_cfg(
-    neg: torch.Tensor,  # (B, ...) negative estimate of the image
-    pos: torch.Tensor,  # (B, ...) positive one
-    w,  # a number or (B,), as in `cfg`
+    pred: torch.Tensor,  # (B, ...) guided image
+    pos: torch.Tensor,  # (B, ...) positive image
     *,
-    trim: float = 0.0,  # share of the values that is left out at either end; about .45 leaves the middle tenth
+    trim: float = 0.0,  # share of values left out at either end; .45 leaves the middle tenth
 ) -> torch.Tensor:  # (B, ...) each sample has the energy of that in `pos`
-    "Energy-preserving guidance (EP-CFG, arXiv:2412.09966): `cfg`, scaled to the energy of `pos`."
-    g = cfg(neg, pos, w)
-    return g * _ratio(_energy(pos, trim), _energy(g, trim)).view(-1, *(1,) * (g.ndim - 1))
+    "Energy-preserving guidance (EP-CFG, arXiv:2412.09966): scaled to the energy of `pos`."
+    ratio = _ratio(_energy(pos, trim), _energy(pred, trim))
+    return pred * ratio.view(-1, *(1,) * (pred.ndim - 1))
 
 
 # %% ../nbs/01_transforms.ipynb #75
-@rule('x0', axes=2)
+@post_rule('x0', axes=2)
 def cfg_norm(
-    neg: torch.Tensor,  # (B, C, ...) negative estimate of the image
-    pos: torch.Tensor,  # (B, C, ...) positive one
-    w,  # a number or (B,), as in `cfg`
+    pred: torch.Tensor,  # (B, C, ...) guided image
+    pos: torch.Tensor,  # (B, C, ...) positive image
 ) -> torch.Tensor:  # (B, C, ...) no pixel is longer than in `pos`
-    "`cfg`, in which no pixel's vector of channels is longer than in `pos` (CFGNorm of ComfyUI)."
-    g = cfg(neg, pos, w)
-    return g * _ratio(*(torch.linalg.vector_norm(o, dim=1, keepdim=True) for o in (pos, g))).clamp(
-        max=1
-    )
+    "No pixel's vector of channels is longer than in `pos` (CFGNorm of ComfyUI)."
+    lengths = (torch.linalg.vector_norm(o, dim=1, keepdim=True) for o in (pos, pred))
+    return pred * _ratio(*lengths).clamp(max=1)
 
 
 # %% ../nbs/01_transforms.ipynb #78
 def _check_state(state, like):
     if state.shape != like.shape:
         raise ValueError(
-            f'state has shape {tuple(state.shape)}: allowed is that of the predictions, {tuple(like.shape)}'
+            f'state: expected the shape of the predictions, {tuple(like.shape)},'
+            f' got {tuple(state.shape)}'
         )
     return state
 
@@ -436,12 +496,12 @@ def apg(
     g = pos - neg if state is None else pos - neg + beta * _check_state(state, pos)
     n = _norm(g)
     cut = g * _ratio(n.clamp(max=radius), n)
-    perp = perpendicular(cut, pos)
+    perp = _perpendicular(cut, pos)
     return pos + (w - 1) * (perp + eta * (cut - perp)), g if beta else None
 
 
 # %% ../nbs/01_transforms.ipynb #85
-APG = {
+APG_PRESETS = {
     'SDXL': dict(w=15.0, rule=apg.of(eta=0.0, radius=15.0, beta=-0.5)),
     'SD2.1': dict(w=10.0, rule=apg.of(eta=0.0, radius=7.5, beta=-0.75)),
     'DiT-XL/2': dict(w=4.0, rule=apg.of(eta=0.0, radius=5.0, beta=-0.5)),
@@ -471,7 +531,7 @@ def adg(
 ) -> torch.Tensor:  # (B, ...) each sample as long as in `pos`
     "Angle-domain guidance (ADG, arXiv:2506.11039): `pos`, turned away from `neg`."
     phi = ((w - 1) * _angle(neg, pos)).clamp(-most, most)
-    p = perpendicular(pos - neg, pos)
+    p = _perpendicular(pos - neg, pos)
     known = _norm(p) > 1e-5 * _norm(pos - neg)
     return torch.where(known, phi.cos() * pos + phi.sin() * _norm(pos) * _unit(p), pos)
 
@@ -502,7 +562,7 @@ def cfg_zero(
 ) -> torch.Tensor:  # (B, ...)
     "The optimised scale of CFG-Zero* (arXiv:2503.18886): `cfg`, with the negative scaled to be as close to `pos` as it can be."
     n = _dot(neg, neg)
-    return cfg(_dot(neg, pos) / torch.where(n == 0, 1, n) * neg, pos, w)
+    return torch.lerp(_dot(neg, pos) / torch.where(n == 0, 1, n) * neg, pos, w)
 
 
 # %% ../nbs/01_transforms.ipynb #99
@@ -519,7 +579,7 @@ def mambo(
     apart = torch.where(
         n == 0, most, (_norm(pos - neg) / torch.where(n == 0, 1, n)).clamp(max=most)
     )
-    return cfg(neg, pos, 1 + (w - 1) * torch.exp(-alpha * apart))
+    return torch.lerp(neg, pos, 1 + (w - 1) * torch.exp(-alpha * apart))
 
 
 # %% ../nbs/01_transforms.ipynb #102
@@ -576,7 +636,7 @@ def fdg(
     "Frequency-decoupled guidance (FDG, arXiv:2506.19713): `cfg`, with a weight for each level of a Laplacian pyramid."
     push = pos - neg
     with torch.autocast(push.device.type, enabled=False):
-        return cfg(neg + (push - _levels(push, shares)), pos, w)
+        return torch.lerp(neg + (push - _levels(push, shares)), pos, w)
 
 
 # %% ../nbs/01_transforms.ipynb #117
@@ -587,19 +647,17 @@ def _quantile(x, p):
 
 
 # %% ../nbs/01_transforms.ipynb #118
-@rule('x0', pos_at=None, p=(0, 1), rule=('any', 'x0'))
+@post_rule('x0', p=(0, 1))
 def dynamic_threshold(
-    neg: torch.Tensor,  # (B, ...) negative estimate of the image, pixels in [-1, 1]
-    pos: torch.Tensor,  # (B, ...) positive one
-    w,  # a number or (B,), as in the rule inside
+    pred: torch.Tensor,  # (B, ...) guided image, pixels in [-1, 1]
+    pos: torch.Tensor,  # (B, ...) not used
     *,
     p: float = 0.995,  # share of the values that is not clipped
-    rule=cfg,  # the rule whose image is clipped, for 'x0' or 'any'
 ) -> torch.Tensor:  # (B, ...) in [-1, 1]
-    "Dynamic thresholding (Imagen, arXiv:2205.11487, section 2.3): a rule, then clipped at a quantile and divided by it."
-    g = rule(neg, pos, w)
-    q = _quantile(g[..., None].flatten(1).abs(), p).clamp(min=1).view(-1, *(1,) * (g.ndim - 1))
-    return torch.maximum(torch.minimum(g, q), -q) / q
+    "Dynamic thresholding (Imagen, arXiv:2205.11487): clip at a quantile and divide by it."
+    q = _quantile(pred[..., None].flatten(1).abs(), p)
+    q = q.clamp(min=1).view(-1, *(1,) * (pred.ndim - 1))
+    return torch.maximum(torch.minimum(pred, q), -q) / q
 
 
 # %% ../nbs/01_transforms.ipynb #121
@@ -614,7 +672,7 @@ def mimic(
     phi: float = 1.0,  # how much of it: 0 is `cfg`
 ) -> torch.Tensor:  # (B, C, ...) no channel reaches farther from its mean than at weight `mimic`
     "`cfg` in the range of a lower weight, channel by channel (the mimic scale of sd-dynamic-thresholding)."
-    g, like = (cfg(neg, pos, o)[..., None].flatten(2).flatten(0, 1) for o in (w, mimic))
+    g, like = (torch.lerp(neg, pos, o)[..., None].flatten(2).flatten(0, 1) for o in (w, mimic))
     m = (like - like.mean(1, keepdim=True)).abs().amax(1, keepdim=True)
     mean = g.mean(1, keepdim=True)
     q = torch.maximum(_quantile((g - mean).abs(), p)[:, None], m)
@@ -696,7 +754,7 @@ class BaseNormGuidance(GuidanceTfm):
     name = 'BaseNormGuidance'
 
     def post_proc(self, u, t, idx=None):
-        self.pred = match_norm(self.pred, u)
+        self.pred = _match_norm(self.pred, u)
 
 
 # %% ../nbs/01_transforms.ipynb #170
@@ -714,19 +772,3 @@ class FullNormGuidance(TNormGuidance, BaseNormGuidance):
     "`full_norm` with a schedule: T norm, then Base norm."
 
     name = 'FullNormGuidance'
-
-
-# %% ../nbs/01_transforms.ipynb #174
-_KNOWN = GuidanceTfm, BaseNormGuidance, TNormGuidance, FullNormGuidance
-
-
-@patch
-def needs(
-    self: GuidanceTfm,
-    idx: int,  # number of the step
-) -> tuple:  # two bools, or two tensors (B,) of them
-    "Does the result of step `idx` depend on `u`, and on `t`?"
-    if type(self) not in _KNOWN:
-        return True, True
-    w = torch.as_tensor(self.scheduler('g', idx))
-    return (w != 1) | (type(self) is not GuidanceTfm), w != 0
