@@ -3,6 +3,7 @@
 import re
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import find_packages, setup
 
 root = Path(__file__).resolve().parent
@@ -13,9 +14,14 @@ repo = cfg['git_url']
 
 
 def web_links(md):
-    "Links and pictures of the README are relative to the repository; on PyPI they need its address"
+    "Give the README's relative links and pictures the address of the repository, for PyPI."
     md = re.sub(r'(!\[[^]]*\]\()(?![\w]+:|#)', rf'\1{repo}/raw/{cfg["branch"]}/', md)
     return re.sub(r'(\]\()(?![\w]+:|#)', rf'\1{repo}/blob/{cfg["branch"]}/', md)
+
+
+def requirements(*names):
+    "The requirements that settings.ini lists for some extras, each of them once."
+    return sorted({o for name in names for o in cfg[f'{name}_requirements'].split()})
 
 
 setup(
@@ -37,13 +43,19 @@ setup(
         'Natural Language :: English',
         'Programming Language :: Python :: 3',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
     ],
     packages=find_packages(include=['cf_guidance', 'cf_guidance.*']),
-    package_data={'cf_guidance': ['models/**/*', 'data/**/*']},
+    package_data={'cf_guidance': ['models/**/*', 'data/**/*', 'py.typed']},
     zip_safe=False,
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={
+        'diffusers': requirements('diffusers'),
+        'sde': requirements('sde'),
+        'lab': requirements('diffusers', 'sde', 'lab'),
+        'dev': requirements('diffusers', 'sde', 'lab', 'dev'),
+    },
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': ['cf_guidance=cf_guidance._modidx:d'],

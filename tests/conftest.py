@@ -1,6 +1,8 @@
-"What the tests share. `pytest --flags 'slow net'` also runs the notebook cells that carry these flags."
+"Shared by the tests. `pytest --flags 'slow net'` also runs the notebook cells with these flags."
 
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from shutil import copy2
@@ -12,9 +14,12 @@ CFG = INI['DEFAULT']
 NBS = [
     p for p in sorted((ROOT / 'nbs').rglob('[!_.]*.ipynb')) if '.ipynb_checkpoints' not in p.parts
 ]
-MODULES = sorted(p.stem for p in (ROOT / 'cf_guidance').glob('[!_]*.py'))
+PACKAGE = ROOT / 'cf_guidance'
+MODULES = sorted(
+    '.'.join(p.relative_to(PACKAGE).with_suffix('').parts) for p in PACKAGE.rglob('[!_]*.py')
+)
 
-# one thread a process (there is a process a core), and no network: what needs it has the flag `net`
+# One thread per process, one process per core. No network: cells that need it have the flag `net`.
 ENV = dict(
     os.environ,
     OMP_NUM_THREADS='1',
@@ -28,7 +33,7 @@ def pytest_addoption(parser):
     parser.addoption(
         '--flags',
         default='',
-        help='notebook cells to run although settings.ini skips their flag, e.g. "slow net"',
+        help='flags of notebook cells to run although settings.ini skips them, such as "slow net"',
     )
 
 
@@ -37,7 +42,7 @@ def name(path):
 
 
 def python(*args, **kw):
-    "Run a fresh Python and return what it did"
+    "Run a fresh Python and return the finished process."
     return subprocess.run(
         [sys.executable, *map(str, args)],
         **dict(dict(env=ENV, capture_output=True, text=True), **kw),
@@ -45,7 +50,7 @@ def python(*args, **kw):
 
 
 def repo_files():
-    "The files of the repository, tracked or not yet"
+    "The files of the repository, tracked or not yet."
     r = subprocess.run(
         ['git', 'ls-files', '-co', '--exclude-standard', '-z'],
         cwd=ROOT,
@@ -57,7 +62,7 @@ def repo_files():
 
 
 def copy_repo(dest):
-    "A copy of the repository's files, for what would write into it"
+    "Copy the repository's files, for tests that write into it."
     for f in repo_files():
         to = dest / f.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True)
