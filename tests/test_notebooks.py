@@ -1,6 +1,8 @@
-"Each notebook is a test: all its cells run, but those with a flag of `tst_flags` in settings.ini."
+"Each notebook is a test: its cells run, except those with a flag of `tst_flags` in settings.ini."
 
-import json, re
+import json
+import re
+
 import pytest
 from conftest import CFG, ENV, NBS, ROOT, name, python
 
@@ -9,18 +11,18 @@ import sys
 from pathlib import Path
 from nbdev.test import test_nb
 nb, skip, force, root = sys.argv[1:]
-sys.exit(not test_nb(Path(nb), skip_flags=skip.split(), force_flags=force.split(), basepath=root)[0])
+ok, _ = test_nb(Path(nb), skip_flags=skip.split(), force_flags=force.split(), basepath=root)
+sys.exit(not ok)
 """
 
 
 def failed_cell(nb, err):
-    "The source of the cell that the traceback names"
-    m = re.search(r'While Executing Cell #(\d+)', err)
-    return (
-        ''.join(json.loads(nb.read_text(encoding='utf-8'))['cells'][int(m[1]) - 1]['source'])
-        if m
-        else ''
-    )
+    "The source of the cell that the traceback names."
+    found = re.search(r'While Executing Cell #(\d+)', err)
+    if not found:
+        return ''
+    cells = json.loads(nb.read_text(encoding='utf-8'))['cells']
+    return ''.join(cells[int(found[1]) - 1]['source'])
 
 
 @pytest.mark.parametrize('nb', NBS, ids=name)
@@ -29,7 +31,5 @@ def test_notebook(nb, request):
     env = dict(ENV, HF_HUB_OFFLINE='0') if 'net' in flags.split() else ENV
     r = python('-c', RUN, nb, CFG['tst_flags'], flags, ROOT, cwd=nb.parent, env=env)
     if r.returncode:
-        pytest.fail(
-            f'{name(nb)}, in this cell:\n\n{failed_cell(nb, r.stderr)}\n\n{r.stderr[-6000:]}{r.stdout[-1000:]}',
-            pytrace=False,
-        )
+        where = f'{name(nb)}, in this cell:\n\n{failed_cell(nb, r.stderr)}'
+        pytest.fail(f'{where}\n\n{r.stderr[-6000:]}{r.stdout[-1000:]}', pytrace=False)

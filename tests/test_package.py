@@ -150,7 +150,7 @@ def test_core_needs_four_packages():
 
 
 def test_models_load_in_older_transformers():
-    "transformers 4 needs a prefix of the weights' names and vocabulary files; 5 does not write them."
+    "transformers 4 needs prefixed weights and vocabulary files, which 5 does not write."
     for pipe in (p.parent for p in (ROOT / 'cf_guidance/models').rglob('model_index.json')):
         with open(pipe / 'text_encoder/model.safetensors', 'rb') as f:
             head = json.loads(f.read(int.from_bytes(f.read(8), 'little')))

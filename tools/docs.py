@@ -1,12 +1,17 @@
-"""Build the site into _docs/ without Quarto and check it: each notebook has its page, no link or picture is missing.
+"""Build the site into _docs/ without Quarto, and check its pages, links and pictures.
 
 nbdev processes the notebooks as it does for Quarto, then smalldocs reads the same _quarto.yml.
 """
 
-import json, os, re, shutil, sys
+import json
+import os
+import re
+import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
@@ -16,7 +21,10 @@ DOCS = ROOT / '_docs'
 
 
 def page_names(cache):
-    "Take `output-file` out of the processed notebooks, which smalldocs does not read: {'00_schedules': 'schedules', ...}"
+    """Names of the pages, {'00_schedules': 'schedules', ...}, from the notebooks' `output-file`.
+
+    smalldocs does not know that option, so it is taken out of the processed notebooks.
+    """
     names = {}
     for nb in cache.rglob('*.ipynb'):
         d = json.loads(nb.read_text(encoding='utf-8'))
@@ -31,13 +39,10 @@ def page_names(cache):
 
 
 def finish(site, names, url):
-    "Give the pages the names that Quarto gives them, in files and in links; make nbdev's links to `url` relative"
+    "Name the pages as Quarto does, in files and links; make nbdev's links to `url` relative."
     old = re.compile(r'\b(' + '|'.join(map(re.escape, names)) + r')\.html\b')
-    for f in [
-        f
-        for f in site.rglob('*')
-        if f.suffix in ('.html', '.json', '.xml') and 'site_libs' not in f.parts
-    ]:
+    files = [f for f in site.rglob('*') if f.suffix in ('.html', '.json', '.xml')]
+    for f in [f for f in files if 'site_libs' not in f.parts]:
         text = f.read_text(encoding='utf-8')
         if names:
             text = old.sub(lambda m: names[m[1]] + '.html', text)
@@ -51,7 +56,7 @@ def finish(site, names, url):
 
 
 def build():
-    "Build the site, give back the problems that smalldocs reports"
+    "Build the site and return the problems that smalldocs reports."
     from smalldocs.site import build as render
 
     os.chdir(ROOT)
@@ -68,7 +73,7 @@ def build():
 
 
 class Page(HTMLParser):
-    "The ids and the links of a page, pictures included, and what its main part says"
+    "The ids of a page, its links and pictures, and the text of its main part."
 
     def __init__(self, path):
         super().__init__()
@@ -86,42 +91,45 @@ class Page(HTMLParser):
         self.text += data
 
 
-def check(site):
-    "Problems of a built site: links to files or ids that are not there, pages without content, notebooks without a page"
-    pages = {p: Page(p) for p in site.rglob('*.html') if 'site_libs' not in p.parts}
-    problems = []
+def target(site, page, path):
+    "The file that the link `path` on `page` leads to."
+    if not path:
+        return page
+    f = site / path.lstrip('/') if path.startswith('/') else page.parent / path
+    return Path(os.path.normpath(f / 'index.html' if f.is_dir() else f))
+
+
+def bad_links(site, pages):
+    "Links to files or ids that do not exist."
     for p, page in pages.items():
-        name = p.relative_to(site)
-        if len(page.text.strip()) < 100:
-            problems.append(f'{name}: the page is empty')
-        for link in set(page.links):
+        for link in sorted(set(page.links)):
             u = urlsplit(link)
             if u.scheme or u.netloc:
                 continue
-            path = unquote(u.path)
-            f = (
-                p
-                if not path
-                else site / path.lstrip('/')
-                if path.startswith('/')
-                else p.parent / path
-            )
-            f = Path(os.path.normpath(f / 'index.html' if f.is_dir() else f))
+            f = target(site, p, unquote(u.path))
             if not f.exists():
-                problems.append(f'{name}: {link} is not there')
+                yield f'{p.relative_to(site)}: {link} does not exist'
             elif u.fragment and f in pages and unquote(u.fragment) not in pages[f].ids:
-                problems.append(f'{name}: {link}: no such place on the page')
-    home = set(pages[site / 'index.html'].links)
-    for nb in (ROOT / 'nbs').rglob('[!_.]*.ipynb'):
-        if '.ipynb_checkpoints' in nb.parts:
-            continue
-        rel = (
-            nb.relative_to(ROOT / 'nbs')
-            .with_stem(re.sub(r'^\d+[a-z]?_', '', nb.stem))
-            .with_suffix('.html')
-        )
-        if rel.as_posix() not in home:
-            problems.append(f'{rel}: the page of {nb.name} is not in the sidebar of _quarto.yml')
+                yield f'{p.relative_to(site)}: {link}: the page has no such section'
+
+
+def missing_pages(home):
+    "Notebooks whose page is not in the sidebar, which the page `home` shows."
+    nbs = ROOT / 'nbs'
+    for nb in nbs.rglob('[!_.]*.ipynb'):
+        if '.ipynb_checkpoints' not in nb.parts:
+            stem = re.sub(r'^\d+[a-z]?_', '', nb.stem)
+            page = nb.relative_to(nbs).with_name(f'{stem}.html').as_posix()
+            if page not in home.links:
+                yield f'{page}: the page of {nb.name} is not in the sidebar of _quarto.yml'
+
+
+def check(site):
+    "The number of pages of a built site, and its problems."
+    pages = {p: Page(p) for p in site.rglob('*.html') if 'site_libs' not in p.parts}
+    empty = [p for p, page in pages.items() if len(page.text.strip()) < 100]
+    problems = [f'{p.relative_to(site)}: the page is empty' for p in empty]
+    problems += [*bad_links(site, pages), *missing_pages(pages[site / 'index.html'])]
     return len(pages), problems
 
 

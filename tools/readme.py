@@ -1,11 +1,15 @@
-"""Make README.md from nbs/index.ipynb. With --check, only say whether the two agree (exit code 1 if not).
+"""Make README.md from nbs/index.ipynb. With --check, compare them: exit code 1 if they differ.
 
-It does what `nbdev_readme` does, without Quarto: hidden cells are left out, outputs are kept as text, and links that are
-relative to nbs/ become relative to the root. Pictures are files in nbs/images, named in Markdown cells.
+It does what `nbdev_readme` does, without Quarto: hidden cells are left out, outputs are text, and
+links that are relative to nbs/ become relative to the root. Pictures are files in nbs/images,
+named in Markdown cells.
 """
 
-import posixpath, re, sys
+import posixpath
+import re
+import sys
 from pathlib import Path
+
 from nbdev.process import NBProcessor
 from nbdev.processors import hide_line, rm_export, strip_ansi
 
@@ -25,7 +29,7 @@ def _from_root(m):
 
 
 def relink(md):
-    "Links of `md`, outside its code blocks, as seen from the root"
+    "Links of `md`, outside its code blocks, as seen from the root."
     parts = re.split(r'(^```.*?^```)', md, flags=re.M | re.S)
     return ''.join(
         p if p.startswith('```') else re.sub(r'(\]\(|(?:src|href)=")([^)"\s]+)', _from_root, p)
@@ -34,21 +38,20 @@ def relink(md):
 
 
 def output(o):
-    "One output of a cell as Markdown"
+    "One output of a cell as Markdown."
     if o.output_type == 'stream':
         return fence(''.join(o.text), 'text')
     data = o.get('data', {})
     if 'text/markdown' in data:
         return relink(''.join(data['text/markdown']).strip())
     if any(k.startswith('image/') for k in data):
-        raise SystemExit(
-            f'{INDEX.name}: a cell has a picture as output; save it in nbs/images and show it from a Markdown cell'
-        )
+        advice = 'save it in nbs/images and show it from a Markdown cell'
+        raise SystemExit(f'{INDEX.name}: a cell has a picture as output: {advice}')
     return fence(''.join(data['text/plain']), 'text')
 
 
 def cell(c):
-    "The Markdown pieces of one cell"
+    "The Markdown pieces of one cell."
     if c.cell_type == 'raw':
         return []
     if c.cell_type != 'code':
@@ -60,7 +63,7 @@ def cell(c):
 
 
 def readme():
-    "The text of README.md"
+    "The text of README.md."
     cells = NBProcessor(INDEX, procs=[strip_ansi, hide_line, rm_export], process=True).nb.cells
     parts = [p for c in cells if c.get('source') for p in cell(c) if p]
     return '\n\n'.join([parts[0], NOTE] + parts[1:]) + '\n'
@@ -71,6 +74,4 @@ if __name__ == '__main__':
     if '--check' not in sys.argv:
         README.write_text(new, encoding='utf-8')
     elif new != old:
-        raise SystemExit(
-            'README.md is not what nbs/index.ipynb gives: run `python tools/readme.py`'
-        )
+        raise SystemExit('README.md differs from nbs/index.ipynb: run `python tools/readme.py`')
