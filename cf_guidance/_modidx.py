@@ -703,6 +703,15 @@ d = {
             'cf_guidance.denoisers.to_x0': ('denoisers.html#to_x0', 'cf_guidance/denoisers.py'),
         },
         'cf_guidance.guided': {
+            'cf_guidance.guided.Called': ('guided.html#called', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Called.__call__': (
+                'guided.html#called.__call__',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.Called.observe': (
+                'guided.html#called.observe',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.Conditions': ('guided.html#conditions', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Conditions.__init__': (
                 'guided.html#conditions.__init__',
@@ -712,12 +721,8 @@ d = {
                 'guided.html#conditions.check',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.Conditions.inputs': (
-                'guided.html#conditions.inputs',
-                'cf_guidance/guided.py',
-            ),
-            'cf_guidance.guided.Conditions.take': (
-                'guided.html#conditions.take',
+            'cf_guidance.guided.Conditions.queries': (
+                'guided.html#conditions.queries',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.GuidedDenoiser': (
@@ -728,84 +733,104 @@ d = {
                 'guided.html#guideddenoiser.__init__',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._answers': (
-                'guided.html#guideddenoiser._answers',
+            'cf_guidance.guided.GuidedDenoiser._activity': (
+                'guided.html#guideddenoiser._activity',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._asked': (
-                'guided.html#guideddenoiser._asked',
+            'cf_guidance.guided.GuidedDenoiser._apply_rule': (
+                'guided.html#guideddenoiser._apply_rule',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._check': (
-                'guided.html#guideddenoiser._check',
+            'cf_guidance.guided.GuidedDenoiser._call': (
+                'guided.html#guideddenoiser._call',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._drawn': (
-                'guided.html#guideddenoiser._drawn',
+            'cf_guidance.guided.GuidedDenoiser._combine': (
+                'guided.html#guideddenoiser._combine',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.GuidedDenoiser._current_run': (
+                'guided.html#guideddenoiser._current_run',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.GuidedDenoiser._entries': (
+                'guided.html#guideddenoiser._entries',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.GuidedDenoiser._estimates': (
                 'guided.html#guideddenoiser._estimates',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._guided': (
-                'guided.html#guideddenoiser._guided',
+            'cf_guidance.guided.GuidedDenoiser._evaluate': (
+                'guided.html#guideddenoiser._evaluate',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._pushes': (
-                'guided.html#guideddenoiser._pushes',
+            'cf_guidance.guided.GuidedDenoiser._first_evaluation': (
+                'guided.html#guideddenoiser._first_evaluation',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._ruled': (
-                'guided.html#guideddenoiser._ruled',
+            'cf_guidance.guided.GuidedDenoiser._generators': (
+                'guided.html#guideddenoiser._generators',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._same': (
-                'guided.html#guideddenoiser._same',
+            'cf_guidance.guided.GuidedDenoiser._note_stopped': (
+                'guided.html#guideddenoiser._note_stopped',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._samples': (
-                'guided.html#guideddenoiser._samples',
+            'cf_guidance.guided.GuidedDenoiser._outputs': (
+                'guided.html#guideddenoiser._outputs',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._start': (
-                'guided.html#guideddenoiser._start',
-                'cf_guidance/guided.py',
-            ),
-            'cf_guidance.guided.GuidedDenoiser._stop': (
-                'guided.html#guideddenoiser._stop',
-                'cf_guidance/guided.py',
-            ),
-            'cf_guidance.guided.GuidedDenoiser._sum': (
-                'guided.html#guideddenoiser._sum',
-                'cf_guidance/guided.py',
-            ),
-            'cf_guidance.guided.GuidedDenoiser.check_ladder': (
-                'guided.html#guideddenoiser.check_ladder',
+            'cf_guidance.guided.GuidedDenoiser._post': (
+                'guided.html#guideddenoiser._post',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.GuidedDenoiser.forward': (
                 'guided.html#guideddenoiser.forward',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser.nfe': (
-                'guided.html#guideddenoiser.nfe',
+            'cf_guidance.guided.GuidedDenoiser.last_nfe': (
+                'guided.html#guideddenoiser.last_nfe',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser.nfe_per_sample': (
-                'guided.html#guideddenoiser.nfe_per_sample',
+            'cf_guidance.guided.GuidedDenoiser.nfe': (
+                'guided.html#guideddenoiser.nfe',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.GuidedDenoiser.parts': (
                 'guided.html#guideddenoiser.parts',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser.reset': (
-                'guided.html#guideddenoiser.reset',
+            'cf_guidance.guided.GuidedDenoiser.run': (
+                'guided.html#guideddenoiser.run',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.GuidedDenoiser.start': (
+                'guided.html#guideddenoiser.start',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.GuidedDenoiser.watch': (
                 'guided.html#guideddenoiser.watch',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.Microbatched': (
+                'guided.html#microbatched',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.Microbatched.__init__': (
+                'guided.html#microbatched.__init__',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.Microbatched.forward': (
+                'guided.html#microbatched.forward',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.Microbatched.map': (
+                'guided.html#microbatched.map',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.Microbatched.start': (
+                'guided.html#microbatched.start',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.Model': ('guided.html#model', 'cf_guidance/guided.py'),
@@ -818,60 +843,60 @@ d = {
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.Model.check': ('guided.html#model.check', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.Model.check_ladder': (
-                'guided.html#model.check_ladder',
-                'cf_guidance/guided.py',
-            ),
             'cf_guidance.guided.Model.nfe': ('guided.html#model.nfe', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Model.start': ('guided.html#model.start', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Negative': ('guided.html#negative', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.Negative.__call__': (
-                'guided.html#negative.__call__',
-                'cf_guidance/guided.py',
-            ),
-            'cf_guidance.guided.Negative.at': ('guided.html#negative.at', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Negative.check': (
                 'guided.html#negative.check',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.Negative.check_ladder': (
-                'guided.html#negative.check_ladder',
+            'cf_guidance.guided.Negative.start': (
+                'guided.html#negative.start',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.Negative.combine': (
-                'guided.html#negative.combine',
+            'cf_guidance.guided.Queries': ('guided.html#queries', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Queries.combine': (
+                'guided.html#queries.combine',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.Negative.draw': (
-                'guided.html#negative.draw',
+            'cf_guidance.guided.Queries.queries': (
+                'guided.html#queries.queries',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.Negative.inputs': (
-                'guided.html#negative.inputs',
+            'cf_guidance.guided.Query': ('guided.html#query', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Run': ('guided.html#run', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Run.effective_scale': (
+                'guided.html#run.effective_scale',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.Negative.take': (
-                'guided.html#negative.take',
-                'cf_guidance/guided.py',
-            ),
-            'cf_guidance.guided.Negative.watch': (
-                'guided.html#negative.watch',
-                'cf_guidance/guided.py',
-            ),
-            'cf_guidance.guided.Seen': ('guided.html#seen', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Term': ('guided.html#term', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.Term.__init__': (
-                'guided.html#term.__init__',
+            'cf_guidance.guided.Term.__post_init__': (
+                'guided.html#term.__post_init__',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.Term._on': ('guided.html#term._on', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.Term.at': ('guided.html#term.at', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Term.remembers': (
+                'guided.html#term.remembers',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.Trace': ('guided.html#trace', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Weight': ('guided.html#weight', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Weight.__call__': (
+                'guided.html#weight.__call__',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.Weight._steps': (
+                'guided.html#weight._steps',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.Weight.bind': ('guided.html#weight.bind', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Weight.of': ('guided.html#weight.of', 'cf_guidance/guided.py'),
             'cf_guidance.guided.ZeroInit': ('guided.html#zeroinit', 'cf_guidance/guided.py'),
             'cf_guidance.guided.ZeroInit.__init__': (
                 'guided.html#zeroinit.__init__',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.ZeroInit._instead': (
-                'guided.html#zeroinit._instead',
+            'cf_guidance.guided.ZeroInit._or_still': (
+                'guided.html#zeroinit._or_still',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.ZeroInit.forward': (
@@ -882,74 +907,95 @@ d = {
                 'guided.html#zeroinit.parts',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._Ask': ('guided.html#_ask', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._Ask.kind': ('guided.html#_ask.kind', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._Ask.take': ('guided.html#_ask.take', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._Forward': ('guided.html#_forward', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._Forward.__call__': (
-                'guided.html#_forward.__call__',
+            'cf_guidance.guided._Active': ('guided.html#_active', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._Entry': ('guided.html#_entry', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._ThreadRuns': ('guided.html#_threadruns', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._ThreadRuns.__init__': (
+                'guided.html#_threadruns.__init__',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._Forward.__init__': (
-                'guided.html#_forward.__init__',
+            'cf_guidance.guided._ThreadRuns.__reduce__': (
+                'guided.html#_threadruns.__reduce__',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._Push': ('guided.html#_push', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._Push.part': ('guided.html#_push.part', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._Push.without': (
-                'guided.html#_push.without',
+            'cf_guidance.guided._as_negative': (
+                'guided.html#_as_negative',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._Run': ('guided.html#_run', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._adapts': ('guided.html#_adapts', 'cf_guidance/guided.py'),
             'cf_guidance.guided._as_noise': ('guided.html#_as_noise', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._asks': ('guided.html#_asks', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._cat': ('guided.html#_cat', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._as_posts': ('guided.html#_as_posts', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._as_terms': ('guided.html#_as_terms', 'cf_guidance/guided.py'),
             'cf_guidance.guided._chain': ('guided.html#_chain', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._channels': ('guided.html#_channels', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._check_inside': (
-                'guided.html#_check_inside',
+            'cf_guidance.guided._check_interval_reaches': (
+                'guided.html#_check_interval_reaches',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._check_same_samples': (
+                'guided.html#_check_same_samples',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._checked_interval': (
                 'guided.html#_checked_interval',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._count': ('guided.html#_count', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._filled': ('guided.html#_filled', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._inside': ('guided.html#_inside', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._mixed': ('guided.html#_mixed', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._negative': ('guided.html#_negative', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._overrides': ('guided.html#_overrides', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._own': ('guided.html#_own', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._part_of': ('guided.html#_part_of', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._put_on': ('guided.html#_put_on', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._remembering': (
-                'guided.html#_remembering',
+            'cf_guidance.guided._checked_rule': (
+                'guided.html#_checked_rule',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._rows': ('guided.html#_rows', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._checked_values': (
+                'guided.html#_checked_values',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._column': ('guided.html#_column', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._cut': ('guided.html#_cut', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._expand_rows': (
+                'guided.html#_expand_rows',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._fit_together': (
+                'guided.html#_fit_together',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._forward': ('guided.html#_forward', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._in_channels': (
+                'guided.html#_in_channels',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._is_denoiser': (
+                'guided.html#_is_denoiser',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._is_number': ('guided.html#_is_number', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._nearest_step': (
+                'guided.html#_nearest_step',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._one_forward': (
+                'guided.html#_one_forward',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._perturbed_forward': (
+                'guided.html#_perturbed_forward',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._refuse_inner_memory': (
+                'guided.html#_refuse_inner_memory',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._same_inputs': (
+                'guided.html#_same_inputs',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided._same_model': ('guided.html#_same_model', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._seen': ('guided.html#_seen', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._shifted': ('guided.html#_shifted', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._stance': ('guided.html#_stance', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._take_off': ('guided.html#_take_off', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._uncompiled': ('guided.html#_uncompiled', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._values': ('guided.html#_values', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._where': ('guided.html#_where', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.as_terms': ('guided.html#as_terms', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.check_bound': ('guided.html#check_bound', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.check_range': ('guided.html#check_range', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.checked_weight': (
-                'guided.html#checked_weight',
+            'cf_guidance.guided._same_shape': ('guided.html#_same_shape', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._sigma_range': (
+                'guided.html#_sigma_range',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.in_rows': ('guided.html#in_rows', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.network_of': ('guided.html#network_of', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.patched': ('guided.html#patched', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.per_step': ('guided.html#per_step', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.plot_seen': ('guided.html#plot_seen', 'cf_guidance/guided.py'),
-            'cf_guidance.guided.weight_at': ('guided.html#weight_at', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._spread': ('guided.html#_spread', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._take': ('guided.html#_take', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._trace': ('guided.html#_trace', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._within': ('guided.html#_within', 'cf_guidance/guided.py'),
         },
         'cf_guidance.guiders': {
             'cf_guidance.guiders.Guider': ('guiders.html#guider', 'cf_guidance/guiders.py'),
@@ -2612,10 +2658,6 @@ d = {
                 'transforms.html#guidancetfm.guide',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms.GuidanceTfm.needs': (
-                'transforms.html#guidancetfm.needs',
-                'cf_guidance/transforms.py',
-            ),
             'cf_guidance.transforms.GuidanceTfm.post_proc': (
                 'transforms.html#guidancetfm.post_proc',
                 'cf_guidance/transforms.py',
@@ -2628,6 +2670,27 @@ d = {
                 'transforms.html#guidancetfm.scheduler',
                 'cf_guidance/transforms.py',
             ),
+            'cf_guidance.transforms.PostRule': (
+                'transforms.html#postrule',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms.PostRule.__call__': (
+                'transforms.html#postrule.__call__',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms.PostRule._args': (
+                'transforms.html#postrule._args',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms.Rule': ('transforms.html#rule', 'cf_guidance/transforms.py'),
+            'cf_guidance.transforms.Rule.__call__': (
+                'transforms.html#rule.__call__',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms.Rule._args': (
+                'transforms.html#rule._args',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms.TNormGuidance': (
                 'transforms.html#tnormguidance',
                 'cf_guidance/transforms.py',
@@ -2636,25 +2699,69 @@ d = {
                 'transforms.html#tnormguidance.guide',
                 'cf_guidance/transforms.py',
             ),
+            'cf_guidance.transforms._Formula': (
+                'transforms.html#_formula',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._Formula.__copy__': (
+                'transforms.html#_formula.__copy__',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._Formula.__deepcopy__': (
+                'transforms.html#_formula.__deepcopy__',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._Formula.__post_init__': (
+                'transforms.html#_formula.__post_init__',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._Formula.__reduce__': (
+                'transforms.html#_formula.__reduce__',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._Formula.__repr__': (
+                'transforms.html#_formula.__repr__',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._Formula._args': (
+                'transforms.html#_formula._args',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._Formula.of': (
+                'transforms.html#_formula.of',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms._angle': (
                 'transforms.html#_angle',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._at': ('transforms.html#_at', 'cf_guidance/transforms.py'),
-            'cf_guidance.transforms._bound': (
-                'transforms.html#_bound',
+            'cf_guidance.transforms._at_weight': (
+                'transforms.html#_at_weight',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._check': (
-                'transforms.html#_check',
+            'cf_guidance.transforms._broadcast_weight': (
+                'transforms.html#_broadcast_weight',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._check_limits': (
+                'transforms.html#_check_limits',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._check_state': (
                 'transforms.html#_check_state',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._defaults': (
-                'transforms.html#_defaults',
+            'cf_guidance.transforms._checked_setting': (
+                'transforms.html#_checked_setting',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._checked_state': (
+                'transforms.html#_checked_state',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._common_dtype': (
+                'transforms.html#_common_dtype',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._dot': ('transforms.html#_dot', 'cf_guidance/transforms.py'),
@@ -2663,20 +2770,35 @@ d = {
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._half': ('transforms.html#_half', 'cf_guidance/transforms.py'),
+            'cf_guidance.transforms._is_number': (
+                'transforms.html#_is_number',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms._levels': (
                 'transforms.html#_levels',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._match_norm': (
+                'transforms.html#_match_norm',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._named_formula': (
+                'transforms.html#_named_formula',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._narrow': (
                 'transforms.html#_narrow',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._norm': ('transforms.html#_norm', 'cf_guidance/transforms.py'),
-            'cf_guidance.transforms._number': (
-                'transforms.html#_number',
+            'cf_guidance.transforms._new_formula': (
+                'transforms.html#_new_formula',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._pred': ('transforms.html#_pred', 'cf_guidance/transforms.py'),
+            'cf_guidance.transforms._norm': ('transforms.html#_norm', 'cf_guidance/transforms.py'),
+            'cf_guidance.transforms._perpendicular': (
+                'transforms.html#_perpendicular',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms._quantile': (
                 'transforms.html#_quantile',
                 'cf_guidance/transforms.py',
@@ -2685,25 +2807,12 @@ d = {
                 'transforms.html#_ratio',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._remembered': (
-                'transforms.html#_remembered',
-                'cf_guidance/transforms.py',
-            ),
-            'cf_guidance.transforms._rows': ('transforms.html#_rows', 'cf_guidance/transforms.py'),
-            'cf_guidance.transforms._setting': (
-                'transforms.html#_setting',
+            'cf_guidance.transforms._short': (
+                'transforms.html#_short',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._std': ('transforms.html#_std', 'cf_guidance/transforms.py'),
-            'cf_guidance.transforms._two_steps': (
-                'transforms.html#_two_steps',
-                'cf_guidance/transforms.py',
-            ),
             'cf_guidance.transforms._unit': ('transforms.html#_unit', 'cf_guidance/transforms.py'),
-            'cf_guidance.transforms._weight': (
-                'transforms.html#_weight',
-                'cf_guidance/transforms.py',
-            ),
             'cf_guidance.transforms._wide': ('transforms.html#_wide', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.adg': ('transforms.html#adg', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.apg': ('transforms.html#apg', 'cf_guidance/transforms.py'),
@@ -2718,10 +2827,6 @@ d = {
             'cf_guidance.transforms.cfg': ('transforms.html#cfg', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.cfg_norm': (
                 'transforms.html#cfg_norm',
-                'cf_guidance/transforms.py',
-            ),
-            'cf_guidance.transforms.cfg_paper': (
-                'transforms.html#cfg_paper',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms.cfg_zero': (
@@ -2741,18 +2846,10 @@ d = {
                 'transforms.html#full_norm',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms.is_per_sample': (
-                'transforms.html#is_per_sample',
-                'cf_guidance/transforms.py',
-            ),
             'cf_guidance.transforms.mambo': ('transforms.html#mambo', 'cf_guidance/transforms.py'),
-            'cf_guidance.transforms.match_norm': (
-                'transforms.html#match_norm',
-                'cf_guidance/transforms.py',
-            ),
             'cf_guidance.transforms.mimic': ('transforms.html#mimic', 'cf_guidance/transforms.py'),
-            'cf_guidance.transforms.perpendicular': (
-                'transforms.html#perpendicular',
+            'cf_guidance.transforms.post_rule': (
+                'transforms.html#post_rule',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms.rescale': (

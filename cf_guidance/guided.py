@@ -4,1199 +4,1194 @@
 
 # %% auto #0
 __all__ = [
+    'Weight',
     'Negative',
+    'Query',
+    'Queries',
+    'Called',
     'Conditions',
-    'network_of',
     'Model',
-    'patched',
     'Term',
-    'checked_weight',
-    'per_step',
-    'in_rows',
-    'weight_at',
     'GuidedDenoiser',
-    'as_terms',
-    'check_range',
-    'check_bound',
+    'Run',
+    'Microbatched',
     'ZeroInit',
-    'Seen',
-    'plot_seen',
+    'Trace',
 ]
 
-# %% ../nbs/06_guided.ipynb #3
-import math, sys
-from contextlib import ExitStack, contextmanager, nullcontext
-from collections.abc import Mapping
-from copy import copy
+# %% ../nbs/06_guided.ipynb #2cdd5232
+import math
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
-from threading import RLock, get_ident
+from operator import itemgetter
 from typing import NamedTuple
+
 import torch
-from torch import nn
 from fastcore.basics import patch
-from .schedules import in_interval
-from .transforms import GuidanceTfm, _narrow, cfg
-from .denoisers import Denoiser, Parts, apply_rule, from_x0, per_sample, to_x0
-from .karras import check_ladder, on_ladder, split_generator
+
+from .denoisers import Denoiser, Parts, from_x0, per_sample, to_x0
+from .karras import SigmaSchedule, _checked_sigmas
+from .noise import split_generator
+from .transforms import GuidanceTfm, PostRule, _narrow, cfg
+
+# %% ../nbs/06_guided.ipynb #c2ea0713
+try:
+    from cf_guidance.perturb import Applied, Change, PerturbedDenoiser, part_of_batch
+except ImportError:  # until the module is there
+    from contextlib import nullcontext
+
+    Applied = Change = PerturbedDenoiser = None
+
+    def part_of_batch(rows):
+        return nullcontext()
 
 
-# %% ../nbs/06_guided.ipynb #7
+# %% ../nbs/06_guided.ipynb #97eb3c31
+@dataclass(frozen=True)
+class Weight:
+    "A weight as a function of noise level, number of samples and step."
+
+    function: Callable | None = None  # function of sigma (B,); None: `values` are used
+    # float64: one value (), per sample (B,), per step (steps,), or both (steps, B)
+    values: torch.Tensor | None = None
+    per_step: bool = False  # is the first axis of `values` the step?
+    sigmas: tuple | None = None  # the steps' noise levels, one more than steps
+    first: int = 0  # the step of `sigmas` at which the run begins
+
+    def __call__(
+        self,
+        sigma: torch.Tensor,  # (B,) noise levels
+        step: int | None = None,  # step of the run; None: the one whose noise level is nearest
+    ) -> torch.Tensor:  # (B,) float64, on the CPU
+        "The weight of each sample."
+        n = len(sigma)
+        if self.function is not None:
+            w = _checked_values(self.function(sigma), 'w: its function')
+        elif not self.per_step:
+            w = self.values
+        else:
+            i = self._steps(sigma, step)
+            w = self.values[i] if self.values.ndim == 1 else self.values[i, torch.arange(n)]
+        if w.ndim and w.shape != (n,):
+            raise ValueError(
+                f'w: expected one value, or {n} (one per sample), got {tuple(w.shape)}'
+            )
+        return w.expand(n)
+
+    def _steps(self, sigma, step):
+        if step is not None:
+            return torch.full((len(sigma),), min(self.first + step, len(self.values) - 1))
+        if self.sigmas is None:
+            raise ValueError(
+                f'w has one value per step ({len(self.values)}): pass sigmas=..., '
+                'or begin the run with start(sigmas)'
+            )
+        return _nearest_step(self.sigmas, sigma.double().cpu())
+
+
+# %% ../nbs/06_guided.ipynb #be465389
+def _nearest_step(sigmas, sigma):
+    "Number of the step whose noise level is nearest to each `sigma`, in the logarithm."
+    between = [
+        math.sqrt(a * b) * (1 - 1e-4) for a, b in zip(sigmas[:-2], sigmas[1:-1], strict=True)
+    ]
+    ascending = torch.tensor(between[::-1], dtype=torch.float64)
+    return len(sigmas) - 2 - torch.bucketize(sigma, ascending)
+
+
+# %% ../nbs/06_guided.ipynb #22e3a0de
+def _checked_values(w, name='w'):
+    "A weight as a float64 tensor on the CPU; an error if a value is not finite or below 0."
+    if isinstance(w, (bool, str)) or not isinstance(w, (Real, list, tuple, torch.Tensor)):
+        raise TypeError(
+            f'{name}: expected a number, a list with one value per step, a tensor (B,) or '
+            f'(steps, B), or a function of sigma, got {type(w).__name__}'
+        )
+    try:
+        w = torch.as_tensor(w).detach().cpu().double()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f'{name}: expected numbers, got {str(w)[:60]}') from None
+    for v in w.flatten().tolist():
+        if not 0 <= v < math.inf:
+            raise ValueError(f'{name}: expected finite values from 0 (1 is unguided), got {v:g}')
+    return w
+
+
+# %% ../nbs/06_guided.ipynb #c49f0d84
+@patch(cls_method=True)
+def of(
+    cls: Weight,
+    w,  # any of the forms in the table
+    name: str = 'w',  # what errors call it
+) -> Weight:
+    "A weight from any of the forms in the table."
+    if isinstance(w, Weight):
+        return w
+    if isinstance(w, SigmaSchedule):
+        return cls(values=_checked_values(w.values, name), per_step=True, sigmas=tuple(w.sigmas))
+    if callable(w) and not isinstance(w, type):
+        return cls(function=w)
+    if hasattr(w, '__array__') and not torch.is_tensor(w):
+        w = w.tolist()  # numpy: one value per step, as a list
+    values = _checked_values(w, name)
+    per_step = isinstance(w, (list, tuple)) or values.ndim == 2
+    if values.ndim > 2 or per_step and not len(values):
+        raise ValueError(f'{name}: expected at most (steps, B) values, got {tuple(values.shape)}')
+    return cls(values=values, per_step=per_step)
+
+
+# %% ../nbs/06_guided.ipynb #ff403a58
+@patch
+def bind(
+    self: Weight,
+    sigmas,  # noise levels of a run, one more than steps; None: not known
+    name: str = 'w',  # what errors call it
+) -> Weight:
+    "The weight for a run over `sigmas`; an error if it has values for other steps."
+    if not self.per_step or sigmas is None:
+        return self
+    if self.sigmas is None:
+        if len(sigmas) - 1 != len(self.values):
+            raise ValueError(
+                f'{name}: expected one value per step, {len(sigmas) - 1}, got {len(self.values)}'
+            )
+        return replace(self, sigmas=tuple(sigmas))
+    first = min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigmas[0]))
+    own = self.sigmas[first : first + len(sigmas)]
+    if len(own) != len(sigmas) or not all(
+        math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-12) for a, b in zip(own, sigmas, strict=True)
+    ):
+        raise ValueError(
+            f'{name} belongs to {len(self.sigmas) - 1} steps from sigma {self.sigmas[0]:.4g} to '
+            f'{self.sigmas[-1]:.4g}, but the run has {len(sigmas) - 1} from {sigmas[0]:.4g} to '
+            f'{sigmas[-1]:.4g}'
+        )
+    return replace(self, first=first)
+
+
+# %% ../nbs/06_guided.ipynb #6e267093
 class Negative:
-    "How a negative estimate is obtained. Everything has a default: a subclass says what is special."
+    "What the two kinds of negative have in common."
 
-    nfe = 1  # network evaluations a sample: with `inputs`, as many as it asks
     w = 7.5  # the weight of a `Term` that names none
-    net = None  # the network, for negatives that change something inside it
-    needs_pos = False  # is the positive estimate needed for it?
-    generator = None  # for negatives that draw: a seed, which repeats in each run; a `torch.Generator`, which goes on; or a list of them, one a sample
+    nfe = 1  # network evaluations per sample
+    needs_pos = False  # does it need the positive prediction?
+    # for negatives that draw random numbers: a seed (repeats in each run), a `torch.Generator`
+    # (goes on from run to run), or a list of them, one per sample
+    generator = None
+    draws = False  # does it draw random numbers?
+
+    def check(
+        self,
+        D,  # the denoiser that is guided
+        x: torch.Tensor,  # (B, ...) noisy images
+        cond: dict,  # conditions of the positive
+    ):
+        "Raise, before the first evaluation, if the negative does not fit `D`."
+
+    def start(
+        self,
+        sigmas,  # the noise levels of the run as a list of floats, or None
+    ):
+        "A run begins. Raise if something in the negative belongs to other noise levels."
+
+
+# %% ../nbs/06_guided.ipynb #25842482
+class Query(NamedTuple):
+    "One question to the denoiser."
+
+    x: torch.Tensor  # (B, ...) noisy images
+    sigma: torch.Tensor  # (B,) noise levels
+    cond: dict  # conditions by name, tensors with one row per sample
+    change: Change | None = None  # perturb the network for these rows
+
+
+class Queries(Negative):
+    "A negative that asks the guided denoiser itself."
+
+    def queries(
+        self,
+        x: torch.Tensor,  # (B, ...) noisy images
+        sigma: torch.Tensor,  # (B,) noise levels
+        cond: dict,  # conditions of the positive, tensors with one row per sample
+        generators=None,  # for negatives that draw: one `torch.Generator` per sample
+    ) -> list:  # of `Query`, as many as `nfe`
+        "What to ask the denoiser."
+        raise NotImplementedError(f'{type(self).__name__}.queries')
+
+    def combine(
+        self,
+        outputs: list,  # the denoiser's output for each query, (B, ...)
+        x: torch.Tensor,  # (B, ...) noisy images
+        sigma: torch.Tensor,  # (B,) noise levels
+        pos: torch.Tensor | None,  # (B, ...) the positive prediction, if `needs_pos`
+    ) -> torch.Tensor:  # (B, ...)
+        "Combine the outputs into one prediction. Default: there is one; return it."
+        (output,) = outputs
+        return output
+
+
+# %% ../nbs/06_guided.ipynb #2dd0e2bb
+class Called(Negative):
+    "A negative that is a function."
+
+    def observe(
+        self,
+        sigma: torch.Tensor,  # (B,) noise levels
+        cond: dict,  # conditions of the positive
+    ):  # None, or a pair: a `Change` that leaves the positive as it is, and what its function fills
+        "What the negative wants to see of the positive's forward."
 
     def __call__(
         self,
         D,  # the denoiser that is guided
-        x: torch.Tensor,  # (B, ...) images with noise
-        sigma: torch.Tensor,  # (B,) noise levels
-        cond: dict,  # conditions of the positive, tensors with one row a sample
-        pos: torch.Tensor = None,  # (B, ...) the positive estimate, if `needs_pos`
-    ) -> torch.Tensor:  # (B, ...)
-        "The negative estimate; by default what `D` says of `inputs`, put together by `combine`."
-        self, pos = self.at(sigma), D(x, sigma, **cond) if self.needs_pos and pos is None else pos
-        return self.combine(
-            [D(a.x, a.sigma, **a.cond) for a in _asks(self, x, sigma, cond)], x, sigma, pos
-        )
+        x: torch.Tensor,  # (b, ...) noisy images of the samples that need the negative
+        sigma: torch.Tensor,  # (b,) noise levels
+        cond: dict,  # conditions of the positive, tensors with one row per sample
+        pos: torch.Tensor | None = None,  # (b, ...) the positive prediction, if `needs_pos`
+        rows: torch.Tensor | None = None,  # (b,) where the samples are in the batch
+        generators=None,  # for negatives that draw: one `torch.Generator` per sample
+        seen=None,  # what the function of `observe` has filled; None: nothing was observed
+    ) -> torch.Tensor:  # (b, ...)
+        "The negative prediction."
+        raise NotImplementedError(f'{type(self).__name__}.__call__')
 
 
-# %% ../nbs/06_guided.ipynb #9
-@patch
-def inputs(
-    self: Negative,
-    x: torch.Tensor,  # (B, ...) images with noise
-    sigma: torch.Tensor,  # (B,) noise levels
-    cond: dict,  # conditions of the positive, tensors with one row a sample
-):  # x, sigma and conditions with which `D` itself is asked, or a list of such questions; None: that is not all there is to it
-    "What the network is asked, for a negative that differs from the positive in its inputs only."
+# %% ../nbs/06_guided.ipynb #75d7cb39
+def _expand_rows(cond, n, device):
+    "Conditions with one row per sample."
+    out = {}
+    for k, v in cond.items():
+        if not torch.is_tensor(v) or not v.ndim or len(v) not in (1, n):
+            got = f'shape {tuple(v.shape)}' if torch.is_tensor(v) else type(v).__name__
+            raise ValueError(
+                f'{k}: expected a tensor with 1 or {n} rows (one per sample), got {got}'
+            )
+        out[k] = v.to(device).expand(n, *v.shape[1:])
+    return out
 
 
-# %% ../nbs/06_guided.ipynb #10
-@patch
-def combine(
-    self: Negative,
-    answers: list,  # what `D` says of each question, (B, ...)
-    x: torch.Tensor,  # (B, ...) images with noise
-    sigma: torch.Tensor,  # (B,) noise levels
-    pos: torch.Tensor,  # (B, ...) the positive estimate, if `needs_pos`
-) -> torch.Tensor:  # (B, ...)
-    "The negative estimate: the only answer."
-    (answer,) = answers
-    return answer
-
-
-# %% ../nbs/06_guided.ipynb #11
-def _asks(neg, x, sigma, cond):
-    "The questions of a negative; none, if it has to be called."
-    asks = neg.inputs(x, sigma, cond)
-    if asks is None:
-        return []
-    asks = [_Ask(*o) for o in (asks if isinstance(asks, list) else [asks])]
-    if len(asks) != neg.nfe:
-        raise ValueError(
-            f'neg: the {type(neg).__name__} asks {len(asks)} things, and its nfe is {neg.nfe}; allowed are as many as that'
-        )
-    return asks
-
-
-# %% ../nbs/06_guided.ipynb #13
-@patch
-def check(
-    self: Negative,
-    D,  # the denoiser that is guided
-    x: torch.Tensor,  # (B, ...) images with noise
-    cond: dict,  # conditions of the positive
-):
-    "An error, before the first evaluation, if there is no such negative for `D`; by default, if its `net` is not that of `D`."
-    if self.net is not None and network_of(D) is not self.net:
-        raise ValueError(
-            f"{type(self).__name__}: its layers are of another network than the denoiser's; allowed are those of the {type(network_of(D)).__name__} that is guided, so make the negative of the denoiser itself"
-        )
-
-
-# %% ../nbs/06_guided.ipynb #14
-@patch
-def watch(
-    self: Negative,
-    rows,  # a slice or a list: where in that batch the samples are that need this negative
-):  # a context manager
-    "It is active while `D` evaluates the positive."
-    return nullcontext()
-
-
-# %% ../nbs/06_guided.ipynb #15
-@patch
-def take(
-    self: Negative,
-    rows,  # a slice or a list of numbers of samples
-) -> Negative:
-    "The negative for some samples only."
-    return self
-
-
-# %% ../nbs/06_guided.ipynb #16
-@patch
-def at(
-    self: Negative,
-    sigma: torch.Tensor,  # (B,) noise levels of the whole batch, before `take`
-) -> Negative:
-    "The negative at these noise levels: what depends on them is worked out for all samples."
-    return self
-
-
-# %% ../nbs/06_guided.ipynb #17
-@patch
-def draw(
-    self: Negative,
-    generators: list,  # one `torch.Generator` for each sample that is asked about
-):
-    "Draw the numbers that the next evaluation needs; each generator is made of `self.generator` (and of the number of the term), and goes on from one evaluation to the next."
-
-
-# %% ../nbs/06_guided.ipynb #18
-@patch
-def check_ladder(
-    self: Negative,
-    sigmas,  # (n+1,) the noise levels that a sampler is going to walk
-):
-    "A run on a ladder begins: an error if something in the negative is bound to another one."
-
-
-# %% ../nbs/06_guided.ipynb #20
-def _rows(name, o, n, device):
-    "A condition with one row a sample."
-    if not torch.is_tensor(o) or not o.ndim or len(o) not in (1, n):
-        raise ValueError(
-            f'{name}={tuple(o.shape) if torch.is_tensor(o) else o}: allowed are tensors with one row, or with one a sample, {n}'
-        )
-    return o.to(device).expand(n, *o.shape[1:])
-
-
-# %% ../nbs/06_guided.ipynb #21
-class Conditions(Negative):
-    "The same network under another condition (classifier-free guidance, arXiv:2207.12598). Names that are not given are as in the positive."
+class Conditions(Queries):
+    "The same network under another condition (classifier-free guidance, arXiv:2207.12598)."
 
     def __init__(
         self,
-        cond: dict,  # conditions by name: tensors with one row, or one a sample
+        # conditions by name: tensors with one row, or one per sample; names that are not given
+        # are as in the positive
+        cond: dict,
     ):
         if not isinstance(cond, Mapping):
-            raise TypeError(
-                f'cond is a {type(cond).__name__}: allowed is a dict of conditions by name'
-            )
+            raise TypeError(f'cond: expected a dict of tensors by name, got {type(cond).__name__}')
         self.cond = dict(cond)
 
-    def take(self, rows):
-        new = copy(self)
-        new.cond = {k: v if len(v) == 1 else v[rows] for k, v in self.cond.items()}
-        return new
-
-    def inputs(self, x, sigma, cond):
-        return (
-            x,
-            sigma,
-            {**cond, **{k: _rows(k, v, len(x), x.device) for k, v in self.cond.items()}},
-        )
+    def queries(self, x, sigma, cond, generators=None):
+        return [Query(x, sigma, {**cond, **_expand_rows(self.cond, len(x), x.device)})]
 
     def check(self, D, x, cond):
         if not self.cond or not self.cond.keys() <= cond.keys():
             raise ValueError(
-                f'conditions are {sorted(cond)}, those of the negative {sorted(self.cond)}: allowed are names that the positive has, at least one'
+                f'negative conditions: expected names among {sorted(cond)}, got {sorted(self.cond)}'
             )
-        self.inputs(x, None, cond)
+        self.queries(x, None, cond)
 
 
-# %% ../nbs/06_guided.ipynb #23
-def _chain(D):
-    "A model and what is inside it, from the outside in."
-    inner = (
-        D.inner_model
-        if isinstance(D, Denoiser)
-        else D.net
-        if _adapts(D)
-        else getattr(D, '_orig_mod', None)
-    )
-    return [D] if inner is None else [D, *_chain(inner)]
-
-
-def _adapts(o):
-    return not isinstance(o, Denoiser) and hasattr(o, 'pipe') and hasattr(o, 'net')
-
-
-def _inside(D):
-    return _chain(D)[-1]
-
-
-# %% ../nbs/06_guided.ipynb #24
-def network_of(
-    D,  # a denoiser, a pipeline's adapter, a compiled network, or a network
-) -> nn.Module:
-    "The network inside."
-    net = _inside(D)
-    if not isinstance(net, nn.Module):
-        raise ValueError(
-            f'net: there is a {type(net).__name__} inside; allowed are networks that are made of modules, such as pipe.unet, and denoisers, such as pipeline_denoiser(pipe)'
-        )
-    return net
-
-
-# %% ../nbs/06_guided.ipynb #26
-class Model(Negative):
-    "Another model under the same condition (autoguidance, arXiv:2406.02507). It stays where it is: `.to(...)` of the guided denoiser does not move it."
+# %% ../nbs/06_guided.ipynb #63e8b2b8
+class Model(Called):
+    "Another model under the same condition (autoguidance, arXiv:2406.02507)."
 
     w = 2.0  # the paper's best for EDM2-S and -XXL are 2.1 and 2.05
 
     def __init__(
         self,
-        model,  # `model(x, sigma, **cond) -> x0`, a denoiser
+        # `model(x, sigma, **cond) -> x0`, a denoiser; it stays on its device
+        model,
     ):
-        if (
-            not callable(model)
-            or isinstance(model, type)
-            or hasattr(model, 'components')
-            or hasattr(model, 'config')
-            and not isinstance(model, Denoiser)
-        ):
+        if not _is_denoiser(model):
             raise TypeError(
-                f'model is a {type(model).__name__}: allowed are denoisers, model(x, sigma, **cond) -> x0, such as pipeline_denoiser(pipe)'
+                'model: expected a denoiser, model(x, sigma, **cond) -> x0, such as '
+                f'pipeline_denoiser(pipe), got {type(model).__name__}'
             )
         self.model = model
 
-    def __call__(self, D, x, sigma, cond, pos=None):
-        return self.model(x, sigma, **cond)
-
     @property
     def nfe(self):
-        return getattr(self.model, '_spent', 1)
+        "Evaluations per sample in the last call: more than one if the model is guided itself."
+        return getattr(self.model, 'last_nfe', 1)
 
-    def check_ladder(self, sigmas):
-        if hasattr(self.model, 'check_ladder'):
-            self.model.check_ladder(sigmas)
+    def __call__(self, D, x, sigma, cond, pos=None, rows=None, generators=None, seen=None):
+        return self.model(x, sigma, **cond)
+
+    def start(self, sigmas):
+        if hasattr(self.model, 'start'):
+            self.model.start(sigmas)
+
+    def check(self, D, x, cond):
+        if _same_model(D, self.model):
+            raise ValueError('neg: the negative model is the guided one; expected another model')
+        shapes = [getattr(o, 'latent_shape', None) for o in (D, self.model)]
+        if None not in shapes and tuple(shapes[0]) != tuple(shapes[1]):
+            raise ValueError(
+                f'neg: expected a model for latents of shape {tuple(shapes[0])}, got one for '
+                f'{tuple(shapes[1])}'
+            )
+        channels = [_in_channels(o) for o in (D, self.model)]
+        if None in shapes and None not in channels and channels[0] != channels[1]:
+            raise ValueError(
+                f'neg: expected a network with {channels[0]} input channels, got {channels[1]}'
+            )
 
 
-# %% ../nbs/06_guided.ipynb #27
-@patch
-def check(self: Model, D, x, cond):
-    if _same_model(D, self.model):
-        raise ValueError(
-            'neg: its model is the denoiser that is guided, or has the same network; allowed is another one, such as interpolate(...) of negatives makes'
-        )
-    a, b = (getattr(o, 'latent_shape', None) for o in (D, self.model))
-    if a and b and tuple(a) != tuple(b):
-        raise ValueError(
-            f'neg: its latents have shape {tuple(b)}, those of the positive {tuple(a)}; allowed are the same'
-        )
-    c, d = _channels(D, self.model)
-    if not (a and b) and c and d and c != d:
-        raise ValueError(
-            f'neg: its network takes {d} channels, that of the positive {c}; allowed are the same'
-        )
+# %% ../nbs/06_guided.ipynb #e1c84423
+def _is_denoiser(model):
+    "Is it callable, and neither a class, a pipeline, nor a bare network of diffusers?"
+    bare = hasattr(model, 'config') and not isinstance(model, Denoiser)
+    return callable(model) and not (isinstance(model, type) or hasattr(model, 'components') or bare)
 
 
-# %% ../nbs/06_guided.ipynb #28
+def _chain(D):
+    "A model and the models inside it, from the outside in."
+    out = [D]
+    while True:
+        inner = None
+        if isinstance(D, Denoiser):
+            inner = D.inner_model
+        elif hasattr(D, '_orig_mod'):
+            inner = D._orig_mod
+        elif hasattr(D, 'pipe') and hasattr(D, 'net'):
+            inner = D.net
+        if inner is None:
+            return out
+        D = inner
+        out.append(D)
+
+
 def _same_model(a, b):
-    "Is it one network, in the same wrapping?"
+    "Are they one network in the same wrapping?"
     if a is b:
         return True
     a, b = _chain(a), _chain(b)
-    kinds = [[type(o) for o in c if not _adapts(o)] for c in (a, b)]
-    return (
-        a[-1] is b[-1]
-        and kinds[0] == kinds[1]
-        and not any(isinstance(o, GuidedDenoiser) for o in a)
-    )
+    if a[-1] is not b[-1] or any(isinstance(o, GuidedDenoiser) for o in a):
+        return False
+    kinds = [[type(o) for o in c if isinstance(o, Denoiser)] for c in (a, b)]
+    return kinds[0] == kinds[1]
 
 
-# %% ../nbs/06_guided.ipynb #29
-def _channels(*models):
-    "How many channels two networks take: what they say, or, for two of a kind, what the first convolutions are made for."
-    a, b = nets = [_inside(o) for o in models]
-    said = [getattr(getattr(o, 'config', None), 'in_channels', None) for o in nets]
-    if None not in said or type(a) is not type(b) or not isinstance(a, nn.Module):
-        return said
-    (m, p), (n, q) = (next(o.named_parameters(), ('', torch.zeros(0))) for o in nets)
-    return (p.shape[1], q.shape[1]) if m == n and p.ndim == q.ndim >= 3 else said
+def _in_channels(D):
+    return getattr(getattr(_chain(D)[-1], 'config', None), 'in_channels', None)
 
 
-# %% ../nbs/06_guided.ipynb #30
-def _negative(neg):
-    "A negative, or what is made one."
+# %% ../nbs/06_guided.ipynb #e8dc43ed
+@dataclass(frozen=True, eq=False)
+class Term:
+    "A negative, how far to move away from it, by which rule, and at which noise levels."
+
+    # a `Negative`; a dict of conditions becomes `Conditions`, a denoiser becomes `Model`
+    neg: object
+    # see the table; None: the usual weight of the negative, such as 7.5 for conditions
+    w: object = None
+    rule: Callable = cfg  # `rule(neg, pos, w)`; it is given the space that it declares
+    interval: tuple | None = None  # (lo, hi): guide where lo < sigma <= hi; None: everywhere
+    # stop guiding a sample once the cosine of its two noise predictions is above this (adaptive
+    # guidance, arXiv:2312.12487, uses .991; at the highest noise they may agree too, so give an
+    # interval); None: never
+    stop: float | None = None
+
+    def __post_init__(self):
+        def put(**kw):
+            for k, v in kw.items():
+                object.__setattr__(self, k, v)
+
+        neg = _as_negative(self.neg)
+        put(neg=neg, w=Weight.of(neg.w if self.w is None else self.w))
+        put(rule=_checked_rule(self.rule), interval=_checked_interval(self.interval))
+        if self.stop is not None and not (_is_number(self.stop) and -1 <= self.stop <= 1):
+            raise ValueError(f'stop: expected a cosine from -1 to 1, got {self.stop!r}')
+
+    @property
+    def remembers(self):
+        "Does anything last from one evaluation to the next?"
+        return self.stop is not None or self.neg.draws or getattr(self.rule, 'stateful', False)
+
+
+# %% ../nbs/06_guided.ipynb #b180da34
+def _as_negative(neg):
     if isinstance(neg, Negative):
         return neg
     if isinstance(neg, Mapping):
         return Conditions(neg)
-    if callable(neg) and not isinstance(neg, type):
+    if _is_denoiser(neg):
         return Model(neg)
     raise TypeError(
-        f'neg is a {type(neg).__name__}: allowed are a Negative, a dict of conditions by name (of a prompt: D.cond(prompt), or conditions(pipe, prompt)), or a model(x, sigma, **cond)'
+        f'neg: expected a Negative, a dict of conditions or a denoiser, got {type(neg).__name__}'
     )
 
 
-# %% ../nbs/06_guided.ipynb #32
-class _Forward:
-    "In the place of a module's `forward`: the same, with changes around it."
-
-    def __init__(self, m):
-        self.own, self.forward, self.wraps = m.__dict__.get('forward'), m.forward, []
-
-    def __call__(self, *args, **kwargs):
-        forward, me = self.forward, get_ident()
-        for thread, wrap in tuple(self.wraps):
-            if thread == me:
-                forward = wrap(forward)
-        return forward(*args, **kwargs)
+def _checked_rule(rule):
+    if isinstance(rule, PostRule):
+        raise TypeError(f'rule: {rule.__name__} corrects a prediction; pass it as post=')
+    if isinstance(rule, GuidanceTfm) or isinstance(rule, type) or not callable(rule):
+        raise TypeError(f'rule: expected a rule such as cfg, got {type(rule).__name__}')
+    if isinstance(rule, partial):
+        raise TypeError('rule: a partial does not know its space; use rule.of(...) for settings')
+    return rule
 
 
-# %% ../nbs/06_guided.ipynb #33
-_lock = RLock()
+def _is_number(o):
+    return isinstance(o, Real) and not isinstance(o, bool)
 
 
-def _put_on(m, wrap):
-    with _lock:
-        if not isinstance(m.__dict__.get('forward'), _Forward):
-            m.forward = _Forward(m)
-        m.forward.wraps.append((get_ident(), wrap))
-        return m, m.forward, m.forward.wraps[-1]
-
-
-# %% ../nbs/06_guided.ipynb #34
-def _take_off(m, forward, wrap):
-    with _lock:
-        forward.wraps.remove(wrap)
-        if forward.wraps or m.__dict__.get('forward') is not forward:
-            return
-        if forward.own is None:
-            del m.forward
-        else:
-            m.forward = forward.own
-
-
-# %% ../nbs/06_guided.ipynb #36
-_stances = []
-
-_INSIDE = 'layers are changed in a function that torch.compile has compiled; allowed is to compile the network, and not what guides it'
-
-
-def _stance():
-    if torch.compiler.is_compiling():
-        raise RuntimeError(_INSIDE)
-    try:
-        return torch.compiler.set_stance('force_eager')
-    except RuntimeError as e:
-        raise RuntimeError(_INSIDE) from e
-
-
-# %% ../nbs/06_guided.ipynb #37
-@contextmanager
-def _uncompiled():
-    "In it, what was compiled runs as plain Python."
-    if 'torch._dynamo' not in sys.modules or not hasattr(torch.compiler, 'set_stance'):
-        return (yield)
-    with _lock:
-        _stances.append(_stances[0] if _stances else _stance())
-    try:
-        yield
-    finally:
-        with _lock:
-            stance = _stances.pop()
-            if not _stances:
-                stance.__exit__(None, None, None)
-
-
-# %% ../nbs/06_guided.ipynb #38
-@contextmanager
-def patched(
-    wraps,  # pairs of a module and a function of its `forward` that gives another one
-):
-    "In it, the `forward` of modules is wrapped for this thread, and compiled networks run uncompiled; after it all is as before."
-    with ExitStack() as stack:
-        stack.enter_context(_uncompiled())
-        for m, wrap in wraps:
-            stack.callback(_take_off, *_put_on(m, wrap))
-        yield
-
-
-# %% ../nbs/06_guided.ipynb #41
-class Term:
-    "A negative, how strongly it pushes, by which rule, and at which noise levels."
-
-    def __init__(
-        self,
-        neg,  # a `Negative`; a dict is one of `Conditions`, a denoiser or another function a `Model`
-        w=None,  # weight, see the table; 1 is unguided; None: the usual one of the negative, such as 7.5 for conditions and 2 for a model
-        rule=cfg,  # `rule(neg, pos, w)`; it is given what its `space` says
-        interval: tuple = None,  # (lo, hi): guided where lo < sigma <= hi; None: everywhere
-        stop: float = None,  # a sample is no longer guided once the cosine of its predictions of the noise is above this (adaptive guidance, arXiv:2312.12487, uses .991); at the highest noise they may agree as well, so give an interval, too; None: never
-    ):
-        if isinstance(rule, partial) and hasattr(rule.func, 'of'):
-            raise TypeError(
-                f'rule={rule!r}: a partial does not know its space; allowed is {rule.func.__name__}.of(...)'
-            )
-        if not callable(rule) or isinstance(rule, GuidanceTfm):
-            raise TypeError(
-                f'rule={rule!r}: allowed are functions of neg, pos and w, such as cfg of cf_guidance.transforms'
-                + (
-                    ', and w=[...] for the schedule of a transform'
-                    if isinstance(rule, GuidanceTfm)
-                    else ''
-                )
-            )
-        if stop is not None and (
-            isinstance(stop, bool) or not isinstance(stop, Real) or not -1 <= stop <= 1
-        ):
-            raise ValueError(f'stop={stop!r}: allowed are cosines, -1 to 1, or None')
-        self.neg, self.rule, self.interval, self.stop = (
-            _negative(neg),
-            rule,
-            _checked_interval(interval),
-            stop,
-        )
-        self.w = checked_weight(self.neg.w if w is None else w)
-
-
-# %% ../nbs/06_guided.ipynb #42
-def checked_weight(w, name='w'):
-    "A weight of which all values are allowed."
-    if hasattr(w, '__array__') and not torch.is_tensor(w):
-        w = w.tolist()
-    values = _values(getattr(w, 'values', 1.0) if callable(w) else w)
-    if values is None:
-        raise TypeError(
-            f'{name}={w!r}: allowed are a number, a list with one value a step, a tensor (B,) or (steps, B), or a function of sigma'
-        )
-    for v in values:
-        if not 0 <= v < math.inf:
-            raise ValueError(
-                f'{name} has {v}: allowed are finite numbers from 0; 1 is unguided, and a strength s of other conventions is w = 1+s'
-            )
-    return w.item() if torch.is_tensor(w) and not w.ndim else w
-
-
-# %% ../nbs/06_guided.ipynb #43
-def _values(o):
-    "The numbers of a weight, or None if it is none."
-    if isinstance(o, (str, bool)) or not isinstance(o, (Real, list, tuple, torch.Tensor)):
-        return None
-    try:
-        o = torch.as_tensor(o)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return None if o.ndim > 2 or o.is_complex() else o.flatten().tolist()
-
-
-# %% ../nbs/06_guided.ipynb #44
-def per_step(w):
-    "Has a weight one value a step?"
-    return isinstance(w, (list, tuple)) or torch.is_tensor(w) and w.ndim == 2
-
-
-def in_rows(w):
-    "A weight, as a tensor (steps, B) if it is a list of lists."
-    return (
-        torch.as_tensor(w)
-        if isinstance(w, (list, tuple)) and w and isinstance(w[0], (list, tuple))
-        else w
-    )
-
-
-# %% ../nbs/06_guided.ipynb #45
 def _checked_interval(interval):
     if interval is None:
         return None
-    ok = (
-        isinstance(interval, (list, tuple))
-        and len(interval) == 2
-        and all(isinstance(o, Real) for o in interval)
-        and interval[0] < interval[1]
-    )
-    if not ok:
-        raise ValueError(
-            f'interval={interval!r}: allowed are two numbers (lo, hi) with lo < hi; guided is lo < sigma <= hi'
-        )
-    return tuple(interval)
+    pair = isinstance(interval, (list, tuple)) and len(interval) == 2
+    if not pair or not all(map(_is_number, interval)) or not interval[0] < interval[1]:
+        raise ValueError(f'interval: expected (lo, hi) with lo < hi, got {interval!r}')
+    return tuple(float(o) for o in interval)
 
 
-# %% ../nbs/06_guided.ipynb #47
-class _Push(NamedTuple):
-    "A term at one evaluation."
-
-    neg: Negative
-    w: object  # a number or (B,)
-    on: list  # is the sample guided?
-    alone: list  # is it the negative that counts, and not the positive?
-
-    def part(self, s):
-        return _Push(
-            self.neg, self.w[s] if torch.is_tensor(self.w) else self.w, self.on[s], self.alone[s]
-        )
-
-    def without(self, stopped):
-        return (
-            self._replace(
-                **{
-                    k: [a and not b for a, b in zip(getattr(self, k), stopped)]
-                    for k in ('on', 'alone')
-                }
-            )
-            if stopped
-            else self
-        )
-
-
-# %% ../nbs/06_guided.ipynb #48
-@patch
-def at(self: Term, sigma, whole):
-    "The term at noise levels (B,); with `whole`, weights of 0 and 1 are nothing special."
-    n, w = len(sigma), weight_at(self.w, sigma)
-    values = w.tolist() if torch.is_tensor(w) else [w] * n
-    pos_at, neg_at = (None if whole else getattr(self.rule, o, None) for o in ('pos_at', 'neg_at'))
-    on = [v != pos_at for v in values]
-    if self.interval:
-        lo, hi = sigma.new_tensor(self.interval).tolist()
-        on = [o and in_interval(s, lo, hi) for o, s in zip(on, sigma.tolist())]
-    return _Push(self.neg.at(sigma), w, on, [o and v == neg_at for o, v in zip(on, values)])
-
-
-# %% ../nbs/06_guided.ipynb #49
-def weight_at(w, sigma, name='w'):
-    "What a weight is at noise levels (B,): a number or (B,)."
-    n = len(sigma)
-    if callable(w):
-        columns = getattr(w, 'values', sigma)
-        if columns.ndim == 2 and columns.shape[1] != n:
-            raise ValueError(
-                f'{name} has values for {columns.shape[1]} samples, but there are {n}: allowed are one a step, or one a step and sample'
-            )
-        w = checked_weight(w(sigma), name)
-        if isinstance(w, (list, tuple)):
-            raise TypeError(
-                f'{name}: its function gives {w!r}; allowed are a number, or a tensor with one a sample'
-            )
-    if torch.is_tensor(w) and w.shape != (n,):
-        raise ValueError(
-            f'{name} has shape {tuple(w.shape)} for {n} samples: allowed are a number, or one a sample, shape ({n},); one value a step is given as a list, with sigmas='
-        )
-    return w
-
-
-# %% ../nbs/06_guided.ipynb #50
-@patch
-def _on(self: Term, sigmas):
-    "The term with one value a step made a function of sigma."
-    if not per_step(self.w):
-        return self
-    if sigmas is None:
-        raise ValueError(
-            f'w has one value a step, {len(self.w)} of them: give the ladder of the sampler, as in sigmas=D.get_sigmas_karras({len(self.w)}) (or see on_ladder); one value a sample is given as a tensor'
-        )
-    return Term(self.neg, on_ladder(self.w, sigmas), self.rule, self.interval, self.stop)
-
-
-# %% ../nbs/06_guided.ipynb #52
+# %% ../nbs/06_guided.ipynb #94d278ef
 class GuidedDenoiser(Denoiser):
     "A denoiser and terms: `pos + sum_i (rule_i(neg_i, pos, w_i) - pos)`, again a denoiser."
+
+    takes_step = True  # samplers pass `step=`, the number of their step
 
     def __init__(
         self,
         inner_model,  # the denoiser, `D(x, sigma, **cond) -> x0`
-        *terms,  # a `Term` each; a single one may be given as its negative, with `w`, `rule`, `interval` and `stop` by name
+        # a `Term` each; a single negative may have `w`, `rule`, `interval` and `stop` by name
+        *terms,
         w=None,
         rule=None,
         interval=None,
-        stop=None,  # of a single term, see `Term`
-        last=None,  # a rule for the sum of all terms, such as `base_norm`
-        sigmas=None,  # (n+1,) the ladder on which weights with one value a step are meant
-        max_batch: int = None,  # rows in a forward of the network, at most; None: as many as there are
+        stop=None,
+        post=None,  # a `PostRule` such as `rescale`, or a list of them, for the sum of all terms
+        # (n+1,) the sampler's noise levels, for weights with one value per step; None: `start`
+        # says them
+        sigmas=None,
     ):
         super().__init__(inner_model)
-        if last is not None and not callable(last):
-            raise TypeError(f'last={last!r}: allowed are rules, such as base_norm')
-        if max_batch is not None and not (isinstance(max_batch, Integral) and max_batch >= 1):
-            raise ValueError(f'max_batch={max_batch!r}: allowed are whole numbers from 1')
-        self.terms = [
-            t._on(sigmas)
-            for t in as_terms(terms, dict(w=w, rule=rule, interval=interval, stop=stop))
-        ]
-        for o in (inner_model, *(t.neg.model for t in self.terms if isinstance(t.neg, Model))):
-            _check_inside(o)
-        self.last, self.max_batch, self._ladder, self._record = (
-            last,
-            max_batch,
-            None if sigmas is None else check_ladder(sigmas),
-            None,
+        given = dict(w=w, rule=rule, interval=interval, stop=stop)
+        self.terms = _as_terms(terms, given)
+        self.posts = _as_posts(post)
+        self.run_sigmas = None if sigmas is None else tuple(_checked_sigmas(sigmas))
+        for t in self.terms:
+            t.w.bind(self.run_sigmas)
+            _refuse_inner_memory(getattr(t.neg, 'model', None))
+        _refuse_inner_memory(inner_model)
+        self.remembers = any(t.remembers for t in self.terms)
+        neg = self.terms[0].neg
+        self._may_skip_pos = (
+            len(self.terms) == 1 and isinstance(neg, Queries) and not (neg.needs_pos or self.posts)
         )
-        self.reset()
+        self._runs, self._recorders = _ThreadRuns(), []
 
-    def forward(self, x, sigma, **cond):
-        return self._guided(x, sigma, cond, False).pred
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, ...) noisy images
+        sigma,  # (B,) noise levels, or one number
+        *,
+        step: int | None = None,  # step of the sampler; None: the nearest noise level
+        **cond,  # the positive's conditions by name: tensors with one row, or one per sample
+    ) -> torch.Tensor:  # (B, ...)
+        "The guided estimate of the images."
+        return self._evaluate(x, sigma, cond, step, whole=False).pred
 
-
-# %% ../nbs/06_guided.ipynb #53
-def _check_inside(model):
-    "An error if a guided denoiser inside another one has a memory: which of its rows is which sample changes from evaluation to evaluation."
-    for G in _chain(model):
-        if isinstance(G, GuidedDenoiser) and any(
-            t.stop is not None or getattr(r, 'stateful', False)
-            for t in G.terms
-            for r in (t.rule, G.last)
-        ):
-            raise ValueError(
-                'inner_model, or the model of a negative, is guided by a rule that remembers, or with stop; allowed is that in the outermost guided denoiser only'
-            )
+    def parts(self, x, sigma, *, step=None, **cond) -> Parts:
+        "The guided, positive and negative estimates; `neg` is that of the first term."
+        return self._evaluate(x, sigma, cond, step, whole=True)
 
 
-# %% ../nbs/06_guided.ipynb #54
-def as_terms(
-    terms,  # a `Term`, or a negative, each
-    given: dict,  # what is given for a single one, by the names that `Term` has; None: not given
-) -> list:  # of `Term`
-    "Terms from terms and negatives; a negative alone may have weight, rule and so on beside it."
+# %% ../nbs/06_guided.ipynb #f62d4ec3
+def _as_terms(terms, given):
+    "Terms from terms and negatives; what is `given` by name belongs to a single negative."
     given = {k: v for k, v in given.items() if v is not None}
-    if given and not (len(terms) == 1 and not isinstance(terms[0], Term)):
-        raise TypeError(f'{", ".join(given)}: allowed for a single negative; a Term has its own')
     if not terms:
-        raise TypeError(
-            'terms are none: allowed is one negative or more, or Term(neg, w, rule, interval, stop)'
-        )
+        raise TypeError('terms: expected at least one negative or Term')
+    if given and (len(terms) > 1 or isinstance(terms[0], Term)):
+        raise TypeError(f'{", ".join(given)}: expected inside each Term, since there are Terms')
     return [t if isinstance(t, Term) else Term(t, **given) for t in terms]
 
 
-# %% ../nbs/06_guided.ipynb #56
-class _Ask(NamedTuple):
-    "A question to the network."
+def _as_posts(post):
+    posts = [] if post is None else list(post) if isinstance(post, (list, tuple)) else [post]
+    for o in posts:
+        if not isinstance(o, PostRule):
+            name = getattr(o, '__name__', type(o).__name__)
+            raise TypeError(f'post: expected a post-rule such as rescale, got {name}')
+    return posts
 
+
+def _refuse_inner_memory(model):
+    "An inner guided denoiser sees other rows at each call, so it must not remember anything."
+    for o in _chain(model):
+        if isinstance(o, GuidedDenoiser) and o.remembers:
+            raise ValueError(
+                'a guided denoiser inside another one remembers (stop=, a stateful rule, or a '
+                'negative that draws): expected that in the outermost one only'
+            )
+
+
+# %% ../nbs/06_guided.ipynb #941da4ec
+@patch
+def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, whole):
+    "One evaluation, in the five steps of the list above."
+    sigma, cond = per_sample(sigma, x), _expand_rows(cond, len(x), x.device)
+    run = self._current_run(x, sigma, step)
+    if run.n is None:
+        self._first_evaluation(run, x, cond)
+    active = self._activity(sigma, step, run, whole)
+    pos, negs = self._estimates(x, sigma, cond, active, run, step)
+    run.before = run.states.copy(), run.stopped.copy()
+    pred = self._combine(x, sigma, pos, negs, active, run)
+    if pred.dtype != x.dtype:
+        pred = _narrow(pred, x.dtype)
+    if not math.isfinite(pred.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()):
+        where = f'sigma={float(sigma[0]):.4g}' + ('' if step is None else f', step {step}')
+        raise FloatingPointError(f'the guided estimate is not finite at {where}')
+    if self.remembers:
+        self._note_stopped(x, sigma, pos, negs, active, run)
+    run.nfe_per_sample += run.last_nfe
+    run.evaluations += 1
+    run.last = x, sigma.detach().double().cpu(), step
+    parts = Parts(pred, pos, negs[0], tuple(negs))
+    for record in self._recorders:
+        record(parts, active, x, sigma)
+    return parts
+
+
+@patch
+def _first_evaluation(self: GuidedDenoiser, run, x, cond):
+    "Ask the negatives whether they fit, and begin to count."
+    for t in self.terms:
+        t.neg.check(self.inner_model, x, cond)
+    run.n = len(x)
+    with torch.inference_mode(False):
+        run.nfe_per_sample = torch.zeros(run.n, dtype=torch.long)
+
+
+# %% ../nbs/06_guided.ipynb #eebd3c79
+@dataclass
+class Run:
+    "What a guided denoiser remembers during one run."
+
+    sigmas: tuple | None = None  # noise levels of the sampler, if known
+    weights: list = field(default_factory=list)  # the weight of each term, bound to `sigmas`
+    sigma_max: float = math.inf  # largest noise level of the model
+    n: int | None = None  # number of samples
+    evaluations: int = 0  # how often the denoiser was called
+    nfe_per_sample: torch.Tensor | None = None  # (B,) network evaluations
+    last_nfe: torch.Tensor | None = None  # (B,) of the last call
+    guided: list = field(default_factory=list)  # per term: how many predictions it changed
+    # per term: sums of <pred - neg, pos - neg> and of |pos - neg|^2
+    scale_sums: list = field(default_factory=list)
+    states: dict = field(default_factory=dict)  # per term: memory of its rule
+    stopped: dict = field(default_factory=dict)  # per term: (B,) bool
+    generators: dict = field(default_factory=dict)  # per term: one per sample
+    before: tuple = ({}, {})  # `states` and `stopped` before the last evaluation
+    last: tuple | None = None  # x, sigma (on the CPU) and step of the last evaluation
+    perturbed: tuple | None = None  # the denoiser, and the perturbed one made of it
+
+    def effective_scale(
+        self,
+        term: int = 0,  # number of the term
+    ) -> float:  # 0 is the negative, 1 the positive; for `cfg` it is `w`
+        "`<pred - neg, pos - neg> / |pos - neg|^2` over the whole run (arXiv:2602.22570)."
+        a, b = self.scale_sums[term]
+        return float(a) / float(b) if float(b) else math.nan
+
+
+class _ThreadRuns(threading.local):
+    "The current run of each thread, and the evaluations of the runs before. Copies begin empty."
+
+    def __init__(self):
+        self.run, self.earlier = None, 0
+
+    def __reduce__(self):
+        return _ThreadRuns, ()
+
+
+# %% ../nbs/06_guided.ipynb #c555eeb1
+@patch
+def start(
+    self: GuidedDenoiser,
+    sigmas=None,  # (n+1,) the sampler's noise levels; None: those of the constructor, if any
+) -> Run:
+    "Begin a run."
+    sigmas = self.run_sigmas if sigmas is None else tuple(_checked_sigmas(sigmas))
+    weights = [t.w.bind(self.run_sigmas).bind(sigmas) for t in self.terms]
+    for t in self.terms:
+        _check_interval_reaches(t.interval, self)
+        t.neg.start(sigmas)
+    if hasattr(self.inner_model, 'start'):
+        self.inner_model.start(sigmas)
+    self._runs.earlier = self.nfe
+    n = len(self.terms)
+    top = _sigma_range(self)[1] * (1 + 1e-3)
+    run = Run(sigmas, weights, top, guided=[0] * n, scale_sums=[(0.0, 0.0)] * n)
+    self._runs.run = run
+    return run
+
+
+# %% ../nbs/06_guided.ipynb #eefca08c
+def _check_interval_reaches(interval, D):
+    "An error if the model has no noise level inside the interval (is it in time steps?)."
+    lo, hi = _sigma_range(D)
+    if interval and not (interval[0] < hi and interval[1] >= lo):
+        raise ValueError(
+            f'interval: expected noise levels between {lo:.4g} and {hi:.4g}, the range of the '
+            f'model, got {interval}'
+        )
+
+
+def _sigma_range(D):
+    try:
+        return float(D.sigma_min), float(D.sigma_max)
+    except (AttributeError, NotImplementedError):
+        return 0.0, math.inf
+
+
+# %% ../nbs/06_guided.ipynb #38b7757e
+_CHURN = 1.01 * math.sqrt(2)  # samplers that add noise raise sigma by at most sqrt(2)
+
+
+@patch
+def _current_run(self: GuidedDenoiser, x, sigma, step):
+    "The run that an evaluation belongs to; a new one when the noise rises."
+    run = self._runs.run or self.start()
+    if run.last is None:
+        return run
+    n, level = len(x), sigma.detach().double().cpu()
+    if step is not None and run.last[2] is not None:
+        rises = step < run.last[2]
+    else:
+        rises = bool(level.max() > _CHURN * run.last[1].max())
+    if rises or (n != run.n and not self.remembers):
+        return self.start(run.sigmas)
+    if n != run.n:
+        raise ValueError(f'this run remembers {run.n} samples, got {n}: call start() for a new run')
+    if self.remembers:
+        _check_same_samples(self.terms, run, x, level, step)
+    return run
+
+
+def _check_same_samples(terms, run, x, level, step):
+    "At the noise level of the last evaluation `x` must be near what it was there."
+    last_x, last_level, last_step = run.last
+    if step != last_step or not torch.allclose(level, last_level, rtol=1e-6, atol=0):
+        return
+    apart = (x - last_x).flatten(1).norm(dim=1) / last_x.flatten(1).norm(dim=1).clamp(min=1e-30)
+    if bool((apart > 0.5).any()):
+        raise ValueError(
+            f'other samples at sigma={level[0]:.4g} than this run remembers: call start() for a '
+            'new run, and do not cut a batch of a guided denoiser that remembers'
+        )
+    if bool((apart == 0).all()):
+        if any(t.neg.draws for t in terms):
+            raise ValueError(
+                'the same samples twice at one noise level: call start() for a new run'
+            )
+        run.states, run.stopped = map(dict, run.before)
+
+
+# %% ../nbs/06_guided.ipynb #19b0bb97
+@patch(as_prop=True)
+def run(self: GuidedDenoiser) -> Run:
+    "The current run of this thread."
+    return self._runs.run or self.start()
+
+
+@patch(as_prop=True)
+def nfe(self: GuidedDenoiser) -> int:
+    "Network evaluations of all runs of this thread, rows of all forwards together."
+    run = self._runs.run
+    now = 0 if run is None or run.nfe_per_sample is None else int(run.nfe_per_sample.sum())
+    return self._runs.earlier + now
+
+
+@patch(as_prop=True)
+def last_nfe(self: GuidedDenoiser) -> torch.Tensor:  # (B,)
+    "Network evaluations of each sample in the last call."
+    return self.run.last_nfe
+
+
+# %% ../nbs/06_guided.ipynb #af6365fd
+class _Active(NamedTuple):
+    "A term at one evaluation."
+
+    w: object  # weight: a number, or (B,) float64
+    on: torch.Tensor  # (B,) bool: is the sample guided?
+    neg_only: torch.Tensor  # (B,) bool: is the result the negative alone?
+
+
+@patch
+def _activity(self: GuidedDenoiser, sigma, step, run, whole):
+    "Which samples each term guides. With `whole`, weights of 0 and 1 are nothing special."
+    level, activity = sigma.detach().double().cpu(), []
+    for i, (t, weight) in enumerate(zip(self.terms, run.weights, strict=True)):
+        w, rule = weight(sigma, step), t.rule
+        pos_at, neg_at = getattr(rule, 'pos_at', None), getattr(rule, 'neg_at', None)
+        on = torch.ones_like(level, dtype=torch.bool)
+        if pos_at is not None and not whole:
+            on = w != pos_at
+        if t.interval:
+            lo, hi = t.interval
+            on = on & (level > lo * (1 + 1e-4)) & (level <= hi * (1 + 1e-4))
+        if getattr(rule, 'space', 'any') == 'eps':
+            on = on & (level <= run.sigma_max)
+        if i in run.stopped:
+            on = on & ~run.stopped[i]
+        neg_only = torch.zeros_like(on)
+        if neg_at is not None and not whole and self._may_skip_pos:
+            neg_only = on & (w == neg_at)
+        same = bool((w == w[:1]).all()) and len(w) > 0
+        activity.append(_Active(w[0].item() if same else w, on, neg_only))
+    return activity
+
+
+# %% ../nbs/06_guided.ipynb #7aee098c
+class _Entry(NamedTuple):
+    "A query for some samples, with the tensors of just these samples."
+
+    term: int | None  # number of the term; None: the positive
+    rows: torch.Tensor  # (b,) which samples
     x: torch.Tensor
     sigma: torch.Tensor
     cond: dict
-
-    def take(self, rows):
-        return _Ask(self.x[rows], self.sigma[rows], {k: v[rows] for k, v in self.cond.items()})
-
-    def kind(self):
-        return (
-            self.x.shape[1:],
-            self.x.dtype,
-            tuple((k, self.cond[k].shape[1:], self.cond[k].dtype) for k in sorted(self.cond)),
-        )
+    query: Query  # for the whole batch
 
 
-# %% ../nbs/06_guided.ipynb #57
-def _cat(asks):
-    "Questions of one kind as one."
-    if len(asks) == 1:
-        return asks[0]
-    x, sigma, conds = zip(*asks)
-    return _Ask(
-        torch.cat(x), torch.cat(sigma), {k: torch.cat([c[k] for c in conds]) for k in conds[0]}
-    )
+def _take(term, rows, query):
+    "An entry for some rows of a query."
+    x, sigma, cond = query[:3]
+    if len(rows) < len(x):
+        at = rows.to(x.device)
+        x, sigma, cond = x[at], sigma[at], {k: v[at] for k, v in cond.items()}
+    return _Entry(term, rows, x, sigma, cond, query)
 
 
-# %% ../nbs/06_guided.ipynb #58
+def _fit_together(a, b):
+    "Do two entries fit into one batch?"
+    if a.x.shape[1:] != b.x.shape[1:] or a.x.dtype != b.x.dtype or a.cond.keys() != b.cond.keys():
+        return False
+    for k, v in a.cond.items():
+        if v.shape[1:] != b.cond[k].shape[1:] or v.dtype != b.cond[k].dtype:
+            return False
+    return True
+
+
+# %% ../nbs/06_guided.ipynb #cdbdfd98
 @patch
-def _answers(self: GuidedDenoiser, asks, watched):
-    "What the network says to each of `asks`; `watched` are contexts around the forward of the first."
-    groups, outs = {}, {}
-    for i, a in enumerate(asks):
-        groups.setdefault((a.kind(), i // (self.max_batch or len(asks))), []).append(i)
-    for ids in groups.values():
-        ask = _cat([asks[i] for i in ids])
-        with ExitStack() as stack:
-            if ids[0] == 0:
-                [stack.enter_context(o) for o in watched]
-            y = self._same(self.inner_model(ask.x, ask.sigma, **ask.cond), ask.x, 'inner_model')
-        outs.update(zip(ids, y.split([len(asks[i].x) for i in ids])))
-    return [outs[i] for i in range(len(asks))]
+def _outputs(self: GuidedDenoiser, entries, observers, run, step):
+    "The network's output for each entry, with one row for each of its rows."
+    D = self.inner_model
+    if not isinstance(D, Microbatched):
+        return _forward(D, entries, observers, run, step)
+
+    def piece(samples):
+        seen = [(change, _within(rows, samples)) for change, rows in observers]
+        some = [_take(e.term, _within(e.rows, samples), e.query) for e in entries]
+        return _forward(D.inner_model, some, seen, run, step)
+
+    pieces = D.map(piece, len(entries[0].query.x), rows_per_sample=len(entries))
+    return [torch.cat(o) for o in zip(*pieces, strict=True)]
 
 
-# %% ../nbs/06_guided.ipynb #59
-@patch
-def _same(self: GuidedDenoiser, y, x, name):
-    if y.shape != x.shape:
-        raise ValueError(
-            f'{name} gives shape {tuple(y.shape)} for x of shape {tuple(x.shape)}: allowed are the same'
-        )
+def _within(rows, samples):
+    return rows[(rows >= samples.start) & (rows < samples.stop)]
+
+
+# %% ../nbs/06_guided.ipynb #fad24352
+def _forward(D, entries, observers, run, step):
+    "One forward of `D` for all entries that fit together."
+    outs, left = {}, list(entries)
+    while left:
+        group, others = [], []
+        for e in left:
+            (group if _fit_together(left[0], e) else others).append(e)
+        y = _one_forward(D, group, [] if outs else observers, run, step)
+        sizes = list(map(len, map(itemgetter(1), group)))
+        outs.update(zip(map(id, group), y.split(sizes), strict=True))
+        left = others
+    return [outs[id(e)] for e in entries]
+
+
+def _one_forward(D, group, observers, run, step):
+    _, rows, xs, sigmas, conds, queries = zip(*group, strict=True)
+    x, sigma, cond = xs[0], sigmas[0], conds[0]
+    if len(group) > 1:
+        x, sigma = torch.cat(xs), torch.cat(sigmas)
+        cond = {}
+        for k in conds[0]:
+            cond[k] = torch.cat(list(map(itemgetter(k), conds)))
+    if not len(x):
+        return x
+    if getattr(D, 'takes_step', False):
+        cond['step'] = step
+    if observers or set(map(itemgetter(3), queries)) != {None}:
+        y = _perturbed_forward(D, group, observers, run, x, sigma, cond)
+    else:
+        y = D(x, sigma, **cond)
+    return _same_shape(y, x, 'inner_model')
+
+
+def _same_shape(y, x, name):
+    if not torch.is_tensor(y) or y.shape != x.shape:
+        got = tuple(y.shape) if torch.is_tensor(y) else type(y).__name__
+        raise ValueError(f'{name}: expected an output of shape {tuple(x.shape)}, got {got}')
     return y.to(x.dtype)
 
 
-# %% ../nbs/06_guided.ipynb #61
-def _where(on):
-    "Numbers of the samples that are on, as a slice if that is all of them."
-    rows = [i for i, o in enumerate(on) if o]
-    return slice(0, len(on)) if len(rows) == len(on) else rows
+# %% ../nbs/06_guided.ipynb #991e01e6
+def _perturbed_forward(D, group, observers, run, x, sigma, cond):
+    "A forward in which some rows run through perturbed layers."
+    spans = torch.arange(len(x)).split([len(e.rows) for e in group])
+    applied, copy_of = [], torch.arange(len(x))
+    row_of = torch.full((len(group[0].query.x),), -1)
+    row_of[group[0].rows] = spans[0]
+    for e, span in zip(group, spans, strict=True):
+        if e.query.change is None:
+            continue
+        applied.append(Applied(e.query.change, span, e.rows))
+        if e is not group[0] and _same_inputs(e.query, group[0].query):
+            same = row_of[e.rows]
+            copy_of[span] = torch.where(same < 0, span, same)
+    applied += [Applied(change, row_of[samples], samples) for change, samples in observers]
+    if run.perturbed is None or run.perturbed[0] is not D:
+        run.perturbed = D, PerturbedDenoiser(D)
+    return run.perturbed[1](x, sigma, cond, applied, copy_of)
 
 
-def _count(rows):
-    return rows.stop if isinstance(rows, slice) else len(rows)
+def _same_inputs(a, b):
+    return a.x is b.x and a.sigma is b.sigma and a.cond is b.cond and b.change is None
 
 
-def _shifted(rows, by):
-    return slice(by, by + rows.stop) if isinstance(rows, slice) else [by + i for i in rows]
+# %% ../nbs/06_guided.ipynb #aaee203e
+def _column(mask, x):
+    "A mask (B,) in a shape that broadcasts over `x`."
+    return mask.to(x.device).view(-1, *(1,) * (x.ndim - 1))
 
 
-def _overrides(neg, name):
-    return getattr(type(neg), name) is not getattr(Negative, name)
+def _spread(rows, y, fill):
+    "(B, ...) with `y` in `rows` and `fill` elsewhere."
+    return y if len(rows) == len(fill) else fill.index_copy(0, rows.to(fill.device), y)
 
 
-# %% ../nbs/06_guided.ipynb #62
-def _filled(rows, y, other):
-    "(B, ...) with `y` in `rows` and `other` elsewhere."
-    if isinstance(rows, slice):
-        return other if y is None else y
-    return other.index_put((torch.tensor(rows, device=y.device),), y) if rows else other
-
-
-# %% ../nbs/06_guided.ipynb #63
+# %% ../nbs/06_guided.ipynb #a1f6582b
 @patch
-def _pushes(self: GuidedDenoiser, sigma, whole):
-    "The terms at one evaluation. All positives count but those of a single `cfg` with `w = 0` whose negative needs none."
-    pushes, neg = (
-        [t.at(sigma, whole).without(self._run.stopped.get(i)) for i, t in enumerate(self.terms)],
-        self.terms[0].neg,
-    )
-    if len(pushes) == 1 and not (self.last or neg.needs_pos or _overrides(neg, 'watch')):
-        return pushes
-    return [p._replace(alone=[False] * len(p.on)) for p in pushes]
+def _estimates(self: GuidedDenoiser, x, sigma, cond, active, run, step):
+    "The positive, and the negative of each term; the positive stands in where there is none."
+    entries, observed = self._entries(x, sigma, cond, active, run)
+    looks = [(change, rows) for change, rows, _ in observed.values()] if observed else []
+    outs = self._outputs(entries, looks, run, step) if entries else []
+    run.last_nfe = torch.zeros(len(x), dtype=torch.long)
+    of_term = {}
+    for e, o in zip(entries, outs, strict=True):
+        run.last_nfe[e.rows] += 1
+        of_term.setdefault(e.term, []).append((e.rows, o))
+    pos = torch.zeros_like(x)
+    for rows, o in of_term.pop(None, []):
+        pos = _spread(rows, o, pos)
+    negs = []
+    for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
+        neg = pos
+        if i in of_term:
+            own = [_spread(rows, o, pos) for rows, o in of_term[i]]
+            neg = _same_shape(t.neg.combine(own, x, sigma, pos), x, 'neg')
+        elif isinstance(t.neg, Called) and bool(a.on.any()):
+            neg = self._call(i, a.on, x, sigma, cond, pos, observed, run)
+        negs.append(neg if bool(a.on.all()) else torch.where(_column(a.on, x), neg, pos))
+    if bool(active[0].neg_only.any()):
+        pos = torch.where(_column(active[0].neg_only, x), negs[0], pos)
+    return pos, negs
 
 
-# %% ../nbs/06_guided.ipynb #64
+# %% ../nbs/06_guided.ipynb #cba4b93f
 @patch
-def _drawn(self: GuidedDenoiser, neg, i, rows):
-    "The negative of term `i` for samples `rows` of the batch, ready to be asked."
-    neg = neg.take(rows)
-    if _overrides(neg, 'draw'):
-        mine = self._run.generators
-        if i not in mine:
-            mine[i] = _own(split_generator(neg.generator, len(self.nfe_per_sample)), i)
-        neg.draw(mine[i][rows] if isinstance(rows, slice) else [mine[i][j] for j in rows])
-    return neg
+def _entries(self: GuidedDenoiser, x, sigma, cond, active, run):
+    "What to ask the network, the positive first; and what only observes the positive."
+    entries, observed = [], {}
+    rows = (~active[0].neg_only).nonzero().flatten()
+    if len(rows):
+        entries.append(_take(None, rows, Query(x, sigma, cond)))
+    for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
+        rows = a.on.nonzero().flatten()
+        if not len(rows):
+            continue
+        if isinstance(t.neg, Queries):
+            queries = t.neg.queries(x, sigma, cond, self._generators(i, run))
+            if len(queries) != t.neg.nfe:
+                raise ValueError(
+                    f'{type(t.neg).__name__}.queries() returned {len(queries)} queries but nfe is '
+                    f'{t.neg.nfe}'
+                )
+            for q in queries:
+                entries.append(_take(i, rows, q))
+        elif (looked := t.neg.observe(sigma, cond)) is not None:
+            observed[i] = looked[0], rows, looked[1]
+    return entries, observed
 
 
-# %% ../nbs/06_guided.ipynb #65
-def _own(generators, i):
-    "For term `i` other streams than those of the same seeds elsewhere: the first that a generator gives is the sampler's, the others are the terms'."
-    return [split_generator(g, i + 2)[-1] for g in generators]
-
-
-# %% ../nbs/06_guided.ipynb #66
+# %% ../nbs/06_guided.ipynb #a46525b2
 @patch
-def _estimates(self: GuidedDenoiser, ask, pushes, first):
-    "The positive and the negatives of samples from number `first`; where one of them does not count it is filled with the other."
-    P, N = _where([not o for o in pushes[0].alone]), [_where(p.on) for p in pushes]
-    negs = {
-        i: self._drawn(pushes[i].neg, i, _shifted(r, first)) for i, r in enumerate(N) if _count(r)
-    }
-    asks, ours = (
-        {i: _asks(n, *ask.take(N[i])) for i, n in negs.items()},
-        [ask.take(P)] * bool(_count(P)),
-    )
-    said = self._answers(
-        sum(asks.values(), ours), [n.watch(N[i]) for i, n in negs.items()] if ours else []
-    )
-    pos, said = (said[0] if ours else None), said[len(ours) :]
-    for i, neg in negs.items():
-        a, answers, said = ask.take(N[i]), said[: len(asks[i])], said[len(asks[i]) :]
-        p = pos[N[i]] if neg.needs_pos else None
-        negs[i] = self._same(
-            neg.combine(answers, a.x, a.sigma, p) if answers else neg(self.inner_model, *a, pos=p),
-            a.x,
-            'neg',
-        )
-        self.nfe_per_sample[_shifted(N[i], first)] += neg.nfe
-    if _count(P):
-        self.nfe_per_sample[_shifted(P, first)] += 1
-    some = _filled(P, pos, torch.zeros_like(ask.x))
-    full = [_filled(r, negs.get(i), some) for i, r in enumerate(N)]
-    return _filled(P, pos, full[0]), full
+def _generators(self: GuidedDenoiser, i, run):
+    "The generators of term `i`, one per sample: other streams than the sampler's of one seed."
+    neg = self.terms[i].neg
+    if not neg.draws:
+        return None
+    if i not in run.generators:
+        own = split_generator(neg.generator, run.n)
+        run.generators[i] = [split_generator(g, i + 2)[-1] for g in own]
+    return run.generators[i]
 
 
-# %% ../nbs/06_guided.ipynb #68
-def _mixed(on, a, b):
-    "`a` where `on`, else `b`."
-    return (
-        a
-        if all(on)
-        else torch.where(torch.tensor(on, device=a.device).view(-1, *(1,) * (a.ndim - 1)), a, b)
-    )
-
-
-# %% ../nbs/06_guided.ipynb #69
-def _remembering(rule, on, states, key):
-    "A rule as a function of neg, pos and w alone: its state is `states[key]`, one row a sample."
-    if not getattr(rule, 'stateful', False):
-        return rule
-
-    def once(neg, pos, w):
-        pred, new = rule(neg, pos, w, old := states.get(key))
-        states[key] = (
-            None
-            if new is None
-            else _mixed(on, new.detach(), torch.zeros_like(new) if old is None else old)
-        )
-        return pred
-
-    once.space = rule.space
-    return once
-
-
-# %% ../nbs/06_guided.ipynb #70
 @patch
-def _ruled(self: GuidedDenoiser, rule, on, key, neg, pos, w, x, sigma):
-    "What a rule makes of the positive: that itself where it is off."
-    if not any(on):
-        return pos
-    return _mixed(
-        on, apply_rule(_remembering(rule, on, self._run.states, key), neg, pos, w, x, sigma), pos
+def _call(self: GuidedDenoiser, i, on, x, sigma, cond, pos, observed, run):
+    "The output of a negative that is called, for the samples that need it."
+    neg, rows = self.terms[i].neg, on.nonzero().flatten()
+    at, gens = rows.to(x.device), self._generators(i, run)
+    y = neg(
+        self.inner_model,
+        x[at],
+        sigma[at],
+        {k: v[at] for k, v in cond.items()},
+        pos=pos[at] if neg.needs_pos else None,
+        rows=rows,
+        generators=gens and [gens[r] for r in rows.tolist()],
+        **({'seen': observed[i][2]} if i in observed else {}),
     )
+    run.last_nfe[rows] += neg.nfe
+    return _spread(rows, _same_shape(y, x[at], 'neg'), pos)
 
 
-# %% ../nbs/06_guided.ipynb #71
+# %% ../nbs/06_guided.ipynb #c2ce1841
 @patch
-def _sum(self: GuidedDenoiser, pos, negs, pushes, x, sigma):
-    "The guided estimate."
+def _apply_rule(self: GuidedDenoiser, i, neg, pos, active, x, sigma, run):
+    "The prediction of term `i`; the positive where the term is off."
+    rule, unguided = self.terms[i].rule, pos
+    space, stateful = getattr(rule, 'space', 'any'), getattr(rule, 'stateful', False)
+    convert = space not in ('any', 'x0')
+    if convert:
+        neg, pos = from_x0(neg, x, sigma, space), from_x0(pos, x, sigma, space)
+    if not stateful:
+        pred = rule(neg, pos, active.w)
+    else:
+        old = run.states.get(i)
+        pred, new = rule(neg, pos, active.w, old)
+        if new is not None:
+            kept = torch.zeros_like(new) if old is None else old
+            new = torch.where(_column(active.on, x), new.detach(), kept)
+        run.states[i] = new
+    pred = _same_shape(to_x0(pred, x, sigma, space) if convert else pred, x, 'rule')
+    return pred if bool(active.on.all()) else torch.where(_column(active.on, x), pred, unguided)
+
+
+# %% ../nbs/06_guided.ipynb #80a26a17
+@patch
+def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
+    "The guided estimate, in float32 or better."
     wide = torch.promote_types(x.dtype, torch.float32)
-    x, pos, *negs = (o.to(wide) for o in (x, pos, *negs))
-    preds = [
-        self._ruled(t.rule, p.on, i, neg, pos, p.w, x, sigma)
-        for i, (t, p, neg) in enumerate(zip(self.terms, pushes, negs))
-    ]
-    if len(preds) == 1 and not self.last:
-        return preds[0]
-    delta = sum(p - pos for p in preds)
-    if not self.last:
-        return pos + delta
-    return self._ruled(
-        self.last,
-        [any(o) for o in zip(*(p.on for p in pushes))],
-        'last',
-        pos - delta,
-        pos,
-        2.0 if getattr(self.last, 'pos_at', None) is None else 1.0 + self.last.pos_at,
-        x,
-        sigma,
-    )
+    x, pos, preds = x.to(wide), pos.to(wide), []
+    for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
+        if bool(a.on.any()):
+            preds.append(self._apply_rule(i, neg.to(wide), pos, a, x, sigma, run))
+    pred = preds[0] if len(preds) == 1 else pos
+    if len(preds) > 1:
+        for p in preds:
+            pred = pred + (p - pos)
+    if self.posts and preds:
+        pred = self._post(pred, pos, active, x, sigma)
+    for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
+        if bool(a.on.any()):
+            delta = (pos - neg).flatten()
+            top, bottom = run.scale_sums[i]
+            run.scale_sums[i] = top + (pred - neg).flatten() @ delta, bottom + delta @ delta
+            run.guided[i] += int(a.on.sum())
+    return pred
 
 
-# %% ../nbs/06_guided.ipynb #73
+@patch
+def _post(self: GuidedDenoiser, pred, pos, active, x, sigma):
+    "The prediction after the post-rules, each in the space that it declares."
+    fixed = pred
+    for post in self.posts:
+        if post.space in ('any', 'x0'):
+            fixed = post(fixed, pos)
+        else:
+            a, b = (from_x0(o, x, sigma, post.space) for o in (fixed, pos))
+            fixed = to_x0(post(a, b), x, sigma, post.space)
+    guided = torch.stack([a.on for a in active]).any(0)
+    return torch.where(_column(guided, x), fixed, pred)
+
+
+# %% ../nbs/06_guided.ipynb #7d5b8bcc
 def _as_noise(x, sigma, *estimates):
-    "Estimates of the image as predictions of the noise, (B, ...) flat, in float32 or better."
+    "Estimates of the image as noise predictions, (B, ...) flat, in float32 or better."
     wide = torch.promote_types(x.dtype, torch.float32)
     return [from_x0(o.detach().to(wide), x.to(wide), sigma, 'eps').flatten(1) for o in estimates]
 
 
-# %% ../nbs/06_guided.ipynb #74
 @patch
-def _stop(self: GuidedDenoiser, pos, negs, pushes, x, sigma):
+def _note_stopped(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
     "Note which samples are no longer guided by which term."
-    for i, (t, p) in enumerate(zip(self.terms, pushes)):
-        if t.stop is None or not any(p.on):
+    for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
+        if t.stop is None or not bool(a.on.any()):
             continue
-        agree = torch.cosine_similarity(*_as_noise(x, sigma, pos, negs[i])) > t.stop
-        before = self._run.stopped.get(i, [False] * len(x))
-        self._run.stopped[i] = [
-            b or o and not a and c for b, o, a, c in zip(before, p.on, p.alone, agree.tolist())
-        ]
+        cosine = torch.cosine_similarity(*_as_noise(x, sigma, pos, negs[i])).cpu()
+        new = a.on & ~a.neg_only & (cosine > t.stop)
+        run.stopped[i] = new | run.stopped.get(i, torch.zeros_like(new))
 
 
-# %% ../nbs/06_guided.ipynb #75
-@patch
-def _guided(self: GuidedDenoiser, x, sigma, cond, whole):
-    "All that is known of the estimate: the network is asked a micro-batch at a time."
-    sigma, n = per_sample(sigma, x), len(x)
-    cond = {k: _rows(k, v, n, x.device) for k, v in cond.items()}
-    self._check(x, cond)
-    if n != len(self.nfe_per_sample):
-        self._samples(n)
-    before, pushes = self.nfe_per_sample.clone(), self._pushes(sigma, whole)
-    pos, negs = self._asked(_Ask(x, sigma, cond), pushes)
-    out = Parts(_narrow(self._sum(pos, negs, pushes, x, sigma), x.dtype), pos, negs[0], negs)
-    self._stop(pos, negs, pushes, x, sigma)
-    self._spent = self.nfe_per_sample - before
-    if self._record:
-        self._record(out, pushes, x, sigma)
-    return out
+# %% ../nbs/06_guided.ipynb #4f072f03
+class Microbatched(Denoiser):
+    "A denoiser that evaluates at most `size` rows at a time, and fewer when memory runs out."
+
+    def __init__(
+        self,
+        inner_model,  # the denoiser
+        size: int,  # rows of one forward, at most
+    ):
+        super().__init__(inner_model)
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f'size: expected a whole number from 1, got {size!r}')
+        self.size = int(size)
+        self.fitting = self.size  # rows that were not too many in this run
+
+    def start(self, sigmas=None):
+        "A run begins: try the whole size again."
+        self.fitting = self.size
+        if hasattr(self.inner_model, 'start'):
+            self.inner_model.start(sigmas)
+
+    def forward(self, x, sigma, **cond):
+        sigma = per_sample(sigma, x)
+
+        def piece(s):
+            some = {k: _cut(v, s, len(x)) for k, v in cond.items()}
+            with part_of_batch(s):
+                return self.inner_model(x[s], sigma[s], **some)
+
+        return torch.cat(self.map(piece, len(x)))
+
+    def map(
+        self,
+        f,  # `f(samples)` of a slice
+        n: int,  # number of samples
+        rows_per_sample: int = 1,  # of the network
+    ) -> list:  # what `f` returned for each slice
+        "`f` for slices of the samples, so small that `size` rows are enough."
+        outs, i = [], 0
+        while i < n or not outs:
+            count = max(1, self.fitting // rows_per_sample)
+            try:
+                outs.append(f(slice(i, min(i + count, n))))
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+                self.fitting = max(1, min(count, n - i) * rows_per_sample // 2)
+                continue
+            i += count
+        return outs
 
 
-# %% ../nbs/06_guided.ipynb #76
-@patch
-def _asked(self: GuidedDenoiser, ask, pushes):
-    "The positive and the negatives of all samples."
-    rows, n = 1 + sum(t.neg.nfe for t in self.terms if _overrides(t.neg, 'inputs')), len(ask.x)
-    size = max(1, self.max_batch // rows) if self.max_batch else max(1, n)
-    spans = [slice(i, i + size) for i in range(0, max(1, n), size)]
-    pos, negs = zip(
-        *(self._estimates(ask.take(s), [p.part(s) for p in pushes], s.start) for s in spans)
-    )
-
-    def joined(os):
-        return os[0] if len(os) == 1 else torch.cat(os)
-
-    return joined(pos), tuple(joined(o) for o in zip(*negs))
+def _cut(v, samples, n):
+    return v[samples] if torch.is_tensor(v) and v.ndim and len(v) == n else v
 
 
-# %% ../nbs/06_guided.ipynb #78
-@patch
-def parts(
-    self: GuidedDenoiser,
-    x: torch.Tensor,  # (B, ...) images with noise
-    sigma: torch.Tensor,  # (B,) noise levels, or one number
-    **cond,  # the positive's conditions by name: tensors with one row, or one a sample
-) -> Parts:  # `negs` are those of all terms, `neg` is that of the first; outside its interval it is the positive
-    "The guided, the positive and the negative estimates."
-    return self._guided(x, sigma, cond, True)
-
-
-# %% ../nbs/06_guided.ipynb #80
-class _Run(NamedTuple):
-    "What is kept of a run for a number of samples."
-
-    count: torch.Tensor  # network evaluations, (B,)
-    generators: dict  # of the terms that draw
-    states: dict  # of the rules that remember
-    stopped: dict  # by term: samples that are no longer guided
-
-
-# %% ../nbs/06_guided.ipynb #81
-@patch
-def reset(self: GuidedDenoiser):
-    "A new run, and a total of 0."
-    self._total, self._spent = 0, 1
-    self._start(0)
-
-
-# %% ../nbs/06_guided.ipynb #82
-@patch
-def _start(self: GuidedDenoiser, n):
-    self._runs, self._checked = {}, None
-    self._samples(n)
-
-
-@patch
-def _samples(self: GuidedDenoiser, n):
-    "Count, draw and remember for n samples: counts that also go on where inference_mode ended."
-    if n not in self._runs:
-        with torch.inference_mode(False):
-            self._runs[n] = _Run(torch.zeros(n, dtype=torch.long), {}, {}, {})
-    self._run = self._runs[n]
-
-
-@patch(as_prop=True)
-def nfe_per_sample(self: GuidedDenoiser) -> torch.Tensor:  # (B,)
-    "Network evaluations of each sample in the current run."
-    return self._run.count
-
-
-# %% ../nbs/06_guided.ipynb #83
-@patch(as_prop=True)
-def nfe(self: GuidedDenoiser) -> int:
-    "Network evaluations since `reset()`, rows of all forwards together; those of the current run are `nfe_per_sample`, (B,). A model that is guided itself counts as a negative with all that it evaluates, as `inner_model` as one."
-    return self._total + sum(int(o.count.sum()) for o in self._runs.values())
-
-
-# %% ../nbs/06_guided.ipynb #85
-@patch
-def check_ladder(
-    self: GuidedDenoiser,
-    sigmas,  # (n+1,) the noise levels that a sampler is going to walk
-):
-    "A run on a ladder begins: an error if a schedule is bound to another one."
-    for ladder in [self._ladder, *(getattr(t.w, 'sigmas', None) for t in self.terms)]:
-        check_bound('w', ladder, sigmas)
-    for t in self.terms:
-        check_range(t, self)
-        t.neg.check_ladder(sigmas)
-    if hasattr(self.inner_model, 'check_ladder'):
-        self.inner_model.check_ladder(sigmas)
-    self._total = self.nfe
-    self._start(len(self.nfe_per_sample))
-
-
-# %% ../nbs/06_guided.ipynb #86
-def check_range(term, D):
-    "An error if a term guides at no noise level of the model: its interval is probably not in noise levels."
-    try:
-        lo, hi = D.sigma_min, D.sigma_max
-    except NotImplementedError:
-        return
-    if term.interval and not (term.interval[0] < hi and term.interval[1] >= lo):
-        raise ValueError(
-            f'interval={term.interval}: guides at none of the noise levels of the model, {lo:.4g} to {hi:.4g}; allowed are noise levels (not time steps, or parts of the run)'
-        )
-
-
-# %% ../nbs/06_guided.ipynb #87
-def check_bound(name, ladder, sigmas):
-    "An error if weights are bound to another ladder (None: to none) than that of the sampler."
-    levels = check_ladder(sigmas)
-    if ladder is not None and not _part_of(levels, ladder):
-        raise ValueError(
-            f'sigmas: the sampler walks {len(levels) - 1} steps from {levels[0]:.6g} to {levels[-1]:.6g}, but {name} is bound to a ladder of {len(ladder) - 1} steps from {ladder[0]:.6g} to {ladder[-1]:.6g}; allowed are consecutive levels of it'
-        )
-
-
-# %% ../nbs/06_guided.ipynb #88
-def _part_of(levels, ladder):
-    "Are the levels consecutive ones of the ladder?"
-    i = min(range(len(ladder)), key=lambda i: abs(ladder[i] - levels[0]))
-    return len(ladder) - i >= len(levels) and all(
-        math.isclose(a, b, rel_tol=1e-4) for a, b in zip(levels, ladder[i:])
-    )
-
-
-# %% ../nbs/06_guided.ipynb #89
-@patch
-def _check(self: GuidedDenoiser, x, cond):
-    "Ask all negatives whether they can be had, once for each shape of what comes."
-    what = x.shape, tuple((k, v.shape, v.dtype) for k, v in cond.items())
-    if what == self._checked:
-        return
-    for t in self.terms:
-        t.neg.check(self.inner_model, x, cond)
-    self._checked = what
-
-
-# %% ../nbs/06_guided.ipynb #139
+# %% ../nbs/06_guided.ipynb #299a341c
 class ZeroInit(Denoiser):
-    "A denoiser of a flow model that stands still in the first steps (CFG-Zero*, arXiv:2503.18886): velocity 0, without an evaluation."
+    "A flow model that stands still in the first steps (CFG-Zero*, arXiv:2503.18886)."
 
     def __init__(
         self,
         inner_model,  # the denoiser of a flow model, guided or not
-        sigmas,  # (n+1,) the ladder of the sampler
+        sigmas,  # (n+1,) noise levels of the sampler
         steps: int = 1,  # how many steps; the paper takes 4 % of them
     ):
         super().__init__(inner_model)
-        levels = check_ladder(sigmas)
+        levels = _checked_sigmas(sigmas)
         if (
-            isinstance(steps, bool)
-            or not isinstance(steps, Integral)
+            not isinstance(steps, Integral)
+            or isinstance(steps, bool)
             or not 0 <= steps < len(levels)
         ):
-            raise ValueError(
-                f'steps={steps!r}: allowed are whole numbers from 0 to {len(levels) - 1}, the steps of the ladder'
-            )
+            raise ValueError(f'steps: expected 0 to {len(levels) - 1}, got {steps!r}')
         if getattr(self, 'prediction', None) != 'flow':
-            raise ValueError(
-                f"inner_model predicts {getattr(self, 'prediction', 'something unknown')!r}; allowed are models whose prediction is 'flow', such as FlowDenoiser"
-            )
-        self.above = math.inf if steps == 0 else (levels[steps - 1] * levels[steps]) ** 0.5
+            kind = getattr(self, 'prediction', 'unknown')
+            raise ValueError(f'inner_model: expected a flow model, got prediction {kind!r}')
+        self.above = math.inf if steps == 0 else math.sqrt(levels[steps - 1] * levels[steps])
+        self.last_nfe = None
 
     def forward(self, x, sigma, **cond):
-        return self._instead(lambda: (self.inner_model(x, sigma, **cond),), x, sigma)[0]
+        return self._or_still(lambda: [self.inner_model(x, sigma, **cond)], 1, x, sigma)[0]
 
     def parts(self, x, sigma, **cond):
-        def ask():
+        def evaluate():
             p = self.inner_model.parts(x, sigma, **cond)
-            return *p[:3], *p.negs
+            return [*p[:3], *p.negs]
 
-        pred, pos, neg, *negs = self._instead(ask, x, sigma, 3)
+        pred, pos, neg, *negs = self._or_still(evaluate, 3, x, sigma)
         return Parts(pred, pos, neg, tuple(negs))
 
-    def _instead(self, ask, x, sigma, n=1):
-        moves, zero = (
-            (per_sample(sigma, x) <= self.above).tolist(),
-            to_x0(torch.zeros_like(x), x, sigma, 'flow'),
-        )
-        said = ask() if any(moves) else [zero] * n
-        self._spent = getattr(self.inner_model, '_spent', 1) if any(moves) else 0
-        return [_mixed(moves, o, zero) for o in said]
+    def _or_still(self, evaluate, n, x, sigma):
+        "What `evaluate` returns, or `n` estimates for a velocity of 0."
+        moves = (per_sample(sigma, x) <= self.above).cpu()
+        still = to_x0(torch.zeros_like(x), x, sigma, 'flow')
+        if not bool(moves.any()):
+            self.last_nfe = torch.zeros(len(x), dtype=torch.long)
+            return [still] * n
+        outs = evaluate()
+        self.last_nfe = getattr(self.inner_model, 'last_nfe', torch.ones(len(x), dtype=torch.long))
+        return [torch.where(_column(moves, x), o, still) for o in outs]
 
 
-# %% ../nbs/06_guided.ipynb #145
-class Seen(NamedTuple):
-    "One evaluation of a guided denoiser, (B,) each; nan where one of the two was not evaluated, or (the scale) they are equal to rounding."
+# %% ../nbs/06_guided.ipynb #e644b4ce
+class Trace(NamedTuple):
+    "One evaluation, (B,) each; nan where one of the two predictions was not evaluated."
 
     sigma: torch.Tensor  # noise levels
-    scale: torch.Tensor  # <pred-neg, pos-neg> / <pos-neg, pos-neg>; where only one was evaluated, 1 is the positive and 0 the negative, and nan if other terms moved it
-    cosine: torch.Tensor  # of positive and negative, as predictions of the noise
-    ratio: torch.Tensor  # |pos-neg| / |neg|, as predictions of the noise
+    # <pred-neg, pos-neg> / <pos-neg, pos-neg>; where only one prediction was evaluated, 1 is the
+    # positive and 0 the negative, and nan if other terms moved it
+    scale: torch.Tensor
+    cosine: torch.Tensor  # of positive and negative, as noise predictions
+    ratio: torch.Tensor  # |pos-neg| / |neg|, as noise predictions
 
 
-# %% ../nbs/06_guided.ipynb #146
-def _seen(parts, pushes, i, x, sigma):
-    push, neg = pushes[i], parts.negs[i]
-    moved = [any(o) for o in zip(*(p.on for p in pushes))]
-    apart = (parts.pos - neg).float().flatten(1).norm(dim=1) > 4 * torch.finfo(
-        x.dtype
-    ).eps * neg.float().flatten(1).norm(dim=1)
+def _trace(parts, active, i, x, sigma):
+    a, neg = active[i], parts.negs[i]
+    moved = torch.stack([o.on for o in active]).any(0)
+    tiny = 4 * torch.finfo(x.dtype).eps * neg.float().flatten(1).norm(dim=1)
+    apart = (parts.pos - neg).float().flatten(1).norm(dim=1) > tiny
     pred, pos, neg = _as_noise(x, sigma, parts.pred, parts.pos, neg)
     d = pos - neg
-    both = torch.tensor([o and not a for o, a in zip(push.on, push.alone)], device=x.device)
-    one = torch.tensor(
-        [0.0 if a else math.nan if m else 1.0 for a, m in zip(push.alone, moved)], device=x.device
-    ).to(pred)
+    both = (a.on & ~a.neg_only).to(x.device)
+    alone = torch.where(moved, math.nan, 1.0).where(~a.neg_only, 0.0).to(d)
     size = d.norm(dim=1)
-
-    def known(o):
-        return o.where(both, math.nan)
-
-    scale = (((pred - neg) * d).sum(1) / size**2).where(apart, math.nan)
-    return Seen(
-        sigma,
-        scale.where(both, one),
-        known(torch.cosine_similarity(pos, neg)),
-        known(size / neg.norm(dim=1)),
-    )
+    scale = (((pred - neg) * d).sum(1) / size**2).where(apart, math.nan).where(both, alone)
+    cosine = torch.cosine_similarity(pos, neg).where(both, math.nan)
+    return Trace(sigma, scale, cosine, (size / neg.norm(dim=1)).where(both, math.nan))
 
 
-# %% ../nbs/06_guided.ipynb #147
+# %% ../nbs/06_guided.ipynb #10b0ed83
 @patch
 @contextmanager
 def watch(
     self: GuidedDenoiser,
-    term: int = 0,  # whose negative is looked at
-    seen: list = None,  # where what is seen is put; None: a new list
-):  # gives a list that gets a `Seen` at each evaluation
-    "See what happens inside: `with G.watch() as seen: ...`"
+    term: int = 0,  # whose negative to watch
+):  # a list that gets a `Trace` at each evaluation
+    "Watch a term: `with G.watch() as traces: ...`"
     if not 0 <= term < len(self.terms):
-        raise IndexError(f'term={term}: there are {len(self.terms)}, from 0')
-    seen, before = [] if seen is None else seen, self._record
+        raise IndexError(f'term: expected 0 to {len(self.terms) - 1}, got {term}')
+    traces = []
 
-    def record(parts, pushes, x, sigma):
-        seen.append(_seen(parts, pushes, term, x, sigma))
-        if before:
-            before(parts, pushes, x, sigma)
+    def record(parts, active, x, sigma):
+        traces.append(_trace(parts, active, term, x, sigma))
 
-    self._record = record
+    self._recorders.append(record)
     try:
-        yield seen
+        yield traces
     finally:
-        self._record = before
-
-
-# %% ../nbs/06_guided.ipynb #149
-def plot_seen(
-    seen: list,  # of `Seen`, as `GuidedDenoiser.watch` gives
-    axs=None,  # three matplotlib axes; None: new ones
-):  # the axes
-    "Effective scale, cosine, and length of the difference, over sigma: the median of the samples, and where the middle half is."
-    from matplotlib.figure import Figure
-
-    if not seen:
-        raise ValueError(
-            'seen is empty: allowed is a list of what was seen at one evaluation or more'
-        )
-    axs = (
-        Figure(figsize=(9, 2.6), dpi=75, layout='constrained').subplots(1, 3)
-        if axs is None
-        else axs
-    )
-    sigma = torch.stack([o.sigma for o in seen]).double().mean(1).cpu()
-    for ax, name, title in zip(
-        axs, Seen._fields[1:], ('effective scale', 'cosine of pos and neg', '|pos - neg| / |neg|')
-    ):
-        lo, mid, hi = (
-            torch.stack([getattr(o, name) for o in seen]).double().nanquantile(q, dim=1).cpu()
-            for q in (0.25, 0.5, 0.75)
-        )
-        ax.semilogx(sigma, mid, '.-')
-        ax.fill_between(sigma, lo, hi, alpha=0.25)
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel('σ')
-        ax.invert_xaxis()
-    return axs
+        self._recorders.remove(record)
