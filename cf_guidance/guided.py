@@ -38,19 +38,19 @@ from .karras import SigmaSchedule, _checked_sigmas
 from .noise import split_generator
 from .transforms import GuidanceTfm, PostRule, _narrow, cfg
 
-# %% ../nbs/06_guided.ipynb #c2ea0713
+# %% ../nbs/06_guided.ipynb #0663639e
 try:
     from cf_guidance.perturb import Applied, Change, PerturbedDenoiser, part_of_batch
 except ImportError:  # until the module is there
     from contextlib import nullcontext
 
-    Applied = Change = PerturbedDenoiser = None
+    Applied = Change = PerturbedDenoiser = object
 
     def part_of_batch(rows):
         return nullcontext()
 
 
-# %% ../nbs/06_guided.ipynb #97eb3c31
+# %% ../nbs/06_guided.ipynb #42d07e87
 @dataclass(frozen=True)
 class Weight:
     "A weight as a function of noise level, number of samples and step."
@@ -93,7 +93,7 @@ class Weight:
         return _nearest_step(self.sigmas, sigma.double().cpu())
 
 
-# %% ../nbs/06_guided.ipynb #be465389
+# %% ../nbs/06_guided.ipynb #f7c48acd
 def _nearest_step(sigmas, sigma):
     "Number of the step whose noise level is nearest to each `sigma`, in the logarithm."
     between = [
@@ -261,7 +261,7 @@ class Called(Negative):
         raise NotImplementedError(f'{type(self).__name__}.__call__')
 
 
-# %% ../nbs/06_guided.ipynb #75d7cb39
+# %% ../nbs/06_guided.ipynb #ecb16c6c
 def _expand_rows(cond, n, device):
     "Conditions with one row per sample."
     out = {}
@@ -453,7 +453,7 @@ def _checked_interval(interval):
     return tuple(float(o) for o in interval)
 
 
-# %% ../nbs/06_guided.ipynb #94d278ef
+# %% ../nbs/06_guided.ipynb #2e75d2f2
 class GuidedDenoiser(Denoiser):
     "A denoiser and terms: `pos + sum_i (rule_i(neg_i, pos, w_i) - pos)`, again a denoiser."
 
@@ -654,7 +654,7 @@ def _sigma_range(D):
         return 0.0, math.inf
 
 
-# %% ../nbs/06_guided.ipynb #38b7757e
+# %% ../nbs/06_guided.ipynb #32e98662
 _CHURN = 1.01 * math.sqrt(2)  # samplers that add noise raise sigma by at most sqrt(2)
 
 
@@ -1101,7 +1101,7 @@ def _cut(v, samples, n):
     return v[samples] if torch.is_tensor(v) and v.ndim and len(v) == n else v
 
 
-# %% ../nbs/06_guided.ipynb #299a341c
+# %% ../nbs/06_guided.ipynb #14925031
 class ZeroInit(Denoiser):
     "A flow model that stands still in the first steps (CFG-Zero*, arXiv:2503.18886)."
 
