@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = [
-    'SCALINGS',
-    'PATHS',
-    'Denoiser',
+    'apply_rule',
     'per_sample',
+    'SCALINGS',
+    'Denoiser',
     'scalings',
     'to_x0',
     'from_x0',
     'NetDenoiser',
-    'TimeDenoiser',
     'CosineDenoiser',
     'FlowDenoiser',
     'EDMDenoiser',
@@ -21,26 +20,28 @@ __all__ = [
     'make_quantizer',
     'DiscreteDenoiser',
     'Parts',
-    'apply_rule',
 ]
 
 # %% ../nbs/03_denoisers.ipynb #3
 import math
 from typing import NamedTuple
+
 import torch
-from torch import nn
 from fastcore.basics import patch
+from torch import nn
+
+from .noise import _check_number, _check_whole
 
 
 # %% ../nbs/03_denoisers.ipynb #6
 class Denoiser(nn.Module):
-    "A model as `D(x, sigma, **cond) -> x0`. Attributes that the wrapper lacks are those of the model."
+    "A model as `D(x, sigma, **cond) -> x0`. What the wrapper lacks, it takes from the model."
 
-    _range = {}
+    _sigma_min = _sigma_max = None
 
     def __init__(
         self,
-        inner_model,  # called as `inner_model(x, sigma, **cond)`: a denoiser, or, for subclasses, a network
+        inner_model,  # called as `inner_model(x, sigma, **cond)`; for subclasses, a network
     ):
         super().__init__()
         self.inner_model = inner_model
@@ -62,128 +63,124 @@ class Denoiser(nn.Module):
         sigma: torch.Tensor,  # (B,) noise levels, or one number for all
         **cond,  # what the model is conditioned on
     ) -> torch.Tensor:  # (B, ...) estimate of the images without noise
-        "The estimate."
+        "Estimate the clean images."
         _check_model(self, x)
-        return self.inner_model(x, per_sample(sigma, x), **cond)
+        return self.inner_model(x, _per_sample(sigma, x), **cond)
+
+    def sigma_to_t(self, sigma):
+        "The model's time at a noise level; by default the level itself."
+        return self._ask_model('sigma_to_t', sigma)
+
+    def t_to_sigma(self, t):
+        "The noise level at a time, the inverse of `sigma_to_t`."
+        return self._ask_model('t_to_sigma', t)
+
+    def quantize_sigma(self, sigma):
+        "The nearest noise level that the model was trained for; by default the level itself."
+        return self._ask_model('quantize_sigma', sigma)
+
+    def encode(self, images):
+        "From images (B, C, H, W) to what the model works on, such as latents."
+        return self._ask_model('encode', images)
+
+    def decode(self, x):
+        "From what the model works on to images (B, C, H, W)."
+        return self._ask_model('decode', x)
+
+    def _ask_model(self, name, value):
+        f = getattr(self.inner_model, name, None)
+        return value if f is None else f(value)
 
 
 # %% ../nbs/03_denoisers.ipynb #8
-def per_sample(
-    sigma,  # a number, or (B,)
-    x: torch.Tensor,  # (B, ...)
-) -> torch.Tensor:  # (B,) on the device of `x`, in its type but at least float32
-    "One noise level a sample."
+def _per_sample(sigma, x):
+    "One noise level per sample, (B,), on the device of `x` and in its type but at least float32."
+    if not isinstance(x, torch.Tensor) or not x.ndim:
+        raise TypeError(f'x: expected a tensor (B, ...), got {x!r:.40}')
     if not x.is_floating_point():
-        raise ValueError(f'x is {x.dtype}: allowed are floating-point types')
+        raise TypeError(f'x: expected a floating-point type, got {x.dtype}')
     like = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-    if isinstance(sigma, (int, float)):
-        return torch.full((len(x),), sigma, **like)
-    sigma = torch.as_tensor(sigma, **like)
-    if sigma.ndim == 0:
-        return sigma.repeat(len(x))
-    if sigma.shape != (len(x),):
-        raise ValueError(
-            f'sigma has shape {tuple(sigma.shape)} and x {tuple(x.shape)}: allowed are one number, or one a sample, shape ({len(x)},)'
-        )
-    return sigma
+    if isinstance(sigma, (list, tuple)) or getattr(sigma, 'ndim', 0):
+        sigma = torch.as_tensor(sigma)
+        if sigma.shape != (len(x),):
+            raise ValueError(
+                f'sigma: expected one number, or one per sample, shape ({len(x)},), '
+                f'got shape {tuple(sigma.shape)}'
+            )
+    elif not isinstance(sigma, torch.Tensor):
+        value = _check_number('sigma', sigma, 'a finite number from 0 up', _is_sigma)
+        return torch.full((len(x),), value, **like)
+    # reading a tensor on a GPU would make the CPU wait, so only those on the CPU are checked
+    if sigma.device.type == 'cpu' and not ((sigma >= 0) & (sigma < math.inf)).all():
+        raise ValueError(f'sigma: expected finite numbers from 0 up, got {sigma.tolist()!s:.60}')
+    sigma = sigma.to(**like)
+    return sigma if sigma.ndim else sigma.repeat(len(x))
+
+
+def _is_sigma(value):
+    return 0 <= value < math.inf
+
+
+def _column(sigma, x):
+    "Noise levels that broadcast against `x`."
+    return _per_sample(sigma, x).view(-1, *(1,) * (x.ndim - 1))
 
 
 # %% ../nbs/03_denoisers.ipynb #10
 def _check_model(D, x):
-    "An error if the model cannot take `x`."
+    "An error if the model cannot take `x`, unless it moves its weights itself, as accelerate does."
+    if not callable(D.inner_model):
+        raise TypeError(f'inner_model: expected a network or denoiser, got {D.inner_model!r}')
     first = next(D.parameters(), None)
-    if first is None or (first.device == x.device and first.dtype == x.dtype):
+    if first is None or not isinstance(x, torch.Tensor):
         return
-    ps = [p for p in D.parameters() if p.is_floating_point()]
-    moved = any(hasattr(m, '_hf_hook') or hasattr(m, '_diffusers_hook') for m in D.modules())
-    if not moved and all(p.device != x.device for p in ps):
+    if first.device == x.device and first.dtype == x.dtype:
+        return
+    weights = [p for p in D.parameters() if p.is_floating_point()]
+    moves = any(hasattr(m, '_hf_hook') or hasattr(m, '_diffusers_hook') for m in D.modules())
+    if not moves and all(p.device != x.device for p in weights):
         raise ValueError(
-            f'x is on {x.device} and the model on {first.device}: move one of them with .to(...)'
+            f'x is on {x.device} but the model on {first.device}: move one of them with .to(...)'
         )
-    if all(p.dtype != x.dtype for p in ps) and not torch.is_autocast_enabled(x.device.type):
+    if not x.is_floating_point():
+        raise TypeError(f'x: expected a floating-point type, got {x.dtype}')
+    if all(p.dtype != x.dtype for p in weights) and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(
-            f'x is {x.dtype} and the model {first.dtype}: convert one of them with .to(...), or use torch.autocast'
+            f'x is {x.dtype} but the model {first.dtype}: '
+            'convert one of them with .to(...), or use torch.autocast'
         )
-
-
-# %% ../nbs/03_denoisers.ipynb #12
-def _of_inner(D, name, o):
-    "What the wrapped model makes of `o`, or `o`."
-    f = getattr(D.inner_model, name, None)
-    return o if f is None else f(o)
-
-
-# %% ../nbs/03_denoisers.ipynb #13
-@patch
-def sigma_to_t(
-    self: Denoiser,
-    sigma: torch.Tensor,  # noise levels, any shape
-) -> torch.Tensor:  # the model's time
-    "Time of a noise level: the level itself, if the model has no other."
-    return _of_inner(self, 'sigma_to_t', sigma)
-
-
-@patch
-def t_to_sigma(
-    self: Denoiser,
-    t: torch.Tensor,  # the model's time, any shape
-) -> torch.Tensor:  # noise levels
-    "Noise level of a time, the inverse of `sigma_to_t`."
-    return _of_inner(self, 't_to_sigma', t)
-
-
-@patch
-def quantize_sigma(
-    self: Denoiser,
-    sigma: torch.Tensor,  # noise levels, any shape
-) -> torch.Tensor:  # noise levels
-    "The nearest noise level that the model was trained for: the level itself, if it was trained for all."
-    return _of_inner(self, 'quantize_sigma', sigma)
-
-
-# %% ../nbs/03_denoisers.ipynb #14
-@patch
-def encode(
-    self: Denoiser,
-    images: torch.Tensor,  # (B, C, H, W)
-) -> torch.Tensor:  # what the model works on, such as latents
-    "From images to what the model works on."
-    return _of_inner(self, 'encode', images)
-
-
-@patch
-def decode(
-    self: Denoiser,
-    x: torch.Tensor,  # what the model works on
-) -> torch.Tensor:  # (B, C, H, W)
-    "From what the model works on to images."
-    return _of_inner(self, 'decode', x)
 
 
 # %% ../nbs/03_denoisers.ipynb #16
-def _range_of(name, which):
+def _range_end(name, which):
     def get(self):
-        value = (
-            getattr(self.inner_model, name, None)
-            if self._range.get(name) is None
-            else self._range[name]
-        )
-        if value is not None:
-            return float(value)
-        raise NotImplementedError(
-            f'{type(self).__name__} does not know the {which} noise level of its model: name it where you build the ladder, as in get_sigmas_karras(n, sigma_min, sigma_max)'
-        )
+        value = getattr(self, f'_{name}')
+        if value is None:
+            value = getattr(self.inner_model, name, None)
+        if value is None:
+            raise NotImplementedError(
+                f'{type(self).__name__} does not know the {which} noise level of its model: '
+                'name it, as in get_sigmas_karras(n, sigma_min, sigma_max)'
+            )
+        return float(value)
 
-    return property(
-        get,
-        doc=f'The {which} noise level that the model was trained for, in standard deviations of the noise.',
+    return property(get, doc=f'The {which} noise level that the model was trained for.')
+
+
+Denoiser.sigma_min = _range_end('sigma_min', 'smallest')
+Denoiser.sigma_max = _range_end('sigma_max', 'largest')
+
+
+def _check_range(sigma_min, sigma_max):
+    "The two ends as floats; None stays None."
+    what = 'a finite noise level above 0, or None'
+    lo, hi = (
+        o if o is None else _check_number(k, o, what, lambda v: 0 < v < math.inf)
+        for k, o in (('sigma_min', sigma_min), ('sigma_max', sigma_max))
     )
-
-
-Denoiser.sigma_min, Denoiser.sigma_max = (
-    _range_of('sigma_min', 'smallest'),
-    _range_of('sigma_max', 'largest'),
-)
+    if lo is not None and hi is not None and lo > hi:
+        raise ValueError(f'sigma_max: expected at least sigma_min={lo:g}, got {hi:g}')
+    return lo, hi
 
 
 # %% ../nbs/03_denoisers.ipynb #18
@@ -194,9 +191,9 @@ def loss(
     noise: torch.Tensor,  # (B, ...) of standard deviation 1
     sigma: torch.Tensor,  # (B,) noise levels
     **cond,  # what the model is conditioned on
-) -> torch.Tensor:  # (B,) one a sample
+) -> torch.Tensor:  # (B,) one per sample
     "Mean squared error of the estimate."
-    return _mse(self(_noised(x0, noise, sigma), sigma, **cond), x0)
+    return _mse(self(_add_noise(x0, noise, sigma), sigma, **cond), x0)
 
 
 # %% ../nbs/03_denoisers.ipynb #19
@@ -204,112 +201,125 @@ def _mse(a, b):
     return (a - b).pow(2).flatten(1).mean(1)
 
 
-def _as(sigma, x):
-    return per_sample(sigma, x).view(-1, *(1,) * (x.ndim - 1))
-
-
-def _noised(x0, noise, sigma):
-    return x0 + _as(sigma, x0) * noise
+def _add_noise(x0, noise, sigma):
+    return x0 + _column(sigma, x0) * noise
 
 
 # %% ../nbs/03_denoisers.ipynb #28
-SCALINGS = {
+_SCALINGS = {
     'eps': lambda s: (torch.ones_like(s), -s),
     'x0': lambda s: (torch.zeros_like(s), torch.ones_like(s)),
     'v': lambda s: (1 / (1 + s**2), -s * (1 + s**2) ** -0.5),
     'flow': lambda s: (1 / (1 + s), -s / (1 + s)),
 }
-PATHS = {'vp': lambda s: (1 + s**2) ** -0.5, 'flow': lambda s: 1 / (1 + s)}
+_PATHS = {'vp': lambda s: (1 + s**2) ** -0.5, 'flow': lambda s: 1 / (1 + s)}
 
 
+# %% ../nbs/03_denoisers.ipynb #c969eb26
 def scalings(
-    prediction: str,  # what the network predicts: a key of `SCALINGS`
+    prediction: str,  # what the network predicts: 'eps', 'x0', 'v' or 'flow'
     sigma: torch.Tensor,  # noise levels, any shape
-    path: str = None,  # from image to noise: 'vp' (variance-preserving) or 'flow' (straight); None: 'flow' for 'flow', else 'vp'
+    # from image to noise: 'vp' (variance-preserving) or 'flow' (straight);
+    # None: 'flow' for 'flow', else 'vp'
+    path: str = None,
 ) -> tuple:  # c_skip, c_out and c_in, each in the shape of `sigma`
     "Preconditioning of a network (Karras et al. 2022, arXiv:2206.00364, eq. 7)."
-    if prediction not in SCALINGS:
-        raise ValueError(f'prediction={prediction!r}: allowed are {", ".join(SCALINGS)}')
+    if prediction not in _SCALINGS:
+        raise ValueError(f'prediction: expected one of {", ".join(_SCALINGS)}, got {prediction!r}')
     path = path or ('flow' if prediction == 'flow' else 'vp')
+    if path not in _PATHS:
+        raise ValueError(f"path: expected 'vp', 'flow' or None, got {path!r}")
     if (prediction, path) in (('v', 'flow'), ('flow', 'vp')):
+        other = 'v' if path == 'vp' else 'flow'
         raise ValueError(
-            f'prediction={prediction!r} is not defined on the path {path!r}; allowed there are eps, x0 and {"v" if path == "vp" else "flow"}'
+            f'prediction: expected eps, x0 or {other} on the path {path!r}, got {prediction!r}'
         )
-    return *SCALINGS[prediction](sigma), PATHS[path](sigma)
+    return *_SCALINGS[prediction](sigma), _PATHS[path](sigma)
 
 
 # %% ../nbs/03_denoisers.ipynb #30
 def to_x0(
-    pred: torch.Tensor,  # (B, ...) what the network says
-    x: torch.Tensor,  # (B, ...) images with noise, not scaled: `x0 + sigma * noise`
+    pred: torch.Tensor,  # (B, ...) prediction of the network
+    x: torch.Tensor,  # (B, ...) images with noise
     sigma: torch.Tensor,  # (B,) noise levels, or one number
-    prediction: str,  # a key of `SCALINGS`
-) -> torch.Tensor:  # (B, ...)
-    "The estimate of the image that a prediction stands for."
-    c_skip, c_out, _ = scalings(prediction, _as(sigma, x))
+    prediction: str,  # what `pred` is: 'eps', 'x0', 'v' or 'flow'
+) -> torch.Tensor:  # (B, ...) estimate of the images
+    "The estimate that a prediction stands for."
+    c_skip, c_out, _ = scalings(prediction, _column(sigma, x))
     return (c_skip * x + c_out * pred).to(x.dtype)
 
 
 def from_x0(
-    x0: torch.Tensor,  # (B, ...) estimate of the image
-    x: torch.Tensor,  # (B, ...) images with noise, not scaled
+    x0: torch.Tensor,  # (B, ...) estimate of the images
+    x: torch.Tensor,  # (B, ...) images with noise
     sigma: torch.Tensor,  # (B,) noise levels above 0, or one number
-    prediction: str,  # a key of `SCALINGS`
-) -> torch.Tensor:  # (B, ...)
-    "The prediction that an estimate of the image stands for: the inverse of `to_x0`."
-    c_skip, c_out, _ = scalings(prediction, _as(sigma, x))
+    prediction: str,  # 'eps', 'x0', 'v' or 'flow'
+) -> torch.Tensor:  # (B, ...) prediction
+    "The prediction that stands for an estimate, the inverse of `to_x0`."
+    sigma = _column(sigma, x)
+    c_skip, c_out, _ = scalings(prediction, sigma)
+    if sigma.device.type == 'cpu' and not c_out.all():
+        raise ValueError(f'sigma: expected noise levels above 0 for {prediction!r}, got 0')
     return ((x0 - c_skip * x) / c_out).to(x.dtype)
 
 
 # %% ../nbs/03_denoisers.ipynb #35
 class NetDenoiser(Denoiser):
-    "A network `net(c_in*x, t, **cond)` as a denoiser. Its time is the noise level; subclasses have others."
+    "A network `net(c_in*x, t, **cond)` as a denoiser. By default its time is the noise level."
 
     path = None
 
     def __init__(
         self,
         net,  # the network, or any function
-        prediction: str = 'eps',  # what it predicts: a key of `SCALINGS`
-        sigma_min: float = None,  # smallest noise level it was trained for; None: what the network says, if it does
+        prediction: str = 'eps',  # what it predicts: 'eps', 'x0', 'v' or 'flow'
+        sigma_min: float = None,  # smallest noise level of its training; None: the network knows
         sigma_max: float = None,  # largest
     ):
         super().__init__(net)
         scalings(prediction, torch.ones(()), self.path)
-        self.prediction, self._range = prediction, dict(sigma_min=sigma_min, sigma_max=sigma_max)
+        self.prediction = prediction
+        self._sigma_min, self._sigma_max = _check_range(sigma_min, sigma_max)
 
-    def scalings(
-        self,
-        sigma: torch.Tensor,  # noise levels, any shape
-    ) -> tuple:  # c_skip, c_out and c_in
-        "Preconditioning at `sigma`."
+    def scalings(self, sigma):
+        "c_skip, c_out and c_in at `sigma`, noise levels of any shape."
         return scalings(self.prediction, sigma, self.path)
 
     def forward(self, x, sigma, **cond):
-        c_skip, c_out, pred = self._ask(x, sigma, cond)
+        c_skip, c_out, pred = self._precondition(x, sigma, cond)
         return torch.addcmul(c_skip * x, c_out, pred.to(c_out.dtype)).to(x.dtype)
+
+    def loss(self, x0, noise, sigma, **cond):
+        "Mean squared error of what the network predicts, (B,); see `Denoiser.loss`."
+        x = _add_noise(x0, noise, sigma)
+        c_skip, c_out, pred = self._precondition(x, sigma, cond)
+        return _mse(pred, (x0 - c_skip * x) / c_out)
+
+    def _precondition(self, x, sigma, cond):
+        "c_skip, c_out, and the network's output for `x`."
+        _check_model(self, x)
+        sigma = _per_sample(sigma, x)
+        c_skip, c_out, c_in = self.scalings(sigma.view(-1, *(1,) * (x.ndim - 1)))
+        out = self.inner_model((c_in * x).to(x.dtype), self.sigma_to_t(sigma), **cond)
+        return c_skip, c_out, _prediction(out, x)
 
 
 # %% ../nbs/03_denoisers.ipynb #36
-@patch
-def _ask(self: NetDenoiser, x, sigma, cond):
-    "c_skip, c_out, and what the network says of `x`."
-    _check_model(self, x)
-    sigma = per_sample(sigma, x)
-    c_skip, c_out, c_in = self.scalings(sigma.view(-1, *(1,) * (x.ndim - 1)))
-    out = self.inner_model((c_in * x).to(x.dtype), self.sigma_to_t(sigma), **cond)
-    return c_skip, c_out, _prediction(out, x)
-
-
 def _prediction(out, x):
-    "The tensor in what a network gives back."
+    "The tensor in what a network returns."
     out = getattr(out, 'sample', out)
-    out = out[0] if isinstance(out, tuple) else out
+    out = out[0] if isinstance(out, tuple) and out else out
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(
+            f'net: expected it to return a tensor, a tuple of them or an object with .sample, '
+            f'got {type(out).__name__}'
+        )
     if x.ndim > 1 and out.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         return out.chunk(2, dim=1)[0]
     if out.shape != x.shape:
         raise ValueError(
-            f'net gives shape {tuple(out.shape)} for x of shape {tuple(x.shape)}: allowed are the same shape, or twice the channels (a variance)'
+            f'net: expected an output of shape {tuple(x.shape)} as x, or with twice its channels, '
+            f'got {tuple(out.shape)}'
         )
     return out
 
@@ -322,11 +332,10 @@ def predict(
     sigma: torch.Tensor,  # (B,) noise levels, or one number
     **cond,  # what the network is conditioned on
 ) -> torch.Tensor:  # (B, ...) of the shape of `x`
-    "What the network itself says of `x`."
-    return self._ask(x, sigma, cond)[2]
+    "What the network itself predicts for `x`."
+    return self._precondition(x, sigma, cond)[2]
 
 
-# %% ../nbs/03_denoisers.ipynb #39
 @patch
 def prediction_of(
     self: NetDenoiser,
@@ -334,50 +343,38 @@ def prediction_of(
     x: torch.Tensor,  # (B, ...) images with noise, not scaled
     sigma: torch.Tensor,  # (B,) noise levels above 0, or one number
 ) -> torch.Tensor:  # (B, ...) in the type of `x0`
-    "The prediction of the network for which its estimate would be `x0`."
-    c_skip, c_out, _ = self.scalings(_as(sigma, x))
+    "The prediction for which the estimate would be `x0`."
+    c_skip, c_out, _ = self.scalings(_column(sigma, x))
     return ((x0 - c_skip * x) / c_out).to(x0.dtype)
 
 
-# %% ../nbs/03_denoisers.ipynb #42
-@patch
-def loss(
-    self: NetDenoiser,
-    x0: torch.Tensor,  # (B, ...) images
-    noise: torch.Tensor,  # (B, ...) of standard deviation 1
-    sigma: torch.Tensor,  # (B,) noise levels
-    **cond,  # what the network is conditioned on
-) -> torch.Tensor:  # (B,) one a sample
-    "Mean squared error of the network's prediction."
-    x = _noised(x0, noise, sigma)
-    c_skip, c_out, pred = self._ask(x, sigma, cond)
-    return _mse(pred, (x0 - c_skip * x) / c_out)
-
-
 # %% ../nbs/03_denoisers.ipynb #48
-class TimeDenoiser(NetDenoiser):
-    "A network with a time of its own, for which `t_to_sigma` and `sigma_to_t` have a closed form."
+class _TimeDenoiser(NetDenoiser):
+    "A network with a time of its own, whose `t_to_sigma` and `sigma_to_t` have a closed form."
 
     def __init__(
         self,
         net,  # called as `net(c_in*x, scale*t, **cond)`
-        prediction: str = None,  # a key of `SCALINGS`; None: the usual one
-        t_min: float = 0.001,  # the times it is used for
-        t_max: float = 0.999,
-        scale: float = 1.0,  # the network is told `scale*t`, such as 1000 for networks of diffusers
+        prediction: str = None,  # 'eps', 'x0', 'v' or 'flow'; None: the usual one
+        t_min: float = 0.001,  # first of the times it is used for
+        t_max: float = 0.999,  # last
+        scale: float = 1.0,  # the network gets `scale*t`, such as 1000 for networks of diffusers
     ):
-        if not 0 < t_min < t_max < 1:
-            raise ValueError(f't_min={t_min}, t_max={t_max}: allowed is 0 < t_min < t_max < 1')
-        self.scale = scale
-        lo, hi = (
-            float(self.t_to_sigma(scale * torch.tensor(t, dtype=torch.float64)))
-            for t in (t_min, t_max)
+        self.scale = _check_number('scale', scale, 'a finite number above 0', _is_positive)
+        t_min = _check_number('t_min', t_min, 'a time between 0 and 1', lambda t: 0 < t < 1)
+        t_max = _check_number(
+            't_max', t_max, f'a time between t_min={t_min:g} and 1', lambda t: t_min < t < 1
         )
-        super().__init__(net, prediction or self.usual, lo, hi)
+        ends = scale * torch.tensor([t_min, t_max], dtype=torch.float64)
+        super().__init__(net, prediction or self.usual, *self.t_to_sigma(ends).tolist())
+
+
+def _is_positive(value):
+    return 0 < value < math.inf
 
 
 # %% ../nbs/03_denoisers.ipynb #50
-class CosineDenoiser(TimeDenoiser):
+class CosineDenoiser(_TimeDenoiser):
     "A network for `abar(t) = cos²(pi t/2)`, t in [0, 1]: `sigma = tan(pi t/2)`."
 
     usual, path = 'eps', 'vp'
@@ -389,8 +386,8 @@ class CosineDenoiser(TimeDenoiser):
         return (t * (math.pi / 2 / self.scale)).tan()
 
 
-class FlowDenoiser(TimeDenoiser):
-    "A network for rectified flow (arXiv:2209.03003), `x_t = (1-t) x0 + t noise`: `sigma = t/(1-t)`."
+class FlowDenoiser(_TimeDenoiser):
+    "Rectified flow (arXiv:2209.03003), `x_t = (1-t) x0 + t noise`: `sigma = t/(1-t)`."
 
     usual, path = 'flow', 'flow'
 
@@ -413,7 +410,10 @@ class EDMDenoiser(NetDenoiser):
         sigma_max: float = 80.0,  # largest
     ):
         super().__init__(net, sigma_min=sigma_min, sigma_max=sigma_max)
-        self.prediction, self.sigma_data = 'edm', sigma_data
+        self.prediction = 'edm'
+        self.sigma_data = _check_number(
+            'sigma_data', sigma_data, 'a finite number above 0', _is_positive
+        )
 
     def sigma_to_t(self, sigma):
         return sigma.log() / 4
@@ -433,13 +433,16 @@ def scaled_linear(
     end: float = 0.012,  # last beta
 ) -> torch.Tensor:  # (n,) float64, decreasing: share of signal in the variance
     "`alphas_cumprod` of Stable Diffusion: betas whose square roots are evenly spaced."
+    _check_whole('n', n, 'a whole number from 1 up', 1)
+    start = _check_number('start', start, 'a beta between 0 and 1', lambda b: 0 < b < 1)
+    end = _check_number('end', end, f'a beta from start={start:g} to 1', lambda b: start <= b < 1)
     return (1 - torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2).cumprod(0)
 
 
 def abar_to_sigma(
-    abar: torch.Tensor,  # share of signal in the variance, in (0, 1)
-) -> torch.Tensor:  # noise levels, for data of variance 1
-    "Noise level of `abar`: `sqrt((1-abar)/abar)`."
+    abar: torch.Tensor,  # share of signal in the variance, from 0 (no signal) to 1
+) -> torch.Tensor:  # noise levels, for data of variance 1; infinite without signal
+    "The noise level of `abar`: `sqrt((1-abar)/abar)`."
     return ((1 - abar) / abar).sqrt()
 
 
@@ -447,36 +450,46 @@ def abar_to_sigma(
 def make_quantizer(
     sigmas: torch.Tensor,  # (n,) noise levels above 0, in any order
 ):  # a function from noise levels of any shape to those nearest among `sigmas`
-    "Rounding to the nearest of `sigmas` in the logarithm. Ties go down, zero stays zero, NaN stays NaN."
-    levels = _levels(sigmas)
-    between = _between(levels)
+    "Round to the nearest of `sigmas` in the logarithm. Ties go down, 0 and NaN stay."
+    levels = _sorted_levels(sigmas)
+    between = _midpoints(levels)
     return lambda sigma: _nearest(levels, between, sigma)
 
 
 # %% ../nbs/03_denoisers.ipynb #64
-def _levels(sigmas):
+def _sorted_levels(sigmas):
     "Noise levels in ascending order, in float32 or better."
-    s = torch.as_tensor(sigmas)
+    try:
+        s = torch.as_tensor(sigmas)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f'sigmas: expected a tensor or list of noise levels, got {sigmas!r:.40}'
+        ) from None
     s = s.to(torch.promote_types(s.dtype, torch.float32)).flatten().sort().values
     if not len(s) or not (s.isfinite().all() and s[0] > 0):
         raise ValueError(
-            f'sigmas={sigmas}: allowed is at least one noise level, all of them finite and above 0'
+            f'sigmas: expected one or more finite noise levels above 0, got {s.tolist()!s:.40}'
         )
     return s
 
 
-def _between(levels):
+def _midpoints(levels):
     return (levels[1:] * levels[:-1]).sqrt()
 
 
 def _nearest(levels, between, sigma):
     "`sigma` rounded to `levels`, whose boundaries are `between`, on the device of `sigma`."
-    sigma = torch.as_tensor(sigma)
+    sigma = _as_sigma(sigma)
     wide = sigma.to(levels.dtype)
     near = levels.to(sigma.device)[torch.bucketize(wide, between.to(sigma.device))]
-    return torch.where(wide > 0, near, wide).to(
-        sigma.dtype if sigma.is_floating_point() else levels.dtype
-    )
+    dtype = sigma.dtype if sigma.is_floating_point() else levels.dtype
+    return torch.where(wide > 0, near, wide).to(dtype)
+
+
+def _as_sigma(sigma):
+    if isinstance(sigma, (torch.Tensor, int, float, list, tuple)) and not isinstance(sigma, bool):
+        return torch.as_tensor(sigma)
+    raise TypeError(f'sigma: expected a tensor of noise levels, got {type(sigma).__name__}')
 
 
 # %% ../nbs/03_denoisers.ipynb #69
@@ -488,8 +501,10 @@ class DiscreteDenoiser(NetDenoiser):
     def __init__(
         self,
         net,  # called as `net(c_in*x, t, **cond)`
-        alphas_cumprod: torch.Tensor = None,  # (n,) share of signal in the variance at each step, decreasing; a last one of 0 is taken as 2^-24; None: those of Stable Diffusion
-        prediction: str = 'eps',  # a key of `SCALINGS`
+        # (n,) share of signal in the variance at each step, decreasing; None: those of
+        # Stable Diffusion. If the last is 0 ("zero SNR"), 2^-24 takes its place
+        alphas_cumprod: torch.Tensor = None,
+        prediction: str = 'eps',  # 'eps', 'x0' or 'v'
         quantize: bool = True,  # only use levels of the list? False: interpolate between steps
     ):
         sigmas = _levels_of(scaled_linear() if alphas_cumprod is None else alphas_cumprod)
@@ -503,33 +518,31 @@ class DiscreteDenoiser(NetDenoiser):
 
     @sigmas.setter
     def sigmas(self, sigmas):
-        self._sigmas, self._between = sigmas, _between(sigmas)
+        self._sigmas, self._between = sigmas, _midpoints(sigmas)
+
+    def _apply(self, fn, recurse=True):
+        # a plain tensor, not a buffer: it follows the model's device but stays in float32
+        self.sigmas = self.sigmas.to(fn(self.sigmas).device)
+        return super()._apply(fn, recurse)
 
 
 # %% ../nbs/03_denoisers.ipynb #70
 def _levels_of(abar):
-    if isinstance(abar, str):
+    "Noise levels of `alphas_cumprod`, ascending."
+    try:
+        abar = torch.as_tensor(abar).double()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f'alphas_cumprod: expected numbers, one per time step, got {abar!r:.40} '
+            "(name the prediction, as in prediction='v')"
+        ) from None
+    valid = abar.ndim == 1 and len(abar) and ((abar >= 0) & (abar < 1)).all()
+    if not valid or not (abar.diff() < 0).all():
         raise ValueError(
-            f'alphas_cumprod={abar!r}: allowed are numbers; name the prediction, as in prediction={abar!r}'
-        )
-    abar = torch.as_tensor(abar).double()
-    if (
-        abar.ndim != 1
-        or not len(abar)
-        or not ((abar >= 0) & (abar < 1)).all()
-        or not (abar.diff() < 0).all()
-    ):
-        raise ValueError(
-            f'alphas_cumprod of shape {tuple(abar.shape)}: allowed are numbers in [0, 1) that decrease, one a time step'
+            'alphas_cumprod: expected decreasing numbers in [0, 1), one per time step, '
+            f'got {abar.tolist()!s:.40}'
         )
     return abar_to_sigma(abar.where(abar > 0, 2**-24))
-
-
-# %% ../nbs/03_denoisers.ipynb #72
-@patch
-def _apply(self: DiscreteDenoiser, fn, recurse=True):
-    self.sigmas = self.sigmas.to(fn(self.sigmas).device)
-    return nn.Module._apply(self, fn, recurse)
 
 
 # %% ../nbs/03_denoisers.ipynb #73
@@ -538,7 +551,7 @@ def quantize_sigma(
     self: DiscreteDenoiser,
     sigma: torch.Tensor,  # noise levels, any shape
 ) -> torch.Tensor:  # noise levels
-    "The nearest level in the logarithm; with `quantize=False`, all are allowed. Ties go down, zero stays zero."
+    "The nearest level in the logarithm; with `quantize=False`, `sigma` itself."
     return _nearest(self.sigmas, self._between, sigma) if self.quantize else sigma
 
 
@@ -548,8 +561,9 @@ def sigma_to_t(
     self: DiscreteDenoiser,
     sigma: torch.Tensor,  # noise levels, any shape
     quantize: bool = None,  # None: as the model does
-) -> torch.Tensor:  # number of the step: whole numbers (int64) if quantised, else between 0 and n-1
-    "Time step of a noise level; levels beyond the ends belong to the first and the last."
+) -> torch.Tensor:  # step numbers: int64 if quantised, else floats between 0 and n-1
+    "The time step of a noise level; levels beyond the ends get the first or the last."
+    sigma = _as_sigma(sigma)
     like = torch.promote_types(sigma.dtype, torch.float32)
     levels, sigma = self.sigmas.to(sigma.device), sigma.to(self.sigmas.dtype)
     if self.quantize if quantize is None else quantize:
@@ -562,38 +576,34 @@ def sigma_to_t(
 @patch
 def t_to_sigma(
     self: DiscreteDenoiser,
-    t: torch.Tensor,  # number of the step, also between two
+    t: torch.Tensor,  # step numbers, also between two
 ) -> torch.Tensor:  # noise levels
-    "Noise level of a time step, the inverse of `sigma_to_t` without quantising."
-    levels = self.sigmas.to(t.device)
-    t = t.to(
-        torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else torch.float32
-    ).clamp(0, len(levels) - 1)
+    "The noise level of a time step, the inverse of `sigma_to_t` without quantising."
+    levels, t = self.sigmas.to(t.device), t.to(torch.promote_types(t.dtype, torch.float32))
+    t = t.clamp(0, len(levels) - 1)
     lo, hi = levels[t.floor().long()], levels[t.ceil().long()]
     return lo * (hi / lo) ** t.frac()
 
 
 # %% ../nbs/03_denoisers.ipynb #84
 class Parts(NamedTuple):
-    "What a guided denoiser says, and from what: estimates of the image, each (B, ...)."
+    "A guided estimate and the estimates that it was made of, each (B, ...)."
 
     pred: torch.Tensor  # the guided estimate
     pos: torch.Tensor  # the positive one
     neg: torch.Tensor  # the negative one
-    negs: tuple = ()  # where there are several, all of them; `neg` is the first
+    negs: tuple = ()  # if there are several negatives, all of them; `neg` is the first
 
 
-# %% ../nbs/03_denoisers.ipynb #86
-def apply_rule(
-    rule,  # `rule(neg, pos, w)`; its `space` is 'any', 'x0', or a key of `SCALINGS`
-    neg: torch.Tensor,  # (B, ...) negative estimate of the image
-    pos: torch.Tensor,  # (B, ...) positive one
-    w,  # a number or (B,)
-    x: torch.Tensor,  # (B, ...) images with noise
-    sigma: torch.Tensor,  # (B,) noise levels
-) -> torch.Tensor:  # (B, ...) guided estimate of the image
+# %% ../nbs/03_denoisers.ipynb #d7bf909f
+def _apply_rule(rule, neg, pos, w, x, sigma):
     "A rule applied to estimates of the image, in the space that it is made for."
     space = getattr(rule, 'space', 'any')
     if space in ('any', 'x0'):
         return rule(neg, pos, w)
     return to_x0(rule(*(from_x0(o, x, sigma, space) for o in (neg, pos)), w), x, sigma, space)
+
+
+# %% ../nbs/03_denoisers.ipynb #6f6a7d7f
+# until nothing uses these names
+apply_rule, per_sample, SCALINGS = _apply_rule, _per_sample, _SCALINGS

@@ -25,7 +25,7 @@ def split_generator(
     if isinstance(generator, (list, tuple, range)):
         if len(generator) != n:
             raise ValueError(
-                f'generator: expected one for the batch or a list of {n}, got a list of {len(generator)}'
+                f'generator: expected one, or a list of {n}, got a list of {len(generator)}'
             )
         return [_as_generator(g, in_list=True) for g in generator]
     g = _as_generator(generator)
@@ -55,9 +55,22 @@ def _as_generator(g, device='cpu', in_list=False):
 def _check_whole(name, value, what, low=0):
     "An error unless `value` is a whole number from `low` up."
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f'{name}: expected {what}, got {value!r}')
+        raise TypeError(f'{name}: expected {what}, got {value!r:.40}')
     if value < low:
         raise ValueError(f'{name}: expected {what}, got {value}')
+
+
+def _check_number(name, value, what, ok=math.isfinite):
+    "`value` as a float, or an error unless it is a real number for which `ok` holds."
+    try:
+        number = None if isinstance(value, (bool, str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None:
+        raise TypeError(f'{name}: expected {what}, got {value!r:.40}')
+    if not ok(number):
+        raise ValueError(f'{name}: expected {what}, got {number:g}')
+    return number
 
 
 # %% ../nbs/02_noise.ipynb #b7fe9921

@@ -58,7 +58,7 @@ class GaussianMixture(Denoiser):
         sigma_max: float = 80.0,
     ):
         super().__init__(None)
-        self._range = dict(sigma_min=sigma_min, sigma_max=sigma_max)
+        self._sigma_min, self._sigma_max = sigma_min, sigma_max
         means, var, basis, weights, classes = _components(means, covs, weights, classes)
         if not 0 < sigma_min < sigma_max:
             raise ValueError(
