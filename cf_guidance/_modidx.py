@@ -777,10 +777,6 @@ d = {
                 'guided.html#guideddenoiser._note_stopped',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._outputs': (
-                'guided.html#guideddenoiser._outputs',
-                'cf_guidance/guided.py',
-            ),
             'cf_guidance.guided.GuidedDenoiser._post': (
                 'guided.html#guideddenoiser._post',
                 'cf_guidance/guided.py',
@@ -957,6 +953,10 @@ d = {
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._forward': ('guided.html#_forward', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._forward_in_pieces': (
+                'guided.html#_forward_in_pieces',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided._in_channels': (
                 'guided.html#_in_channels',
                 'cf_guidance/guided.py',
@@ -970,12 +970,12 @@ d = {
                 'guided.html#_nearest_step',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._one_forward': (
-                'guided.html#_one_forward',
-                'cf_guidance/guided.py',
-            ),
             'cf_guidance.guided._perturbed_forward': (
                 'guided.html#_perturbed_forward',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._put_in_group': (
+                'guided.html#_put_in_group',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._refuse_inner_memory': (

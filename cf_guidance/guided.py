@@ -50,7 +50,7 @@ except ImportError:  # until the module is there
         return nullcontext()
 
 
-# %% ../nbs/06_guided.ipynb #42d07e87
+# %% ../nbs/06_guided.ipynb #4aba19d3
 @dataclass(frozen=True)
 class Weight:
     "A weight as a function of noise level, number of samples and step."
@@ -93,7 +93,7 @@ class Weight:
         return _nearest_step(self.sigmas, sigma.double().cpu())
 
 
-# %% ../nbs/06_guided.ipynb #f7c48acd
+# %% ../nbs/06_guided.ipynb #f8d58070
 def _nearest_step(sigmas, sigma):
     "Number of the step whose noise level is nearest to each `sigma`, in the logarithm."
     between = [
@@ -261,7 +261,7 @@ class Called(Negative):
         raise NotImplementedError(f'{type(self).__name__}.__call__')
 
 
-# %% ../nbs/06_guided.ipynb #ecb16c6c
+# %% ../nbs/06_guided.ipynb #1bc32773
 def _expand_rows(cond, n, device):
     "Conditions with one row per sample."
     out = {}
@@ -453,7 +453,7 @@ def _checked_interval(interval):
     return tuple(float(o) for o in interval)
 
 
-# %% ../nbs/06_guided.ipynb #2e75d2f2
+# %% ../nbs/06_guided.ipynb #5f942292
 class GuidedDenoiser(Denoiser):
     "A denoiser and terms: `pos + sum_i (rule_i(neg_i, pos, w_i) - pos)`, again a denoiser."
 
@@ -535,15 +535,16 @@ def _refuse_inner_memory(model):
             )
 
 
-# %% ../nbs/06_guided.ipynb #941da4ec
+# %% ../nbs/06_guided.ipynb #1b7d1719
 @patch
 def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, whole):
     "One evaluation, in the five steps of the list above."
     sigma, cond = per_sample(sigma, x), _expand_rows(cond, len(x), x.device)
-    run = self._current_run(x, sigma, step)
+    level = sigma.detach().double().cpu()
+    run = self._current_run(x, level, step)
     if run.n is None:
         self._first_evaluation(run, x, cond)
-    active = self._activity(sigma, step, run, whole)
+    active = self._activity(sigma, level, step, run, whole)
     pos, negs = self._estimates(x, sigma, cond, active, run, step)
     run.before = run.states.copy(), run.stopped.copy()
     pred = self._combine(x, sigma, pos, negs, active, run)
@@ -556,7 +557,7 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, whole):
         self._note_stopped(x, sigma, pos, negs, active, run)
     run.nfe_per_sample += run.last_nfe
     run.evaluations += 1
-    run.last = x, sigma.detach().double().cpu(), step
+    run.last = x, level, step
     parts = Parts(pred, pos, negs[0], tuple(negs))
     for record in self._recorders:
         record(parts, active, x, sigma)
@@ -573,7 +574,7 @@ def _first_evaluation(self: GuidedDenoiser, run, x, cond):
         run.nfe_per_sample = torch.zeros(run.n, dtype=torch.long)
 
 
-# %% ../nbs/06_guided.ipynb #eebd3c79
+# %% ../nbs/06_guided.ipynb #62168cb0
 @dataclass
 class Run:
     "What a guided denoiser remembers during one run."
@@ -593,6 +594,7 @@ class Run:
     generators: dict = field(default_factory=dict)  # per term: one per sample
     before: tuple = ({}, {})  # `states` and `stopped` before the last evaluation
     last: tuple | None = None  # x, sigma (on the CPU) and step of the last evaluation
+    inner_takes_step: bool = False  # does the denoiser inside want the step as well?
     perturbed: tuple | None = None  # the denoiser, and the perturbed one made of it
 
     def effective_scale(
@@ -614,7 +616,7 @@ class _ThreadRuns(threading.local):
         return _ThreadRuns, ()
 
 
-# %% ../nbs/06_guided.ipynb #c555eeb1
+# %% ../nbs/06_guided.ipynb #b1479888
 @patch
 def start(
     self: GuidedDenoiser,
@@ -632,6 +634,7 @@ def start(
     n = len(self.terms)
     top = _sigma_range(self)[1] * (1 + 1e-3)
     run = Run(sigmas, weights, top, guided=[0] * n, scale_sums=[(0.0, 0.0)] * n)
+    run.inner_takes_step = getattr(self.inner_model, 'takes_step', False)
     self._runs.run = run
     return run
 
@@ -654,17 +657,17 @@ def _sigma_range(D):
         return 0.0, math.inf
 
 
-# %% ../nbs/06_guided.ipynb #32e98662
+# %% ../nbs/06_guided.ipynb #bba65fe3
 _CHURN = 1.01 * math.sqrt(2)  # samplers that add noise raise sigma by at most sqrt(2)
 
 
 @patch
-def _current_run(self: GuidedDenoiser, x, sigma, step):
+def _current_run(self: GuidedDenoiser, x, level, step):
     "The run that an evaluation belongs to; a new one when the noise rises."
     run = self._runs.run or self.start()
     if run.last is None:
         return run
-    n, level = len(x), sigma.detach().double().cpu()
+    n = len(x)
     if step is not None and run.last[2] is not None:
         rises = step < run.last[2]
     else:
@@ -718,7 +721,7 @@ def last_nfe(self: GuidedDenoiser) -> torch.Tensor:  # (B,)
     return self.run.last_nfe
 
 
-# %% ../nbs/06_guided.ipynb #af6365fd
+# %% ../nbs/06_guided.ipynb #2012cd4a
 class _Active(NamedTuple):
     "A term at one evaluation."
 
@@ -728,9 +731,9 @@ class _Active(NamedTuple):
 
 
 @patch
-def _activity(self: GuidedDenoiser, sigma, step, run, whole):
+def _activity(self: GuidedDenoiser, sigma, level, step, run, whole):
     "Which samples each term guides. With `whole`, weights of 0 and 1 are nothing special."
-    level, activity = sigma.detach().double().cpu(), []
+    activity = []
     for i, (t, weight) in enumerate(zip(self.terms, run.weights, strict=True)):
         w, rule = weight(sigma, step), t.rule
         pos_at, neg_at = getattr(rule, 'pos_at', None), getattr(rule, 'neg_at', None)
@@ -783,20 +786,33 @@ def _fit_together(a, b):
     return True
 
 
-# %% ../nbs/06_guided.ipynb #cdbdfd98
-@patch
-def _outputs(self: GuidedDenoiser, entries, observers, run, step):
-    "The network's output for each entry, with one row for each of its rows."
-    D = self.inner_model
-    if not isinstance(D, Microbatched):
-        return _forward(D, entries, observers, run, step)
+# %% ../nbs/06_guided.ipynb #021f3e44
+def _forward(D, group, observers, run, step):
+    "One forward of `D` for entries that fit together: the output for each entry."
+    _, rows, xs, sigmas, conds, queries = zip(*group, strict=True)
+    x, sigma, cond = xs[0], sigmas[0], dict(conds[0])
+    if len(group) > 1:
+        x, sigma = torch.cat(xs), torch.cat(sigmas)
+        for k in cond:
+            cond[k] = torch.cat(list(map(itemgetter(k), conds)))
+    if run.inner_takes_step:
+        cond['step'] = step
+    if observers or any(map(itemgetter(3), queries)):
+        y = _perturbed_forward(D, group, observers, run, x, sigma, cond)
+    else:
+        y = D(x, sigma, **cond) if len(x) else x
+    return _same_shape(y, x, 'inner_model').split(list(map(len, rows)))
+
+
+def _forward_in_pieces(D, group, observers, run, step):
+    "The same for a `Microbatched` denoiser: a sample's rows stay in one piece."
 
     def piece(samples):
         seen = [(change, _within(rows, samples)) for change, rows in observers]
-        some = [_take(e.term, _within(e.rows, samples), e.query) for e in entries]
+        some = [_take(e.term, _within(e.rows, samples), e.query) for e in group]
         return _forward(D.inner_model, some, seen, run, step)
 
-    pieces = D.map(piece, len(entries[0].query.x), rows_per_sample=len(entries))
+    pieces = D.map(piece, len(group[0].query.x), rows_per_sample=len(group))
     return [torch.cat(o) for o in zip(*pieces, strict=True)]
 
 
@@ -804,40 +820,7 @@ def _within(rows, samples):
     return rows[(rows >= samples.start) & (rows < samples.stop)]
 
 
-# %% ../nbs/06_guided.ipynb #fad24352
-def _forward(D, entries, observers, run, step):
-    "One forward of `D` for all entries that fit together."
-    outs, left = {}, list(entries)
-    while left:
-        group, others = [], []
-        for e in left:
-            (group if _fit_together(left[0], e) else others).append(e)
-        y = _one_forward(D, group, [] if outs else observers, run, step)
-        sizes = list(map(len, map(itemgetter(1), group)))
-        outs.update(zip(map(id, group), y.split(sizes), strict=True))
-        left = others
-    return [outs[id(e)] for e in entries]
-
-
-def _one_forward(D, group, observers, run, step):
-    _, rows, xs, sigmas, conds, queries = zip(*group, strict=True)
-    x, sigma, cond = xs[0], sigmas[0], conds[0]
-    if len(group) > 1:
-        x, sigma = torch.cat(xs), torch.cat(sigmas)
-        cond = {}
-        for k in conds[0]:
-            cond[k] = torch.cat(list(map(itemgetter(k), conds)))
-    if not len(x):
-        return x
-    if getattr(D, 'takes_step', False):
-        cond['step'] = step
-    if observers or set(map(itemgetter(3), queries)) != {None}:
-        y = _perturbed_forward(D, group, observers, run, x, sigma, cond)
-    else:
-        y = D(x, sigma, **cond)
-    return _same_shape(y, x, 'inner_model')
-
-
+# %% ../nbs/06_guided.ipynb #ce76bcd1
 def _same_shape(y, x, name):
     if not torch.is_tensor(y) or y.shape != x.shape:
         got = tuple(y.shape) if torch.is_tensor(y) else type(y).__name__
@@ -880,27 +863,29 @@ def _spread(rows, y, fill):
     return y if len(rows) == len(fill) else fill.index_copy(0, rows.to(fill.device), y)
 
 
-# %% ../nbs/06_guided.ipynb #a1f6582b
+# %% ../nbs/06_guided.ipynb #ca11d72b
 @patch
 def _estimates(self: GuidedDenoiser, x, sigma, cond, active, run, step):
     "The positive, and the negative of each term; the positive stands in where there is none."
-    entries, observed = self._entries(x, sigma, cond, active, run)
-    looks = [(change, rows) for change, rows, _ in observed.values()] if observed else []
-    outs = self._outputs(entries, looks, run, step) if entries else []
+    groups, observed = self._entries(x, sigma, cond, active, run)
+    D, observers = self.inner_model, [o[:2] for o in observed.values()] if observed else []
+    forward = _forward_in_pieces if isinstance(D, Microbatched) else _forward
     run.last_nfe = torch.zeros(len(x), dtype=torch.long)
-    of_term = {}
-    for e, o in zip(entries, outs, strict=True):
-        run.last_nfe[e.rows] += 1
-        of_term.setdefault(e.term, []).append((e.rows, o))
-    pos = torch.zeros_like(x)
-    for rows, o in of_term.pop(None, []):
-        pos = _spread(rows, o, pos)
+    pos, outputs = torch.zeros_like(x), {}
+    for group in groups:
+        outs = forward(D, group, observers if group is groups[0] else [], run, step)
+        for e, o in zip(group, outs, strict=True):
+            run.last_nfe[e.rows] += 1
+            o = _spread(e.rows, o, pos)  # the positive comes first
+            if e.term is None:
+                pos = o
+            else:
+                outputs.setdefault(e.term, []).append(o)
     negs = []
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
         neg = pos
-        if i in of_term:
-            own = [_spread(rows, o, pos) for rows, o in of_term[i]]
-            neg = _same_shape(t.neg.combine(own, x, sigma, pos), x, 'neg')
+        if i in outputs:
+            neg = _same_shape(t.neg.combine(outputs[i], x, sigma, pos), x, 'neg')
         elif isinstance(t.neg, Called) and bool(a.on.any()):
             neg = self._call(i, a.on, x, sigma, cond, pos, observed, run)
         negs.append(neg if bool(a.on.all()) else torch.where(_column(a.on, x), neg, pos))
@@ -909,39 +894,47 @@ def _estimates(self: GuidedDenoiser, x, sigma, cond, active, run, step):
     return pos, negs
 
 
-# %% ../nbs/06_guided.ipynb #cba4b93f
+# %% ../nbs/06_guided.ipynb #4e07f90c
 @patch
 def _entries(self: GuidedDenoiser, x, sigma, cond, active, run):
-    "What to ask the network, the positive first; and what only observes the positive."
-    entries, observed = [], {}
+    "Groups of entries, each for one forward, the positive first; and what observes the positive."
+    groups, observed = [], {}
     rows = (~active[0].neg_only).nonzero().flatten()
-    if len(rows):
-        entries.append(_take(None, rows, Query(x, sigma, cond)))
+    if len(rows) or not len(x):
+        groups.append([_take(None, rows, Query(x, sigma, cond))])
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
         rows = a.on.nonzero().flatten()
         if not len(rows):
             continue
         if isinstance(t.neg, Queries):
-            queries = t.neg.queries(x, sigma, cond, self._generators(i, run))
+            generators = self._generators(i, run) if t.neg.draws else None
+            queries = t.neg.queries(x, sigma, cond, generators)
             if len(queries) != t.neg.nfe:
                 raise ValueError(
                     f'{type(t.neg).__name__}.queries() returned {len(queries)} queries but nfe is '
                     f'{t.neg.nfe}'
                 )
             for q in queries:
-                entries.append(_take(i, rows, q))
+                _put_in_group(groups, _take(i, rows, q))
         elif (looked := t.neg.observe(sigma, cond)) is not None:
             observed[i] = looked[0], rows, looked[1]
-    return entries, observed
+    return groups, observed
 
 
-# %% ../nbs/06_guided.ipynb #a46525b2
+def _put_in_group(groups, entry):
+    "Add an entry to the first group that it fits into, or begin one."
+    for group in groups:
+        if _fit_together(group[0], entry):
+            group.append(entry)
+            return
+    groups.append([entry])
+
+
+# %% ../nbs/06_guided.ipynb #d3426f88
 @patch
 def _generators(self: GuidedDenoiser, i, run):
     "The generators of term `i`, one per sample: other streams than the sampler's of one seed."
     neg = self.terms[i].neg
-    if not neg.draws:
-        return None
     if i not in run.generators:
         own = split_generator(neg.generator, run.n)
         run.generators[i] = [split_generator(g, i + 2)[-1] for g in own]
@@ -952,7 +945,7 @@ def _generators(self: GuidedDenoiser, i, run):
 def _call(self: GuidedDenoiser, i, on, x, sigma, cond, pos, observed, run):
     "The output of a negative that is called, for the samples that need it."
     neg, rows = self.terms[i].neg, on.nonzero().flatten()
-    at, gens = rows.to(x.device), self._generators(i, run)
+    at, gens = rows.to(x.device), self._generators(i, run) if neg.draws else None
     y = neg(
         self.inner_model,
         x[at],
@@ -1101,7 +1094,7 @@ def _cut(v, samples, n):
     return v[samples] if torch.is_tensor(v) and v.ndim and len(v) == n else v
 
 
-# %% ../nbs/06_guided.ipynb #14925031
+# %% ../nbs/06_guided.ipynb #9870e5c5
 class ZeroInit(Denoiser):
     "A flow model that stands still in the first steps (CFG-Zero*, arXiv:2503.18886)."
 
