@@ -514,6 +514,10 @@ d = {
                 'denoisers.html#denoiser.__init__',
                 'cf_guidance/denoisers.py',
             ),
+            'cf_guidance.denoisers.Denoiser._ask_model': (
+                'denoisers.html#denoiser._ask_model',
+                'cf_guidance/denoisers.py',
+            ),
             'cf_guidance.denoisers.Denoiser.decode': (
                 'denoisers.html#denoiser.decode',
                 'cf_guidance/denoisers.py',
@@ -610,8 +614,8 @@ d = {
                 'denoisers.html#netdenoiser.__init__',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers.NetDenoiser._ask': (
-                'denoisers.html#netdenoiser._ask',
+            'cf_guidance.denoisers.NetDenoiser._precondition': (
+                'denoisers.html#netdenoiser._precondition',
                 'cf_guidance/denoisers.py',
             ),
             'cf_guidance.denoisers.NetDenoiser.forward': (
@@ -635,26 +639,49 @@ d = {
                 'cf_guidance/denoisers.py',
             ),
             'cf_guidance.denoisers.Parts': ('denoisers.html#parts', 'cf_guidance/denoisers.py'),
-            'cf_guidance.denoisers.TimeDenoiser': (
-                'denoisers.html#timedenoiser',
+            'cf_guidance.denoisers._TimeDenoiser': (
+                'denoisers.html#_timedenoiser',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers.TimeDenoiser.__init__': (
-                'denoisers.html#timedenoiser.__init__',
+            'cf_guidance.denoisers._TimeDenoiser.__init__': (
+                'denoisers.html#_timedenoiser.__init__',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers._as': ('denoisers.html#_as', 'cf_guidance/denoisers.py'),
-            'cf_guidance.denoisers._between': (
-                'denoisers.html#_between',
+            'cf_guidance.denoisers._add_noise': (
+                'denoisers.html#_add_noise',
+                'cf_guidance/denoisers.py',
+            ),
+            'cf_guidance.denoisers._apply_rule': (
+                'denoisers.html#_apply_rule',
+                'cf_guidance/denoisers.py',
+            ),
+            'cf_guidance.denoisers._as_sigma': (
+                'denoisers.html#_as_sigma',
                 'cf_guidance/denoisers.py',
             ),
             'cf_guidance.denoisers._check_model': (
                 'denoisers.html#_check_model',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers._levels': ('denoisers.html#_levels', 'cf_guidance/denoisers.py'),
+            'cf_guidance.denoisers._check_range': (
+                'denoisers.html#_check_range',
+                'cf_guidance/denoisers.py',
+            ),
+            'cf_guidance.denoisers._column': ('denoisers.html#_column', 'cf_guidance/denoisers.py'),
+            'cf_guidance.denoisers._is_positive': (
+                'denoisers.html#_is_positive',
+                'cf_guidance/denoisers.py',
+            ),
+            'cf_guidance.denoisers._is_sigma': (
+                'denoisers.html#_is_sigma',
+                'cf_guidance/denoisers.py',
+            ),
             'cf_guidance.denoisers._levels_of': (
                 'denoisers.html#_levels_of',
+                'cf_guidance/denoisers.py',
+            ),
+            'cf_guidance.denoisers._midpoints': (
+                'denoisers.html#_midpoints',
                 'cf_guidance/denoisers.py',
             ),
             'cf_guidance.denoisers._mse': ('denoisers.html#_mse', 'cf_guidance/denoisers.py'),
@@ -662,34 +689,29 @@ d = {
                 'denoisers.html#_nearest',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers._noised': ('denoisers.html#_noised', 'cf_guidance/denoisers.py'),
-            'cf_guidance.denoisers._of_inner': (
-                'denoisers.html#_of_inner',
+            'cf_guidance.denoisers._per_sample': (
+                'denoisers.html#_per_sample',
                 'cf_guidance/denoisers.py',
             ),
             'cf_guidance.denoisers._prediction': (
                 'denoisers.html#_prediction',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers._range_of': (
-                'denoisers.html#_range_of',
+            'cf_guidance.denoisers._range_end': (
+                'denoisers.html#_range_end',
+                'cf_guidance/denoisers.py',
+            ),
+            'cf_guidance.denoisers._sorted_levels': (
+                'denoisers.html#_sorted_levels',
                 'cf_guidance/denoisers.py',
             ),
             'cf_guidance.denoisers.abar_to_sigma': (
                 'denoisers.html#abar_to_sigma',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers.apply_rule': (
-                'denoisers.html#apply_rule',
-                'cf_guidance/denoisers.py',
-            ),
             'cf_guidance.denoisers.from_x0': ('denoisers.html#from_x0', 'cf_guidance/denoisers.py'),
             'cf_guidance.denoisers.make_quantizer': (
                 'denoisers.html#make_quantizer',
-                'cf_guidance/denoisers.py',
-            ),
-            'cf_guidance.denoisers.per_sample': (
-                'denoisers.html#per_sample',
                 'cf_guidance/denoisers.py',
             ),
             'cf_guidance.denoisers.scaled_linear': (
@@ -2033,6 +2055,7 @@ d = {
         'cf_guidance.noise': {
             'cf_guidance.noise._as_device': ('noise.html#_as_device', 'cf_guidance/noise.py'),
             'cf_guidance.noise._as_generator': ('noise.html#_as_generator', 'cf_guidance/noise.py'),
+            'cf_guidance.noise._check_number': ('noise.html#_check_number', 'cf_guidance/noise.py'),
             'cf_guidance.noise._check_shape': ('noise.html#_check_shape', 'cf_guidance/noise.py'),
             'cf_guidance.noise._check_whole': ('noise.html#_check_whole', 'cf_guidance/noise.py'),
             'cf_guidance.noise.randn': ('noise.html#randn', 'cf_guidance/noise.py'),

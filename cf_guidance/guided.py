@@ -50,7 +50,7 @@ except ImportError:  # until the module is there
         return nullcontext()
 
 
-# %% ../nbs/06_guided.ipynb #4aba19d3
+# %% ../nbs/06_guided.ipynb #a23d7e68
 @dataclass(frozen=True)
 class Weight:
     "A weight as a function of noise level, number of samples and step."
@@ -93,7 +93,7 @@ class Weight:
         return _nearest_step(self.sigmas, sigma.double().cpu())
 
 
-# %% ../nbs/06_guided.ipynb #f8d58070
+# %% ../nbs/06_guided.ipynb #e19005be
 def _nearest_step(sigmas, sigma):
     "Number of the step whose noise level is nearest to each `sigma`, in the logarithm."
     between = [
@@ -261,7 +261,7 @@ class Called(Negative):
         raise NotImplementedError(f'{type(self).__name__}.__call__')
 
 
-# %% ../nbs/06_guided.ipynb #1bc32773
+# %% ../nbs/06_guided.ipynb #aee25134
 def _expand_rows(cond, n, device):
     "Conditions with one row per sample."
     out = {}
@@ -453,7 +453,7 @@ def _checked_interval(interval):
     return tuple(float(o) for o in interval)
 
 
-# %% ../nbs/06_guided.ipynb #5f942292
+# %% ../nbs/06_guided.ipynb #bac71291
 class GuidedDenoiser(Denoiser):
     "A denoiser and terms: `pos + sum_i (rule_i(neg_i, pos, w_i) - pos)`, again a denoiser."
 
@@ -495,14 +495,17 @@ class GuidedDenoiser(Denoiser):
         sigma,  # (B,) noise levels, or one number
         *,
         step: int | None = None,  # step of the sampler; None: the nearest noise level
+        # predictions that somebody else has evaluated already, (B, ...): 'pos', or the number of a
+        # term
+        known: dict | None = None,
         **cond,  # the positive's conditions by name: tensors with one row, or one per sample
     ) -> torch.Tensor:  # (B, ...)
         "The guided estimate of the images."
-        return self._evaluate(x, sigma, cond, step, whole=False).pred
+        return self._evaluate(x, sigma, cond, step, known or {}, whole=False).pred
 
-    def parts(self, x, sigma, *, step=None, **cond) -> Parts:
+    def parts(self, x, sigma, *, step=None, known=None, **cond) -> Parts:
         "The guided, positive and negative estimates; `neg` is that of the first term."
-        return self._evaluate(x, sigma, cond, step, whole=True)
+        return self._evaluate(x, sigma, cond, step, known or {}, whole=True)
 
 
 # %% ../nbs/06_guided.ipynb #f62d4ec3
@@ -535,9 +538,9 @@ def _refuse_inner_memory(model):
             )
 
 
-# %% ../nbs/06_guided.ipynb #1b7d1719
+# %% ../nbs/06_guided.ipynb #96287da2
 @patch
-def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, whole):
+def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
     "One evaluation, in the five steps of the list above."
     sigma, cond = per_sample(sigma, x), _expand_rows(cond, len(x), x.device)
     level = sigma.detach().double().cpu()
@@ -545,7 +548,7 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, whole):
     if run.n is None:
         self._first_evaluation(run, x, cond)
     active = self._activity(sigma, level, step, run, whole)
-    pos, negs = self._estimates(x, sigma, cond, active, run, step)
+    pos, negs = self._estimates(x, sigma, cond, active, known, run, step)
     run.before = run.states.copy(), run.stopped.copy()
     pred = self._combine(x, sigma, pos, negs, active, run)
     if pred.dtype != x.dtype:
@@ -657,7 +660,7 @@ def _sigma_range(D):
         return 0.0, math.inf
 
 
-# %% ../nbs/06_guided.ipynb #bba65fe3
+# %% ../nbs/06_guided.ipynb #e5b4a3ff
 _CHURN = 1.01 * math.sqrt(2)  # samplers that add noise raise sigma by at most sqrt(2)
 
 
@@ -863,15 +866,16 @@ def _spread(rows, y, fill):
     return y if len(rows) == len(fill) else fill.index_copy(0, rows.to(fill.device), y)
 
 
-# %% ../nbs/06_guided.ipynb #ca11d72b
+# %% ../nbs/06_guided.ipynb #b87e5131
 @patch
-def _estimates(self: GuidedDenoiser, x, sigma, cond, active, run, step):
+def _estimates(self: GuidedDenoiser, x, sigma, cond, active, known, run, step):
     "The positive, and the negative of each term; the positive stands in where there is none."
-    groups, observed = self._entries(x, sigma, cond, active, run)
+    groups, observed = self._entries(x, sigma, cond, active, known, run)
     D, observers = self.inner_model, [o[:2] for o in observed.values()] if observed else []
     forward = _forward_in_pieces if isinstance(D, Microbatched) else _forward
     run.last_nfe = torch.zeros(len(x), dtype=torch.long)
-    pos, outputs = torch.zeros_like(x), {}
+    pos = known['pos'] if 'pos' in known else torch.zeros_like(x)
+    outputs = {i: [o] for i, o in known.items() if i != 'pos'} if known else {}
     for group in groups:
         outs = forward(D, group, observers if group is groups[0] else [], run, step)
         for e, o in zip(group, outs, strict=True):
@@ -894,17 +898,17 @@ def _estimates(self: GuidedDenoiser, x, sigma, cond, active, run, step):
     return pos, negs
 
 
-# %% ../nbs/06_guided.ipynb #4e07f90c
+# %% ../nbs/06_guided.ipynb #6a6fe7cd
 @patch
-def _entries(self: GuidedDenoiser, x, sigma, cond, active, run):
+def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
     "Groups of entries, each for one forward, the positive first; and what observes the positive."
     groups, observed = [], {}
     rows = (~active[0].neg_only).nonzero().flatten()
-    if len(rows) or not len(x):
+    if 'pos' not in known and (len(rows) or not len(x)):
         groups.append([_take(None, rows, Query(x, sigma, cond))])
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
         rows = a.on.nonzero().flatten()
-        if not len(rows):
+        if not len(rows) or i in known:
             continue
         if isinstance(t.neg, Queries):
             generators = self._generators(i, run) if t.neg.draws else None
@@ -916,7 +920,7 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, run):
                 )
             for q in queries:
                 _put_in_group(groups, _take(i, rows, q))
-        elif (looked := t.neg.observe(sigma, cond)) is not None:
+        elif groups and (looked := t.neg.observe(sigma, cond)) is not None:
             observed[i] = looked[0], rows, looked[1]
     return groups, observed
 
@@ -1094,7 +1098,7 @@ def _cut(v, samples, n):
     return v[samples] if torch.is_tensor(v) and v.ndim and len(v) == n else v
 
 
-# %% ../nbs/06_guided.ipynb #9870e5c5
+# %% ../nbs/06_guided.ipynb #9da1009d
 class ZeroInit(Denoiser):
     "A flow model that stands still in the first steps (CFG-Zero*, arXiv:2503.18886)."
 
