@@ -14,9 +14,6 @@ __all__ = [
     'base_norm',
     't_norm',
     'full_norm',
-    'rescale',
-    'ep_cfg',
-    'cfg_norm',
     'apg',
     'adg',
     'tcfg',
@@ -24,8 +21,11 @@ __all__ = [
     'mambo',
     'beta_cfg',
     'fdg',
-    'dynamic_threshold',
     'mimic',
+    'rescale',
+    'ep_cfg',
+    'cfg_norm',
+    'dynamic_threshold',
     'GuidanceTfm',
     'BaseNormGuidance',
     'TNormGuidance',
@@ -46,12 +46,12 @@ from types import MappingProxyType
 import torch
 
 
-# %% ../nbs/01_transforms.ipynb #6
+# %% ../nbs/01_transforms.ipynb #c86ef93a
 def _common_dtype(first, pos, axes=1, name='neg'):
     "The dtype of the result, if the two predictions go together."
     for k, o in ((name, first), ('pos', pos)):
         if not torch.is_tensor(o):
-            raise TypeError(f'{k}: expected a tensor, got {type(o).__name__}')
+            raise TypeError(f'{k}: expected a tensor, got {_short(o)}')
     if first.shape != pos.shape:
         raise ValueError(
             f'expected {name} and pos of one shape, got {name} {tuple(first.shape)}'
@@ -73,13 +73,29 @@ def _common_dtype(first, pos, axes=1, name='neg'):
     return dtype
 
 
-# %% ../nbs/01_transforms.ipynb #7
+def _short(x, most=40):
+    "`x` as an error message shows it."
+    text = ' '.join(repr(x).split())
+    return text if len(text) <= most else f'{type(x).__name__} {text[:most]}...'
+
+
+# %% ../nbs/01_transforms.ipynb #f866ffc8
+def _is_finite(w):
+    "Is a Python number finite? In a compiled graph it is a symbol, and looking at it would break."
+    return torch.compiler.is_compiling() or math.isfinite(w)
+
+
+def _has_finite(t):
+    "Are the values of a tensor finite? A GPU would have to wait for the answer: it is not asked."
+    return torch.compiler.is_compiling() or t.device.type != 'cpu' or bool(t.isfinite().all())
+
+
+# %% ../nbs/01_transforms.ipynb #2521a890
 def _broadcast_weight(w, like):
     "`w` as a number, or as a tensor that broadcasts over all axes of `like` but the first."
-    expected = f'w: expected a finite number or {len(like)} of them, one per sample'
-    look = not torch.compiler.is_compiling()  # a look at values breaks a compiled graph
+    expected = f'w: expected a finite number, or {len(like)} of them, one per sample'
     if isinstance(w, int | float) and not isinstance(w, bool):
-        if look and not math.isfinite(w):
+        if not _is_finite(w):
             raise ValueError(f'{expected}, got {w!r}')
         return w
     try:
@@ -88,20 +104,14 @@ def _broadcast_weight(w, like):
         raise TypeError(f'{expected}, got {_short(w)}') from None
     if t.dtype == torch.bool or t.is_complex():
         raise TypeError(f'{expected}, got {_short(w)}')
-    if look and t.device.type == 'cpu' and not t.isfinite().all():  # a GPU would have to wait
+    if not _has_finite(t):
         raise ValueError(f'{expected}, got {_short(w)}')
-    t, one = t.to(like), (1,) * (like.ndim - 1)
-    if t.ndim == 0 or t.shape == (len(like), *one):
+    t, ones = t.to(like), (1,) * (like.ndim - 1)
+    if t.ndim == 0 or t.shape == (len(like), *ones):
         return t
     if t.shape == (len(like),):
-        return t.view(-1, *one)
+        return t.view(-1, *ones)
     raise ValueError(f'{expected}, got shape {tuple(t.shape)}')
-
-
-def _short(x, most=60):
-    "`x` as an error message shows it."
-    text = ' '.join(repr(x).split())
-    return text if len(text) <= most else f'{type(x).__name__} {text[:most]}...'
 
 
 # %% ../nbs/01_transforms.ipynb #9
@@ -117,11 +127,15 @@ def _narrow(x, dtype):
     return x if x.dtype == dtype else torch.where(x.isfinite(), x.clamp(-m, m), x).to(dtype)
 
 
-# %% ../nbs/01_transforms.ipynb #11
+# %% ../nbs/01_transforms.ipynb #2a5c787b
+def _is_number(o, lo=-math.inf, hi=math.inf):
+    return isinstance(o, Real) and not isinstance(o, bool) and lo <= o <= hi and math.isfinite(o)
+
+
 def _checked_setting(name, value, default, limits):
     "`value`, if it is of the kind of `default` and within `limits`."
     many = isinstance(default, tuple)
-    if not many and not (isinstance(default, Real) and not isinstance(default, bool)):
+    if not many and (isinstance(default, bool) or not isinstance(default, Real)):
         if isinstance(value, type(default)):
             return value
         raise ValueError(f'{name}: expected {type(default).__name__}, got {_short(value)}')
@@ -130,19 +144,37 @@ def _checked_setting(name, value, default, limits):
     if ok and all(_is_number(o, lo, hi) or o == default for o in (value if many else [value])):
         return tuple(value) if many else value
     kind = 'a tuple of finite numbers' if many else 'a finite number'
-    span = f', {lo} to {hi}' if hi < math.inf else f', {lo} or more' if lo > -math.inf else ''
+    span = f', {lo:g} to {hi:g}' if hi < math.inf else f', {lo:g} or more' if lo > -math.inf else ''
     end = ' or inf' if default == math.inf else ''
     raise ValueError(f'{name}: expected {kind}{span}{end}, got {_short(value)}')
 
 
-def _is_number(o, lo=-math.inf, hi=math.inf):
-    return isinstance(o, Real) and not isinstance(o, bool) and lo <= o <= hi and math.isfinite(o)
-
-
-# %% ../nbs/01_transforms.ipynb #2b72cfdd
+# %% ../nbs/01_transforms.ipynb #8f84cea6
 _SPACES = ('eps', 'x0', 'v', 'flow', 'any')
 
 
+def _check_facts(space, axes, limits):
+    if not isinstance(space, str) or space not in _SPACES:
+        raise ValueError(f'space: expected one of {_SPACES}, got {_short(space)}')
+    if isinstance(axes, bool) or not isinstance(axes, int) or axes < 1:
+        raise ValueError(f'axes: expected a whole number, 1 or more, got {_short(axes)}')
+    for k, v in limits.items():
+        if not (isinstance(v, tuple) and len(v) == 2 and v[0] <= v[1]):
+            raise ValueError(f'{k}: expected limits (low, high), got {_short(v)}')
+
+
+def _defaults(formula, args):
+    "The keyword-only parameters of a formula, if its others are `args`."
+    wanted = f'expected a function of ({", ".join(args)})'
+    if not inspect.isroutine(formula):
+        raise TypeError(f'{wanted}, got {_short(formula)}')
+    params = inspect.signature(formula).parameters.values()
+    if sum(p.kind is not p.KEYWORD_ONLY for p in params) != len(args):
+        raise TypeError(f'{wanted}, got {formula.__name__}{inspect.signature(formula)}')
+    return {p.name: p.default for p in params if p.kind is p.KEYWORD_ONLY}
+
+
+# %% ../nbs/01_transforms.ipynb #f4df8e2f
 @dataclass(frozen=True, repr=False)
 class _Formula:
     "What a `Rule` and a `PostRule` share: a formula with a name, a space and settings."
@@ -158,27 +190,20 @@ class _Formula:
         raise NotImplementedError
 
     def __post_init__(self):
-        f, args = self.formula, self._args()
-        if not inspect.isroutine(f):
-            raise TypeError(f'expected a function of ({", ".join(args)}), got {_short(f)}')
-        if self.space not in _SPACES:
-            raise ValueError(f'space: expected one of {_SPACES}, got {_short(self.space)}')
-        params = inspect.signature(f).parameters.values()
-        if sum(p.kind is not p.KEYWORD_ONLY for p in params) != len(args):
-            raise TypeError(f'{f.__name__}: expected a function of ({", ".join(args)})')
-        defaults = {p.name: p.default for p in params if p.kind is p.KEYWORD_ONLY}
+        _check_facts(self.space, self.axes, self.limits)
+        f, defaults = self.formula, _defaults(self.formula, self._args())
         for k in (*self.limits, *self.settings):
             if k not in defaults:
-                known = ', '.join(defaults) or 'no settings'
-                raise TypeError(f'{f.__name__} has no setting {k!r}: expected {known}')
+                known = ', '.join(defaults) or 'none'
+                raise TypeError(f'{f.__name__} has no setting {k!r}: its settings are {known}')
         given = {
             k: _checked_setting(k, v, defaults[k], self.limits.get(k))
             for k, v in self.settings.items()
         }
-        object.__setattr__(self, 'settings', MappingProxyType(defaults | given))
-        for k in ('__name__', '__qualname__', '__doc__', '__module__'):
-            object.__setattr__(self, k, getattr(f, k))
-        object.__setattr__(self, '__wrapped__', f)
+        own = {k: getattr(f, k) for k in ('__name__', '__qualname__', '__doc__', '__module__')}
+        own |= dict(__wrapped__=f, settings=MappingProxyType(defaults | given))
+        for k, v in own.items():
+            object.__setattr__(self, k, v)
 
     def __repr__(self):
         settings = ', '.join(f'{k}={v!r}' for k, v in self.settings.items())
@@ -192,28 +217,35 @@ class _Formula:
         return replace(self, settings={**self.settings, **settings})
 
     def __copy__(self):
-        return self
-
-    def __deepcopy__(self, memo):
         return self  # nothing in it can change
 
+    def __deepcopy__(self, memo):
+        return self
+
     def __reduce__(self):
-        own = getattr(sys.modules.get(self.__module__), self.__qualname__, None)
-        if isinstance(own, _Formula) and own.formula is self.formula:
-            return _named_formula, (self.__module__, self.__qualname__, dict(self.settings))
-        fields = {k: getattr(self, k) for k in self.__dataclass_fields__}
-        return _new_formula, (type(self), fields | dict(settings=dict(self.settings)))
+        return _pickled(self)
 
 
-def _named_formula(module, name, settings):
+# %% ../nbs/01_transforms.ipynb #b74e09b2
+def _pickled(rule):
+    "How pickle stores a rule: by its name where it has one, else by its fields."
+    settings = dict(rule.settings)
+    named = getattr(sys.modules.get(rule.__module__), rule.__qualname__, None)
+    if isinstance(named, _Formula) and named.formula is rule.formula:
+        return _find_rule, (rule.__module__, rule.__qualname__, settings)
+    fields = {k: getattr(rule, k) for k in rule.__dataclass_fields__}
+    return _make_rule, (type(rule), fields | dict(settings=settings))
+
+
+def _find_rule(module, name, settings):
     return getattr(importlib.import_module(module), name).of(**settings)
 
 
-def _new_formula(cls, fields):
+def _make_rule(cls, fields):
     return cls(**fields)
 
 
-# %% ../nbs/01_transforms.ipynb #13
+# %% ../nbs/01_transforms.ipynb #1e206529
 def _checked_state(state, like):
     "A state in the dtype of the predictions, if it has one row per sample."
     if state is None:
@@ -222,7 +254,7 @@ def _checked_state(state, like):
         raise TypeError(f'state: expected None or a tensor, got {_short(state)}')
     if not state.ndim or len(state) != len(like):
         raise ValueError(
-            f'state: expected one row per sample, {len(like)}, got shape {tuple(state.shape)}'
+            f'state: expected {len(like)} rows, one per sample, got shape {tuple(state.shape)}'
         )
     return state.to(like)
 
@@ -236,7 +268,7 @@ def _at_weight(at, w, end, pred):
     return end.clone() if w == at else pred
 
 
-# %% ../nbs/01_transforms.ipynb #d86849e4
+# %% ../nbs/01_transforms.ipynb #58897650
 @dataclass(frozen=True, repr=False)
 class Rule(_Formula):
     "How a negative and a positive prediction become one: `rule(neg, pos, w) -> pred`."
@@ -247,6 +279,12 @@ class Rule(_Formula):
 
     def _args(self):
         return ('neg', 'pos', 'w', 'state') if self.stateful else ('neg', 'pos', 'w')
+
+    def __post_init__(self):
+        for k in ('pos_at', 'neg_at'):
+            if (v := getattr(self, k)) is not None and not _is_number(v):
+                raise ValueError(f'{k}: expected a finite number or None, got {_short(v)}')
+        super().__post_init__()
 
     def __call__(
         self,
@@ -261,7 +299,7 @@ class Rule(_Formula):
             return self.of(**settings)(neg, pos, w, state)
         dtype = _common_dtype(neg, pos, self.axes)
         if state is not None and not self.stateful:
-            raise TypeError(f'{self.__name__} has no state: call it as rule(neg, pos, w)')
+            raise TypeError(f'{self.__name__} has no state: call it with neg, pos and w only')
         neg, pos = (o.to(_wide(dtype, o.device)) for o in (neg, pos))
         w, state = _broadcast_weight(w, neg), _checked_state(state, neg)
         if not neg.numel():
@@ -275,33 +313,25 @@ class Rule(_Formula):
         return (pred, state) if self.stateful else pred
 
 
-# %% ../nbs/01_transforms.ipynb #16
+# %% ../nbs/01_transforms.ipynb #e01abc15
 def rule(
-    space: str,  # what `neg` and `pos` are: 'eps', 'x0', 'v', 'flow', or 'any' if the rule is linear
+    space: str,  # of the predictions: 'eps', 'x0', 'v', 'flow', or 'any' for a linear rule
     pos_at: float = 1.0,  # weight at which the result is exactly `pos`; None: there is none
     neg_at: float = None,  # weight at which it is exactly `neg`, and `pos` is not needed
     stateful: bool = False,  # does it remember: `f(neg, pos, w, state) -> (pred, state)`
     axes: int = 1,  # axes that a prediction must have, at least
-    **limits,  # smallest and largest value of each setting
+    **limits,  # of each setting: `(smallest, largest)`
 ):
-    "Decorator that makes a formula a `Rule`. Keyword-only parameters become its settings."
+    "Decorator that makes a formula a `Rule`. Its keyword-only parameters are the settings."
+    _check_facts(space, axes, limits)
     facts = dict(space=space, pos_at=pos_at, neg_at=neg_at, stateful=stateful, axes=axes)
-    _check_limits(space, limits)
     return lambda formula: Rule(formula, limits=limits, **facts)
 
 
-def _check_limits(space, limits):
-    if space not in _SPACES:
-        raise ValueError(f'space: expected one of {_SPACES}, got {_short(space)}')
-    for k, v in limits.items():
-        if not (isinstance(v, tuple) and len(v) == 2 and v[0] <= v[1]):
-            raise ValueError(f'{k}: expected limits (low, high), got {_short(v)}')
-
-
-# %% ../nbs/01_transforms.ipynb #98e201f6
+# %% ../nbs/01_transforms.ipynb #a62e8742
 @dataclass(frozen=True, repr=False)
 class PostRule(_Formula):
-    "A correction of a guided prediction by the positive one: `post(pred, pos) -> pred`."
+    "A correction of a guided prediction, given the positive one: `post(pred, pos) -> pred`."
 
     def _args(self):
         return ('pred', 'pos')
@@ -321,35 +351,34 @@ class PostRule(_Formula):
         return _narrow(out, dtype)
 
 
-# %% ../nbs/01_transforms.ipynb #62b5d072
+# %% ../nbs/01_transforms.ipynb #d6b6147e
 def post_rule(
-    space: str,  # what `pred` and `pos` are: 'eps', 'x0', 'v', 'flow' or 'any'
+    space: str,  # of the predictions: 'eps', 'x0', 'v', 'flow' or 'any'
     axes: int = 1,  # axes that a prediction must have, at least
-    **limits,  # smallest and largest value of each setting
+    **limits,  # of each setting: `(smallest, largest)`
 ):
-    "Decorator that makes a formula `f(pred, pos)` a `PostRule`, in the manner of `rule`."
-    _check_limits(space, limits)
+    "Decorator that makes a formula `f(pred, pos)` a `PostRule`, as `rule` does for rules."
+    _check_facts(space, axes, limits)
     return lambda formula: PostRule(formula, space=space, axes=axes, limits=limits)
 
 
-# %% ../nbs/01_transforms.ipynb #18
+# %% ../nbs/01_transforms.ipynb #525a15d3
 @rule('any', neg_at=0.0)
 def cfg(
     neg: torch.Tensor,  # (B, ...) negative prediction
     pos: torch.Tensor,  # (B, ...) positive prediction
     w,  # a number or (B,): 0 is `neg`, 1 is `pos` (unguided), more goes beyond
-) -> torch.Tensor:  # (B, ...) in the type of the inputs
-    "Classifier-free guidance (arXiv:2207.12598), `neg + w*(pos-neg)`, exact at `w = 0` and `w = 1`."
+) -> torch.Tensor:  # (B, ...) in the dtype of the inputs
+    "Classifier-free guidance (arXiv:2207.12598), `neg + w*(pos-neg)`, exact at `w=0` and `w=1`."
     return torch.lerp(neg, pos, w)
 
 
-# %% ../nbs/01_transforms.ipynb #28
+# %% ../nbs/01_transforms.ipynb #7718ba25
 def _norm(x):
     "Length of each sample, shaped to broadcast over `x`."
     return torch.linalg.vector_norm(x[..., None].flatten(1), dim=1).view(-1, *(1,) * (x.ndim - 1))
 
 
-# %% ../nbs/01_transforms.ipynb #29
 def _match_norm(x, like):
     "`x` with each sample scaled to the length of that in `like`; a zero sample stays zero."
     dtype = _common_dtype(x, like)
@@ -358,13 +387,12 @@ def _match_norm(x, like):
     return _narrow(x / torch.where(n == 0, 1, n) * _norm(like), dtype)
 
 
-# %% ../nbs/01_transforms.ipynb #32
+# %% ../nbs/01_transforms.ipynb #a6582212
 def _dot(a, b):
     "Inner product of each sample, shaped to broadcast."
     return (a * b)[..., None].flatten(1).sum(1).view(-1, *(1,) * (a.ndim - 1))
 
 
-# %% ../nbs/01_transforms.ipynb #33
 def _perpendicular(a, b):
     "The part of each sample of `a` that is perpendicular to that of `b`; `a` where `b` is 0."
     dtype = _common_dtype(a, b)
@@ -376,124 +404,78 @@ def _perpendicular(a, b):
 perpendicular = _perpendicular  # its name until the notebook on negatives has moved
 
 
-# %% ../nbs/01_transforms.ipynb #36
+# %% ../nbs/01_transforms.ipynb #af69452b
 @rule('eps', pos_at=None)
 def base_norm(
     neg: torch.Tensor,  # (B, ...) negative prediction of the noise
     pos: torch.Tensor,  # (B, ...) positive prediction of the noise
     w,  # a number or (B,), as in `cfg`; usual values are those of `cfg`
 ) -> torch.Tensor:  # (B, ...) each sample as long as in `neg`
-    "`cfg` scaled to the length of `neg` (`BaseNormGuidance` of cf_guidance, 2022)."
+    """`cfg` scaled to the length of `neg` (`BaseNormGuidance` of cf_guidance, 2022).
+
+    A guided denoiser leaves it out at steps with more noise than the model was trained on.
+    """
     return _match_norm(torch.lerp(neg, pos, w), neg)
 
 
-# %% ../nbs/01_transforms.ipynb #38
+# %% ../nbs/01_transforms.ipynb #b78cdc8c
 @rule('eps', pos_at=None)
 def t_norm(
     neg: torch.Tensor,  # (B, ...) negative prediction of the noise
     pos: torch.Tensor,  # (B, ...) positive prediction of the noise
-    w,  # a number or (B,): length of the push as a share of the length of `neg`; usual are 0.1 to 0.3
-) -> torch.Tensor:  # (B, ...) in the type of the inputs
-    "`neg + w*|neg|*(pos-neg)/|pos-neg|` (`TNormGuidance` of cf_guidance, 2022)."
+    w,  # a number or (B,): length of the change as a share of that of `neg`; usual are 0.1 to 0.3
+) -> torch.Tensor:  # (B, ...) in the dtype of the inputs
+    """`neg + w*|neg|*(pos-neg)/|pos-neg|` (`TNormGuidance` of cf_guidance, 2022).
+
+    A guided denoiser leaves it out at steps with more noise than the model was trained on.
+    """
     return neg + w * _match_norm(pos - neg, neg)
 
 
-# %% ../nbs/01_transforms.ipynb #40
+# %% ../nbs/01_transforms.ipynb #3ffc63e5
 @rule('eps', pos_at=None)
 def full_norm(
     neg: torch.Tensor,  # (B, ...) negative prediction of the noise
     pos: torch.Tensor,  # (B, ...) positive prediction of the noise
     w,  # a number or (B,), as in `t_norm`
 ) -> torch.Tensor:  # (B, ...) each sample as long as in `neg`
-    "`t_norm` scaled to the length of `neg` (`FullNormGuidance` of cf_guidance, 2022)."
+    """`t_norm` scaled to the length of `neg` (`FullNormGuidance` of cf_guidance, 2022).
+
+    A guided denoiser leaves it out at steps with more noise than the model was trained on.
+    """
     return _match_norm(t_norm.formula(neg, pos, w), neg)
 
 
-# %% ../nbs/01_transforms.ipynb #65
-def _std(x):
-    "Standard deviation of each sample, shaped to broadcast; 0 where it is nothing but rounding."
-    x = x[..., None].flatten(1)
-    d = _norm(x - x.mean(1, keepdim=True))
-    return torch.where(d > 8 * torch.finfo(x.dtype).eps * _norm(x), d, 0) / x.shape[1] ** 0.5
-
-
+# %% ../nbs/01_transforms.ipynb #b2a46b00
 def _ratio(a, b):
     return torch.where(b == 0, 1, a / torch.where(b == 0, 1, b))
 
 
-# %% ../nbs/01_transforms.ipynb #66
-@post_rule('v', phi=(0, 1))
-def rescale(
-    pred: torch.Tensor,  # (B, ...) guided prediction
-    pos: torch.Tensor,  # (B, ...) positive prediction
-    *,
-    phi: float = 0.7,  # how much of it: 0 is not at all
-) -> torch.Tensor:  # (B, ...) with `phi=1` each sample has the standard deviation of that in `pos`
-    "Rescaled guidance (arXiv:2305.08891, section 3.4): the standard deviation of `pos`."
-    ratio = _ratio(_std(pos), _std(pred)).view(-1, *(1,) * (pred.ndim - 1))
-    return torch.lerp(pred, pred * ratio, phi)
-
-
-# %% ../nbs/01_transforms.ipynb #71
-def _energy(x, trim):
-    "Root of the mean of the squares of each sample, without the smallest and the largest."
-    x = x[..., None].flatten(1)
-    n, k = x.shape[1], int(trim * x.shape[1])
-    return (
-        _norm(x) / n**0.5
-        if not k
-        else _norm(x.abs().sort(1).values[:, k : n - k]) / (n - 2 * k) ** 0.5
-    )
-
-
-# %% ../nbs/01_transforms.ipynb #72
-@post_rule('x0', trim=(0, 0.49))
-def ep_cfg(
-    pred: torch.Tensor,  # (B, ...) guided image
-    pos: torch.Tensor,  # (B, ...) positive image
-    *,
-    trim: float = 0.0,  # share of values left out at either end; .45 leaves the middle tenth
-) -> torch.Tensor:  # (B, ...) each sample has the energy of that in `pos`
-    "Energy-preserving guidance (EP-CFG, arXiv:2412.09966): scaled to the energy of `pos`."
-    ratio = _ratio(_energy(pos, trim), _energy(pred, trim))
-    return pred * ratio.view(-1, *(1,) * (pred.ndim - 1))
-
-
-# %% ../nbs/01_transforms.ipynb #75
-@post_rule('x0', axes=2)
-def cfg_norm(
-    pred: torch.Tensor,  # (B, C, ...) guided image
-    pos: torch.Tensor,  # (B, C, ...) positive image
-) -> torch.Tensor:  # (B, C, ...) no pixel is longer than in `pos`
-    "No pixel's vector of channels is longer than in `pos` (CFGNorm of ComfyUI)."
-    lengths = (torch.linalg.vector_norm(o, dim=1, keepdim=True) for o in (pos, pred))
-    return pred * _ratio(*lengths).clamp(max=1)
-
-
-# %% ../nbs/01_transforms.ipynb #78
-def _check_state(state, like):
+def _check_state_shape(state, like):
     if state.shape != like.shape:
         raise ValueError(
             f'state: expected the shape of the predictions, {tuple(like.shape)},'
             f' got {tuple(state.shape)}'
         )
-    return state
 
 
-# %% ../nbs/01_transforms.ipynb #79
+# %% ../nbs/01_transforms.ipynb #e8c63902
 @rule('x0', stateful=True, eta=(-math.inf, math.inf), radius=(0, math.inf), beta=(-1, 1))
 def apg(
     neg: torch.Tensor,  # (B, ...) negative estimate of the image
-    pos: torch.Tensor,  # (B, ...) positive one
+    pos: torch.Tensor,  # (B, ...) positive estimate of the image
     w,  # a number or (B,), as in `cfg`; may be higher
-    state: torch.Tensor = None,  # (B, ...) the pushes so far; None at the beginning of a run
+    state: torch.Tensor = None,  # (B, ...) the deltas so far; None at the beginning of a run
     *,
-    eta: float = 0.0,  # how much of the part that is parallel to `pos`; 1 is all
-    radius: float = math.inf,  # longest push of a sample; it belongs to a model and its size of image, see `APG`
+    eta: float = 0.0,  # how much of the part that is parallel to `pos`; 1 is all of it
+    radius: float = math.inf,  # longest delta of a sample; depends on the model, see `APG_PRESETS`
     beta: float = -0.5,  # momentum
 ) -> tuple:  # (B, ...) prediction and state
-    "Adaptive projected guidance (arXiv:2410.02416, algorithm 1). It remembers: call it as `apg(neg, pos, w, state)`."
-    g = pos - neg if state is None else pos - neg + beta * _check_state(state, pos)
+    "Adaptive projected guidance (arXiv:2410.02416, algorithm 1). It remembers earlier steps."
+    g = pos - neg
+    if state is not None:
+        _check_state_shape(state, pos)
+        g = g + beta * state
     n = _norm(g)
     cut = g * _ratio(n.clamp(max=radius), n)
     perp = _perpendicular(cut, pos)
@@ -509,25 +491,25 @@ APG_PRESETS = {
 }
 
 
-# %% ../nbs/01_transforms.ipynb #88
+# %% ../nbs/01_transforms.ipynb #bb0667ed
 def _unit(x):
     return x / torch.where((n := _norm(x)) == 0, 1, n)
 
 
 def _angle(a, b):
-    "Angle of each sample, also right where it is close to 0 or pi (Kahan's formula)."
+    "Angle of each sample, also accurate close to 0 or pi (Kahan's formula)."
     a, b = _unit(a), _unit(b)
     return 2 * torch.atan2(_norm(a - b), _norm(a + b))
 
 
-# %% ../nbs/01_transforms.ipynb #89
+# %% ../nbs/01_transforms.ipynb #bed62852
 @rule('x0', most=(0, math.pi))
 def adg(
     neg: torch.Tensor,  # (B, ...) negative estimate of the image
-    pos: torch.Tensor,  # (B, ...) positive one
-    w,  # a number or (B,): the angle from the negative, in angles between the two
+    pos: torch.Tensor,  # (B, ...) positive estimate of the image
+    w,  # a number or (B,): angle from the negative, in units of the angle between the two
     *,
-    most: float = math.pi / 6,  # largest angle by which the positive is turned
+    most: float = math.pi / 6,  # largest angle by which the positive is turned, in radians
 ) -> torch.Tensor:  # (B, ...) each sample as long as in `pos`
     "Angle-domain guidance (ADG, arXiv:2506.11039): `pos`, turned away from `neg`."
     phi = ((w - 1) * _angle(neg, pos)).clamp(-most, most)
@@ -536,142 +518,132 @@ def adg(
     return torch.where(known, phi.cos() * pos + phi.sin() * _norm(pos) * _unit(p), pos)
 
 
-# %% ../nbs/01_transforms.ipynb #92
+# %% ../nbs/01_transforms.ipynb #75eacca9
 @rule('eps')
 def tcfg(
     neg: torch.Tensor,  # (B, ...) negative prediction of the noise
-    pos: torch.Tensor,  # (B, ...) positive one
+    pos: torch.Tensor,  # (B, ...) positive prediction of the noise
     w,  # a number or (B,), as in `cfg`
 ) -> torch.Tensor:  # (B, ...)
-    "Tangential damping guidance (TCFG, arXiv:2503.18137): `cfg`, of the negative only what lies along the direction that both share."
+    """Tangential damping (TCFG, arXiv:2503.18137): `cfg` with the part of `neg` that `pos` shares.
+
+    A guided denoiser leaves it out at steps with more noise than the model was trained on.
+    """
     n, p, b = _norm(neg), _norm(pos), _dot(neg, pos)
     d = (n - p) * (n + p)
     none = (b == 0) & (d == 0)
     h = torch.hypot(torch.where(none, 1, d), 2 * b)
-    return torch.addcmul(
-        (w + (1 - w) * b / h) * pos, (1 - w) * torch.where(none, 1, (1 + d / h) / 2), neg
-    )
+    of_pos, of_neg = w + (1 - w) * b / h, (1 - w) * torch.where(none, 1, (1 + d / h) / 2)
+    return torch.addcmul(of_pos * pos, of_neg, neg)
 
 
-# %% ../nbs/01_transforms.ipynb #96
+# %% ../nbs/01_transforms.ipynb #11011e5c
 @rule('flow')
 def cfg_zero(
     neg: torch.Tensor,  # (B, ...) negative prediction of the velocity
-    pos: torch.Tensor,  # (B, ...) positive one
+    pos: torch.Tensor,  # (B, ...) positive prediction of the velocity
     w,  # a number or (B,), as in `cfg`
 ) -> torch.Tensor:  # (B, ...)
-    "The optimised scale of CFG-Zero* (arXiv:2503.18886): `cfg`, with the negative scaled to be as close to `pos` as it can be."
+    "Optimised scale of CFG-Zero* (arXiv:2503.18886): `cfg` with `neg` scaled to be near `pos`."
     n = _dot(neg, neg)
     return torch.lerp(_dot(neg, pos) / torch.where(n == 0, 1, n) * neg, pos, w)
 
 
-# %% ../nbs/01_transforms.ipynb #99
+# %% ../nbs/01_transforms.ipynb #df8b2f2d
 @rule('flow', alpha=(0, math.inf))
 def mambo(
     neg: torch.Tensor,  # (B, ...) negative prediction of the velocity
-    pos: torch.Tensor,  # (B, ...) positive one
+    pos: torch.Tensor,  # (B, ...) positive prediction of the velocity
     w,  # a number or (B,), as in `cfg`: the weight where both are equal
     *,
     alpha: float = 8.0,  # how fast the weight falls; 0 is `cfg`
 ) -> torch.Tensor:  # (B, ...)
-    "Magnitude-aware guidance (MAMBO-G, arXiv:2508.03442): `cfg`, with less weight where the predictions are far apart."
+    "Magnitude-aware guidance (MAMBO-G, arXiv:2508.03442): `cfg`, weaker where the two differ."
     n, most = _norm(neg), torch.finfo(neg.dtype).max
-    apart = torch.where(
-        n == 0, most, (_norm(pos - neg) / torch.where(n == 0, 1, n)).clamp(max=most)
-    )
+    apart = (_norm(pos - neg) / torch.where(n == 0, 1, n)).clamp(max=most)
+    apart = torch.where(n == 0, most, apart)
     return torch.lerp(neg, pos, 1 + (w - 1) * torch.exp(-alpha * apart))
 
 
-# %% ../nbs/01_transforms.ipynb #102
+# %% ../nbs/01_transforms.ipynb #0dc05378
 @rule('eps', pos_at=None, neg_at=0.0, gamma=(0, 1))
 def beta_cfg(
     neg: torch.Tensor,  # (B, ...) negative prediction of the noise
-    pos: torch.Tensor,  # (B, ...) positive one
-    w,  # a number or (B,): for `gamma=1` the length of the push
+    pos: torch.Tensor,  # (B, ...) positive prediction of the noise
+    w,  # a number or (B,): for `gamma=1` the length of the delta
     *,
-    gamma: float = 1.0,  # power of the length that is divided by
+    gamma: float = 1.0,  # power of the length that the delta is divided by
 ) -> torch.Tensor:  # (B, ...)
-    "The rule of beta-CFG (arXiv:2502.10574), `neg + w*(pos-neg)/|pos-neg|^gamma`."
+    """The rule of beta-CFG (arXiv:2502.10574), `neg + w*(pos-neg)/|pos-neg|^gamma`.
+
+    A guided denoiser leaves it out at steps with more noise than the model was trained on.
+    """
     n = _norm(pos - neg)
     return neg + w * (pos - neg) / torch.where(n == 0, 1, n) ** gamma
 
 
-# %% ../nbs/01_transforms.ipynb #108
+# %% ../nbs/01_transforms.ipynb #7be41436
 def _half(n, like):
     "Matrices that blur and halve an axis of `n` pixels, and that double it again."
     m = (n + 1) // 2
     i = torch.arange(m, device=like.device)
     down = torch.zeros(m, n, dtype=like.dtype, device=like.device)
-    for k, v in zip(range(-2, 3), (1, 4, 6, 4, 1)):
-        down = down.index_put(
-            (i, (2 * i + k).clamp(0, n - 1)),
-            torch.full_like(i, v, dtype=like.dtype) / 16,
-            accumulate=True,
-        )
+    for k, v in ((-2, 1), (-1, 4), (0, 6), (1, 4), (2, 1)):
+        value = torch.full_like(i, v, dtype=like.dtype) / 16
+        down = down.index_put((i, (2 * i + k).clamp(0, n - 1)), value, accumulate=True)
     return down, down.T / down.T.sum(1, keepdim=True)
 
 
-# %% ../nbs/01_transforms.ipynb #109
 def _levels(x, shares):
-    "The sum of the levels of the pyramid of `x`, each times its share: from below, what the levels below have too much or too little is added to `x`."
+    "The sum of the levels of the pyramid of `x`, each times its share."
     if len(shares) == 1:
         return shares[0] * x
     (dh, uh), (dw, uw) = (_half(n, x) for n in x.shape[-2:])
     low = dh @ x @ dw.T
+    # from below: add to `x` what the coarser levels have too much or too little
     return shares[0] * x + uh @ (_levels(low, shares[1:]) - shares[0] * low) @ uw.T
 
 
-# %% ../nbs/01_transforms.ipynb #112
+# %% ../nbs/01_transforms.ipynb #3fa7d77f
 @rule('x0', axes=3, shares=(0, math.inf))
 def fdg(
     neg: torch.Tensor,  # (B, ..., H, W) negative estimate of the image
-    pos: torch.Tensor,  # (B, ..., H, W) positive one
+    pos: torch.Tensor,  # (B, ..., H, W) positive estimate of the image
     w,  # a number or (B,), as in `cfg`
     *,
-    shares: tuple = (
-        1.0,
-        0.5,
-    ),  # of `w-1`, for each level of the pyramid from fine to coarse; all 1 is `cfg`
+    shares: tuple = (1.0, 0.5),  # of `w-1`, per level from fine to coarse, 16 at most; 1s: `cfg`
 ) -> torch.Tensor:  # (B, ..., H, W)
-    "Frequency-decoupled guidance (FDG, arXiv:2506.19713): `cfg`, with a weight for each level of a Laplacian pyramid."
-    push = pos - neg
-    with torch.autocast(push.device.type, enabled=False):
-        return torch.lerp(neg + (push - _levels(push, shares)), pos, w)
+    "Frequency-decoupled guidance (FDG, arXiv:2506.19713): `cfg` with a weight per frequency band."
+    _check_levels(shares)
+    delta = pos - neg
+    with torch.autocast(delta.device.type, enabled=False):
+        return torch.lerp(neg + (delta - _levels(delta, shares)), pos, w)
 
 
-# %% ../nbs/01_transforms.ipynb #117
+def _check_levels(shares):
+    if len(shares) > 16:  # a pyramid of 17 levels has one pixel for 65,536
+        raise ValueError(f'shares: expected at most 16 levels, got {len(shares)}')
+
+
+# %% ../nbs/01_transforms.ipynb #4f975d3b
 def _quantile(x, p):
-    "Quantile of each row, with linear interpolation, for any number of values (`torch.quantile` ends at 16 million)."
+    "Quantile of each row, for any number of values (`torch.quantile` ends at 16 million)."
     x, i = x.sort(1).values, p * (x.shape[1] - 1)
     return torch.lerp(x[:, int(i)], x[:, math.ceil(i)], i - int(i))
 
 
-# %% ../nbs/01_transforms.ipynb #118
-@post_rule('x0', p=(0, 1))
-def dynamic_threshold(
-    pred: torch.Tensor,  # (B, ...) guided image, pixels in [-1, 1]
-    pos: torch.Tensor,  # (B, ...) not used
-    *,
-    p: float = 0.995,  # share of the values that is not clipped
-) -> torch.Tensor:  # (B, ...) in [-1, 1]
-    "Dynamic thresholding (Imagen, arXiv:2205.11487): clip at a quantile and divide by it."
-    q = _quantile(pred[..., None].flatten(1).abs(), p)
-    q = q.clamp(min=1).view(-1, *(1,) * (pred.ndim - 1))
-    return torch.maximum(torch.minimum(pred, q), -q) / q
-
-
-# %% ../nbs/01_transforms.ipynb #121
+# %% ../nbs/01_transforms.ipynb #913c0679
 @rule('x0', pos_at=None, axes=2, mimic=(0, math.inf), p=(0, 1), phi=(0, 1))
 def mimic(
     neg: torch.Tensor,  # (B, C, ...) negative estimate of the image or latent
-    pos: torch.Tensor,  # (B, C, ...) positive one
+    pos: torch.Tensor,  # (B, C, ...) positive estimate
     w,  # a number or (B,), as in `cfg`
     *,
     mimic: float = 7.0,  # weight whose range is kept
     p: float = 1.0,  # share of the values that is not clipped
     phi: float = 1.0,  # how much of it: 0 is `cfg`
 ) -> torch.Tensor:  # (B, C, ...) no channel reaches farther from its mean than at weight `mimic`
-    "`cfg` in the range of a lower weight, channel by channel (the mimic scale of sd-dynamic-thresholding)."
+    "`cfg` in the range of a lower weight, channel by channel (of sd-dynamic-thresholding)."
     g, like = (torch.lerp(neg, pos, o)[..., None].flatten(2).flatten(0, 1) for o in (w, mimic))
     m = (like - like.mean(1, keepdim=True)).abs().amax(1, keepdim=True)
     mean = g.mean(1, keepdim=True)
@@ -680,21 +652,101 @@ def mimic(
     return torch.lerp(g, out, phi).view_as(neg)
 
 
-# %% ../nbs/01_transforms.ipynb #165
-def _at(name, sched, idx):
+# %% ../nbs/01_transforms.ipynb #b216d891
+def _std(x):
+    "Standard deviation of each sample, shaped to broadcast; 0 where it is nothing but rounding."
+    x = x[..., None].flatten(1)
+    d = _norm(x - x.mean(1, keepdim=True))
+    return torch.where(d > 8 * torch.finfo(x.dtype).eps * _norm(x), d, 0) / x.shape[1] ** 0.5
+
+
+# %% ../nbs/01_transforms.ipynb #3a9aaf9f
+@post_rule('v', phi=(0, 1))
+def rescale(
+    pred: torch.Tensor,  # (B, ...) guided prediction
+    pos: torch.Tensor,  # (B, ...) positive prediction
+    *,
+    phi: float = 0.7,  # how much of it: 0 is not at all
+) -> torch.Tensor:  # (B, ...) with `phi=1` each sample has the standard deviation of that in `pos`
+    "Rescaled guidance (arXiv:2305.08891, section 3.4): give `pred` the contrast of `pos`."
+    ratio = _ratio(_std(pos), _std(pred)).view(-1, *(1,) * (pred.ndim - 1))
+    return torch.lerp(pred, pred * ratio, phi)
+
+
+# %% ../nbs/01_transforms.ipynb #58635cba
+def _energy(x, trim):
+    "Root mean square of each sample, without a share `trim` of its smallest and largest values."
+    x = x[..., None].flatten(1)
+    n, k = x.shape[1], int(trim * x.shape[1])
+    if not k:
+        return _norm(x) / n**0.5
+    return _norm(x.abs().sort(1).values[:, k : n - k]) / (n - 2 * k) ** 0.5
+
+
+# %% ../nbs/01_transforms.ipynb #24eaeba0
+@post_rule('x0', trim=(0, 0.49))
+def ep_cfg(
+    pred: torch.Tensor,  # (B, ...) guided image
+    pos: torch.Tensor,  # (B, ...) positive image
+    *,
+    trim: float = 0.0,  # share of values left out at either end; .45 leaves the middle tenth
+) -> torch.Tensor:  # (B, ...) each sample has the energy of that in `pos`
+    "Energy-preserving guidance (EP-CFG, arXiv:2412.09966): give `pred` the energy of `pos`."
+    ratio = _ratio(_energy(pos, trim), _energy(pred, trim))
+    return pred * ratio.view(-1, *(1,) * (pred.ndim - 1))
+
+
+# %% ../nbs/01_transforms.ipynb #3a8a8122
+@post_rule('x0', axes=2)
+def cfg_norm(
+    pred: torch.Tensor,  # (B, C, ...) guided image
+    pos: torch.Tensor,  # (B, C, ...) positive image
+) -> torch.Tensor:  # (B, C, ...) no pixel is longer than in `pos`
+    "Shorten each pixel's vector of channels to its length in `pos` at most (CFGNorm of ComfyUI)."
+    lengths = (torch.linalg.vector_norm(o, dim=1, keepdim=True) for o in (pos, pred))
+    return pred * _ratio(*lengths).clamp(max=1)
+
+
+# %% ../nbs/01_transforms.ipynb #817d9a7e
+@post_rule('x0', p=(0, 1))
+def dynamic_threshold(
+    pred: torch.Tensor,  # (B, ...) guided image, pixels in [-1, 1]
+    pos: torch.Tensor,  # (B, ...) not used
+    *,
+    p: float = 0.995,  # share of the values that is not clipped
+) -> torch.Tensor:  # (B, ...) in [-1, 1]
+    "Dynamic thresholding (Imagen, arXiv:2205.11487, section 2.3): clip and divide at a quantile."
+    q = _quantile(pred[..., None].flatten(1).abs(), p)
+    q = q.clamp(min=1).view(-1, *(1,) * (pred.ndim - 1))
+    return torch.maximum(torch.minimum(pred, q), -q) / q
+
+
+# %% ../nbs/01_transforms.ipynb #96e054e0
+def _value_at(name, sched, idx):
     "`sched[idx]`, or an error that says what is wrong with which."
-    try:
-        n, i = len(sched), operator.index(idx)
-    except TypeError:
+    if isinstance(sched, str | bytes | Mapping) or not hasattr(sched, '__len__'):
         raise TypeError(
-            f'schedule {name!r} must have one value a step and idx be a whole number: got {type(sched).__name__} and idx={idx!r}'
-        ) from None
-    if not 0 <= i < n:
-        raise IndexError(f'idx={i} is outside schedule {name!r}: it has {n} steps, 0 to {n - 1}')
+            f'schedules[{name!r}]: expected a list with one value per step, got {_short(sched)}'
+        )
+    try:
+        i = operator.index(idx)
+    except TypeError:
+        raise TypeError(f'idx: expected the number of the step, got {_short(idx)}') from None
+    if isinstance(idx, bool) or not 0 <= i < len(sched):
+        expected = f'a step of schedules[{name!r}], 0 to {len(sched) - 1}'
+        raise IndexError(f'idx: expected {expected}, got {_short(idx)}')
     return sched[i]
 
 
-# %% ../nbs/01_transforms.ipynb #166
+def _weight_at(tfm, idx):
+    "The weight at a step, or an error that names the schedule."
+    w = tfm.scheduler('g', idx)
+    if w is None or isinstance(w, str | bool) or isinstance(w, int | float) and not _is_finite(w):
+        raise ValueError(f"schedules['g'][{idx}]: expected a finite number, got {_short(w)}")
+    return w
+
+
+# %% ../nbs/01_transforms.ipynb #4a23240d
 class GuidanceTfm:
     "Classifier-free guidance whose weight follows a schedule."
 
@@ -702,14 +754,13 @@ class GuidanceTfm:
 
     def __init__(
         self,
-        schedules: dict,  # 'g': one weight a step; each a number, or one number a sample
+        schedules: dict,  # 'g': one weight per step; each a number, or one number per sample
         *args,
         **kwargs,  # not used here: kept as `.args` and `.kwargs` for a subclass
     ):
         if not isinstance(schedules, Mapping):
-            raise TypeError(
-                f"schedules must be a dict, such as {{'g': [7.5]*50}}, not {type(schedules).__name__}"
-            )
+            example = "a dict such as {'g': [7.5]*50}"
+            raise TypeError(f'schedules: expected {example}, got {_short(schedules)}')
         self.schedules, self.args, self.kwargs = schedules, args, kwargs
 
     def scheduler(
@@ -719,15 +770,15 @@ class GuidanceTfm:
     ):  # the value at that step, as it is in the schedule
         "Value of schedule `name` at step `idx`."
         if name not in self.schedules:
-            raise KeyError(f'no schedule {name!r}: there are {list(self.schedules)}')
-        return _at(name, self.schedules[name], idx)
+            raise KeyError(f'schedules: expected a key {name!r}, got {list(self.schedules)}')
+        return _value_at(name, self.schedules[name], idx)
 
     def pre_proc(self, u, t, idx=None):
         "Called before `guide`; for a subclass."
 
     def guide(self, u, t, idx=None):
         "Set `self.pred` from `u` and `t`."
-        self.pred = cfg(u, t, self.scheduler('g', idx))
+        self.pred = cfg(u, t, _weight_at(self, idx))
 
     def post_proc(self, u, t, idx=None):
         "Called after `guide`, to change `self.pred`; for a subclass."
@@ -739,7 +790,7 @@ class GuidanceTfm:
         idx: int = None,  # number of the step
     ) -> torch.Tensor:  # (B, ...) the guided prediction, also kept as `self.pred`
         "One guided prediction: `pre_proc`, `guide`, `post_proc`."
-        for f in self.pre_proc, self.guide, self.post_proc:
+        for f in (self.pre_proc, self.guide, self.post_proc):
             f(u, t, idx)
         return self.pred
 
@@ -747,7 +798,7 @@ class GuidanceTfm:
         return self.encode(*args, **kwargs)
 
 
-# %% ../nbs/01_transforms.ipynb #169
+# %% ../nbs/01_transforms.ipynb #972a96c7
 class BaseNormGuidance(GuidanceTfm):
     "`base_norm` with a schedule: the guided prediction gets the length of `u`."
 
@@ -757,17 +808,15 @@ class BaseNormGuidance(GuidanceTfm):
         self.pred = _match_norm(self.pred, u)
 
 
-# %% ../nbs/01_transforms.ipynb #170
 class TNormGuidance(GuidanceTfm):
-    "`t_norm` with a schedule: the push is measured in lengths of `u`."
+    "`t_norm` with a schedule: the guidance delta is measured in lengths of `u`."
 
     name = 'TNormGuidance'
 
     def guide(self, u, t, idx=None):
-        self.pred = t_norm(u, t, self.scheduler('g', idx))
+        self.pred = t_norm(u, t, _weight_at(self, idx))
 
 
-# %% ../nbs/01_transforms.ipynb #171
 class FullNormGuidance(TNormGuidance, BaseNormGuidance):
     "`full_norm` with a schedule: T norm, then Base norm."
 
