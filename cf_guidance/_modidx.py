@@ -1746,17 +1746,22 @@ d = {
                 'lab/plots.html#_figure._repr_png_',
                 'cf_guidance/lab/plots.py',
             ),
+            'cf_guidance.lab.plots._Layout': ('lab/plots.html#_layout', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._Layout.corner': (
+                'lab/plots.html#_layout.corner',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._Layout.size': (
+                'lab/plots.html#_layout.size',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots._Sheet': ('lab/plots.html#_sheet', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._Sheet.__init__': (
                 'lab/plots.html#_sheet.__init__',
                 'cf_guidance/lab/plots.py',
             ),
-            'cf_guidance.lab.plots._Sheet.corner': (
-                'lab/plots.html#_sheet.corner',
-                'cf_guidance/lab/plots.py',
-            ),
-            'cf_guidance.lab.plots._Sheet.panel': (
-                'lab/plots.html#_sheet.panel',
+            'cf_guidance.lab.plots._Sheet.axes': (
+                'lab/plots.html#_sheet.axes',
                 'cf_guidance/lab/plots.py',
             ),
             'cf_guidance.lab.plots._Sheet.text': (
@@ -1765,43 +1770,99 @@ d = {
             ),
             'cf_guidance.lab.plots._array': ('lab/plots.html#_array', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._axes': ('lab/plots.html#_axes', 'cf_guidance/lab/plots.py'),
-            'cf_guidance.lab.plots._band': ('lab/plots.html#_band', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._bytes': ('lab/plots.html#_bytes', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._check_side': (
+                'lab/plots.html#_check_side',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots._colors': ('lab/plots.html#_colors', 'cf_guidance/lab/plots.py'),
-            'cf_guidance.lab.plots._draw': ('lab/plots.html#_draw', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._curve': ('lab/plots.html#_curve', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._curves_and_labels': (
+                'lab/plots.html#_curves_and_labels',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._display': (
+                'lab/plots.html#_display',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._draw_band': (
+                'lab/plots.html#_draw_band',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._draw_curves': (
+                'lab/plots.html#_draw_curves',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._draw_labels': (
+                'lab/plots.html#_draw_labels',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._draw_panel': (
+                'lab/plots.html#_draw_panel',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._draw_pictures': (
+                'lab/plots.html#_draw_pictures',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots._fit': ('lab/plots.html#_fit', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._grid_shape': (
                 'lab/plots.html#_grid_shape',
                 'cf_guidance/lab/plots.py',
             ),
+            'cf_guidance.lab.plots._images_and_titles': (
+                'lab/plots.html#_images_and_titles',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._inches': ('lab/plots.html#_inches', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._is_curve': (
                 'lab/plots.html#_is_curve',
                 'cf_guidance/lab/plots.py',
             ),
-            'cf_guidance.lab.plots._items': ('lab/plots.html#_items', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._label': ('lab/plots.html#_label', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._labelled_shape': (
+                'lab/plots.html#_labelled_shape',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots._labels': ('lab/plots.html#_labels', 'cf_guidance/lab/plots.py'),
-            'cf_guidance.lab.plots._lines': ('lab/plots.html#_lines', 'cf_guidance/lab/plots.py'),
-            'cf_guidance.lab.plots._named': ('lab/plots.html#_named', 'cf_guidance/lab/plots.py'),
-            'cf_guidance.lab.plots._of_run': ('lab/plots.html#_of_run', 'cf_guidance/lab/plots.py'),
-            'cf_guidance.lab.plots._panel': ('lab/plots.html#_panel', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._legend': ('lab/plots.html#_legend', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._list_of': (
+                'lab/plots.html#_list_of',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._measured': (
+                'lab/plots.html#_measured',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._num_lines': (
+                'lab/plots.html#_num_lines',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._number': ('lab/plots.html#_number', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._panels': ('lab/plots.html#_panels', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._paste': ('lab/plots.html#_paste', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._pictures': (
                 'lab/plots.html#_pictures',
-                'cf_guidance/lab/plots.py',
-            ),
-            'cf_guidance.lab.plots._plot_grid': (
-                'lab/plots.html#_plot_grid',
                 'cf_guidance/lab/plots.py',
             ),
             'cf_guidance.lab.plots._resized': (
                 'lab/plots.html#_resized',
                 'cf_guidance/lab/plots.py',
             ),
-            'cf_guidance.lab.plots._shell': ('lab/plots.html#_shell', 'cf_guidance/lab/plots.py'),
-            'cf_guidance.lab.plots._show': ('lab/plots.html#_show', 'cf_guidance/lab/plots.py'),
-            'cf_guidance.lab.plots._size': ('lab/plots.html#_size', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._sheet_layout': (
+                'lab/plots.html#_sheet_layout',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._short': ('lab/plots.html#_short', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._text': ('lab/plots.html#_text', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._tiles': ('lab/plots.html#_tiles', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._titles': ('lab/plots.html#_titles', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._to_pil': ('lab/plots.html#_to_pil', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._whole': ('lab/plots.html#_whole', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._wrapped': (
+                'lab/plots.html#_wrapped',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots.image_grid': (
                 'lab/plots.html#image_grid',
                 'cf_guidance/lab/plots.py',
@@ -1822,7 +1883,6 @@ d = {
                 'lab/plots.html#show_image',
                 'cf_guidance/lab/plots.py',
             ),
-            'cf_guidance.lab.plots.to_pil': ('lab/plots.html#to_pil', 'cf_guidance/lab/plots.py'),
         },
         'cf_guidance.lab.sweeps': {
             'cf_guidance.lab.sweeps._among': (
@@ -2069,7 +2129,6 @@ d = {
             ),
         },
         'cf_guidance.pipelines': {
-            'cf_guidance.pipelines.Family': ('pipelines.html#family', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines.MinimalDiffusion': (
                 'pipelines.html#minimaldiffusion',
                 'cf_guidance/pipelines.py',
@@ -2078,44 +2137,12 @@ d = {
                 'pipelines.html#minimaldiffusion.__init__',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines.MinimalDiffusion._checked': (
-                'pipelines.html#minimaldiffusion._checked',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.MinimalDiffusion._fitted': (
-                'pipelines.html#minimaldiffusion._fitted',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.MinimalDiffusion._guided': (
-                'pipelines.html#minimaldiffusion._guided',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.MinimalDiffusion.decode': (
-                'pipelines.html#minimaldiffusion.decode',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.MinimalDiffusion.denoise': (
-                'pipelines.html#minimaldiffusion.denoise',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.MinimalDiffusion.denoiser': (
-                'pipelines.html#minimaldiffusion.denoiser',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.MinimalDiffusion.encode': (
-                'pipelines.html#minimaldiffusion.encode',
+            'cf_guidance.pipelines.MinimalDiffusion._decode': (
+                'pipelines.html#minimaldiffusion._decode',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines.MinimalDiffusion.generate': (
                 'pipelines.html#minimaldiffusion.generate',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.MinimalDiffusion.in_pieces': (
-                'pipelines.html#minimaldiffusion.in_pieces',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.MinimalDiffusion.latent_size': (
-                'pipelines.html#minimaldiffusion.latent_size',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines.MinimalDiffusion.load': (
@@ -2142,102 +2169,21 @@ d = {
                 'pipelines.html#negativeprompt.w',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines.PipelineNet': (
-                'pipelines.html#pipelinenet',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.PipelineNet.__init__': (
-                'pipelines.html#pipelinenet.__init__',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.PipelineNet._classes': (
-                'pipelines.html#pipelinenet._classes',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.PipelineNet._scale_shift': (
-                'pipelines.html#pipelinenet._scale_shift',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.PipelineNet._shapes': (
-                'pipelines.html#pipelinenet._shapes',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.PipelineNet.cond': (
-                'pipelines.html#pipelinenet.cond',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.PipelineNet.decode': (
-                'pipelines.html#pipelinenet.decode',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.PipelineNet.encode': (
-                'pipelines.html#pipelinenet.encode',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.PipelineNet.forward': (
-                'pipelines.html#pipelinenet.forward',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.PipelineNet.vae': (
-                'pipelines.html#pipelinenet.vae',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Asked': ('pipelines.html#_asked', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._Asked.__call__': (
-                'pipelines.html#_asked.__call__',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Asked.__init__': (
-                'pipelines.html#_asked.__init__',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Asked.apart': (
-                'pipelines.html#_asked.apart',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Asked.as_denoiser': (
-                'pipelines.html#_asked.as_denoiser',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Asked.channels': (
-                'pipelines.html#_asked.channels',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Asked.estimated': (
-                'pipelines.html#_asked.estimated',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Asked.guided': (
-                'pipelines.html#_asked.guided',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Asked.pack': (
-                'pipelines.html#_asked.pack',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Asked.said': (
-                'pipelines.html#_asked.said',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Asked.unpack': (
-                'pipelines.html#_asked.unpack',
-                'cf_guidance/pipelines.py',
-            ),
             'cf_guidance.pipelines._Call': ('pipelines.html#_call', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._Call.ask': (
                 'pipelines.html#_call.ask',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Call.conds': (
-                'pipelines.html#_call.conds',
+            'cf_guidance.pipelines._Call.conditions': (
+                'pipelines.html#_call.conditions',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Call.half': (
-                'pipelines.html#_call.half',
+            'cf_guidance.pipelines._Call.halves': (
+                'pipelines.html#_call.halves',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Call.put': (
-                'pipelines.html#_call.put',
+            'cf_guidance.pipelines._Call.is_condition': (
+                'pipelines.html#_call.is_condition',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._EDMVelocity': (
@@ -2248,18 +2194,176 @@ d = {
                 'pipelines.html#_edmvelocity.scalings',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Inside': ('pipelines.html#_inside', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._Inside.__init__': (
-                'pipelines.html#_inside.__init__',
+            'cf_guidance.pipelines._Evaluations': (
+                'pipelines.html#_evaluations',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Inside.forward': (
-                'pipelines.html#_inside.forward',
+            'cf_guidance.pipelines._Evaluations.begins': (
+                'pipelines.html#_evaluations.begins',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Evaluations.num_steps': (
+                'pipelines.html#_evaluations.num_steps',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Family': ('pipelines.html#_family', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines._Guidance': (
+                'pipelines.html#_guidance',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._GuidedPipeline': (
+                'pipelines.html#_guidedpipeline',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._GuidedPipeline.__new__': (
+                'pipelines.html#_guidedpipeline.__new__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._GuidedPipeline.__reduce__': (
+                'pipelines.html#_guidedpipeline.__reduce__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._GuidedPipeline._call': (
+                'pipelines.html#_guidedpipeline._call',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._GuidedPipeline.components': (
+                'pipelines.html#_guidedpipeline.components',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._GuidedPipeline.report': (
+                'pipelines.html#_guidedpipeline.report',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._GuidedPipeline.watch': (
+                'pipelines.html#_guidedpipeline.watch',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop': ('pipelines.html#_loop', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines._Loop.__init__': (
+                'pipelines.html#_loop.__init__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.channels': (
+                'pipelines.html#_loop.channels',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.denoiser': (
+                'pipelines.html#_loop.denoiser',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.inputs': (
+                'pipelines.html#_loop.inputs',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.output': (
+                'pipelines.html#_loop.output',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.pack': (
+                'pipelines.html#_loop.pack',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.predict': (
+                'pipelines.html#_loop.predict',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.read': (
+                'pipelines.html#_loop.read',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.scale': (
+                'pipelines.html#_loop.scale',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.unpack': (
+                'pipelines.html#_loop.unpack',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._LoopNet': (
+                'pipelines.html#_loopnet',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._LoopNet.__init__': (
+                'pipelines.html#_loopnet.__init__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._LoopNet.forward': (
+                'pipelines.html#_loopnet.forward',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PipelineNet': (
+                'pipelines.html#_pipelinenet',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PipelineNet.__init__': (
+                'pipelines.html#_pipelinenet.__init__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PipelineNet._class_conditions': (
+                'pipelines.html#_pipelinenet._class_conditions',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PipelineNet._scale_and_shift': (
+                'pipelines.html#_pipelinenet._scale_and_shift',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PipelineNet._shapes': (
+                'pipelines.html#_pipelinenet._shapes',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PipelineNet.cond': (
+                'pipelines.html#_pipelinenet.cond',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PipelineNet.decode': (
+                'pipelines.html#_pipelinenet.decode',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PipelineNet.encode': (
+                'pipelines.html#_pipelinenet.encode',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PipelineNet.forward': (
+                'pipelines.html#_pipelinenet.forward',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PromptOfCall': (
+                'pipelines.html#_promptofcall',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PromptOfCall.__init__': (
+                'pipelines.html#_promptofcall.__init__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PromptOfCall.w': (
+                'pipelines.html#_promptofcall.w',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Report': ('pipelines.html#_report', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines._Report.__repr__': (
+                'pipelines.html#_report.__repr__',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Run': ('pipelines.html#_run', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._Run.__init__': (
                 'pipelines.html#_run.__init__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Run._both_halves': (
+                'pipelines.html#_run._both_halves',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Run._next_index': (
+                'pipelines.html#_run._next_index',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Run._second_call': (
+                'pipelines.html#_run._second_call',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Run._terms': (
+                'pipelines.html#_run._terms',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Run.answer': (
@@ -2270,194 +2374,224 @@ d = {
                 'pipelines.html#_run.begin',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Run.level': (
-                'pipelines.html#_run.level',
+            'cf_guidance.pipelines._Run.guidance_scale': (
+                'pipelines.html#_run.guidance_scale',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Run.live': (
-                'pipelines.html#_run.live',
+            'cf_guidance.pipelines._Run.guide': (
+                'pipelines.html#_run.guide',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Run.negative': (
-                'pipelines.html#_run.negative',
+            'cf_guidance.pipelines._Run.has_negative': (
+                'pipelines.html#_run.has_negative',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Run.scale': (
-                'pipelines.html#_run.scale',
+            'cf_guidance.pipelines._Run.result': (
+                'pipelines.html#_run.result',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Run.terms': (
-                'pipelines.html#_run.terms',
+            'cf_guidance.pipelines._TermReport': (
+                'pipelines.html#_termreport',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Run.together': (
-                'pipelines.html#_run.together',
+            'cf_guidance.pipelines._TransformRule': (
+                'pipelines.html#_transformrule',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Transform': (
-                'pipelines.html#_transform',
+            'cf_guidance.pipelines._TransformRule.__call__': (
+                'pipelines.html#_transformrule.__call__',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Transform.__init__': (
-                'pipelines.html#_transform.__init__',
+            'cf_guidance.pipelines._as_guidance': (
+                'pipelines.html#_as_guidance',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Transform.at': (
-                'pipelines.html#_transform.at',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._UNet': ('pipelines.html#_unet', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._UNet.__init__': (
-                'pipelines.html#_unet.__init__',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._UNet.forward': (
-                'pipelines.html#_unet.forward',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._as_long': (
-                'pipelines.html#_as_long',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._begins': ('pipelines.html#_begins', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._check_prompts': (
                 'pipelines.html#_check_prompts',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._check_reach': (
-                'pipelines.html#_check_reach',
+            'cf_guidance.pipelines._check_whole': (
+                'pipelines.html#_check_whole',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._check_steps': (
-                'pipelines.html#_check_steps',
+            'cf_guidance.pipelines._check_words': (
+                'pipelines.html#_check_words',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._family': ('pipelines.html#_family', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines._checked_arguments': (
+                'pipelines.html#_checked_arguments',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._component': (
+                'pipelines.html#_component',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._conditions_like': (
+                'pipelines.html#_conditions_like',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._dtype_argument': (
+                'pipelines.html#_dtype_argument',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._encode': ('pipelines.html#_encode', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines._evaluations': (
+                'pipelines.html#_evaluations',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._flatten': (
+                'pipelines.html#_flatten',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._flux_call': (
                 'pipelines.html#_flux_call',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._flux_more': (
-                'pipelines.html#_flux_more',
+            'cf_guidance.pipelines._flux_conditions': (
+                'pipelines.html#_flux_conditions',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._for_images': (
-                'pipelines.html#_for_images',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._given': ('pipelines.html#_given', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines._guide': ('pipelines.html#_guide', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._guided_class': (
                 'pipelines.html#_guided_class',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._leaves': ('pipelines.html#_leaves', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._length': ('pipelines.html#_length', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._levels_of': (
-                'pipelines.html#_levels_of',
+            'cf_guidance.pipelines._in_its_precision': (
+                'pipelines.html#_in_its_precision',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._looks': ('pipelines.html#_looks', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._per_step': (
-                'pipelines.html#_per_step',
+            'cf_guidance.pipelines._is_finite': (
+                'pipelines.html#_is_finite',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._is_flow': (
+                'pipelines.html#_is_flow',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._load_from': (
+                'pipelines.html#_load_from',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._load_pipeline': (
+                'pipelines.html#_load_pipeline',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._negative_arguments': (
+                'pipelines.html#_negative_arguments',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._network_name': (
+                'pipelines.html#_network_name',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._noise_levels': (
+                'pipelines.html#_noise_levels',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._one_per_token': (
+                'pipelines.html#_one_per_token',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._other_scheduler': (
+                'pipelines.html#_other_scheduler',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._per_image': (
+                'pipelines.html#_per_image',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._pixart_call': (
                 'pipelines.html#_pixart_call',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._pixart_more': (
-                'pipelines.html#_pixart_more',
+            'cf_guidance.pipelines._pixart_conditions': (
+                'pipelines.html#_pixart_conditions',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._read': ('pipelines.html#_read', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._refuse': ('pipelines.html#_refuse', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines._read_call': (
+                'pipelines.html#_read_call',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._refuse_endless': (
+                'pipelines.html#_refuse_endless',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._refuse_own_guidance': (
+                'pipelines.html#_refuse_own_guidance',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._repeat_rows': (
+                'pipelines.html#_repeat_rows',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._report_of': (
+                'pipelines.html#_report_of',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._scheduler_denoiser': (
+                'pipelines.html#_scheduler_denoiser',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._seed_noise': (
+                'pipelines.html#_seed_noise',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._signature': (
                 'pipelines.html#_signature',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._spread': ('pipelines.html#_spread', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._stand_in': (
                 'pipelines.html#_stand_in',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._stock': ('pipelines.html#_stock', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._tensor': ('pipelines.html#_tensor', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._terms': ('pipelines.html#_terms', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._walked': ('pipelines.html#_walked', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._weight': ('pipelines.html#_weight', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._whole': ('pipelines.html#_whole', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._with_leaves': (
-                'pipelines.html#_with_leaves',
+            'cf_guidance.pipelines._steps': ('pipelines.html#_steps', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines._stock_class': (
+                'pipelines.html#_stock_class',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._words': ('pipelines.html#_words', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines._term_of': (
+                'pipelines.html#_term_of',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._unflatten': (
+                'pipelines.html#_unflatten',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._unwrapped': (
+                'pipelines.html#_unwrapped',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._weight_embedding': (
+                'pipelines.html#_weight_embedding',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._why_idle': (
+                'pipelines.html#_why_idle',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._xl_call': (
                 'pipelines.html#_xl_call',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._xl_more': (
-                'pipelines.html#_xl_more',
+            'cf_guidance.pipelines._xl_conditions': (
+                'pipelines.html#_xl_conditions',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines.check_options': (
-                'pipelines.html#check_options',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.conditions': (
-                'pipelines.html#conditions',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.generators': (
-                'pipelines.html#generators',
+            'cf_guidance.pipelines.embedded_path': (
+                'pipelines.html#embedded_path',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines.guided': ('pipelines.html#guided', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines.guided.__call__': (
-                'pipelines.html#guided.__call__',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.guided.__enter__': (
-                'pipelines.html#guided.__enter__',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.guided.__exit__': (
-                'pipelines.html#guided.__exit__',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.guided.__init__': (
-                'pipelines.html#guided.__init__',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.guided._call': (
-                'pipelines.html#guided._call',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.guided.off': (
-                'pipelines.html#guided.off',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.guided.on': (
-                'pipelines.html#guided.on',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.guided.watch': (
-                'pipelines.html#guided.watch',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.ladder_of': (
-                'pipelines.html#ladder_of',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines.load_scheduler': (
-                'pipelines.html#load_scheduler',
-                'cf_guidance/pipelines.py',
-            ),
             'cf_guidance.pipelines.pipeline_denoiser': (
                 'pipelines.html#pipeline_denoiser',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines.step_of': ('pipelines.html#step_of', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines.sigmas_of': (
+                'pipelines.html#sigmas_of',
+                'cf_guidance/pipelines.py',
+            ),
         },
+        'cf_guidance.plots': {},
         'cf_guidance.schedules': {
             'cf_guidance.schedules.SchedCost': (
                 'schedules.html#schedcost',
@@ -2600,6 +2734,7 @@ d = {
                 'cf_guidance/schedules.py',
             ),
         },
+        'cf_guidance.sweeps': {},
         'cf_guidance.toy': {
             'cf_guidance.toy.GaussianMixture': ('toy.html#gaussianmixture', 'cf_guidance/toy.py'),
             'cf_guidance.toy.GaussianMixture.__init__': (
@@ -2710,6 +2845,10 @@ d = {
                 'transforms.html#rule.__call__',
                 'cf_guidance/transforms.py',
             ),
+            'cf_guidance.transforms.Rule.__post_init__': (
+                'transforms.html#rule.__post_init__',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms.Rule._args': (
                 'transforms.html#rule._args',
                 'cf_guidance/transforms.py',
@@ -2758,7 +2897,6 @@ d = {
                 'transforms.html#_angle',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._at': ('transforms.html#_at', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms._at_weight': (
                 'transforms.html#_at_weight',
                 'cf_guidance/transforms.py',
@@ -2767,12 +2905,16 @@ d = {
                 'transforms.html#_broadcast_weight',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._check_limits': (
-                'transforms.html#_check_limits',
+            'cf_guidance.transforms._check_facts': (
+                'transforms.html#_check_facts',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._check_state': (
-                'transforms.html#_check_state',
+            'cf_guidance.transforms._check_levels': (
+                'transforms.html#_check_levels',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._check_state_shape': (
+                'transforms.html#_check_state_shape',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._checked_setting': (
@@ -2787,12 +2929,28 @@ d = {
                 'transforms.html#_common_dtype',
                 'cf_guidance/transforms.py',
             ),
+            'cf_guidance.transforms._defaults': (
+                'transforms.html#_defaults',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms._dot': ('transforms.html#_dot', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms._energy': (
                 'transforms.html#_energy',
                 'cf_guidance/transforms.py',
             ),
+            'cf_guidance.transforms._find_rule': (
+                'transforms.html#_find_rule',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms._half': ('transforms.html#_half', 'cf_guidance/transforms.py'),
+            'cf_guidance.transforms._has_finite': (
+                'transforms.html#_has_finite',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._is_finite': (
+                'transforms.html#_is_finite',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms._is_number': (
                 'transforms.html#_is_number',
                 'cf_guidance/transforms.py',
@@ -2801,25 +2959,25 @@ d = {
                 'transforms.html#_levels',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._match_norm': (
-                'transforms.html#_match_norm',
+            'cf_guidance.transforms._make_rule': (
+                'transforms.html#_make_rule',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._named_formula': (
-                'transforms.html#_named_formula',
+            'cf_guidance.transforms._match_norm': (
+                'transforms.html#_match_norm',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._narrow': (
                 'transforms.html#_narrow',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._new_formula': (
-                'transforms.html#_new_formula',
-                'cf_guidance/transforms.py',
-            ),
             'cf_guidance.transforms._norm': ('transforms.html#_norm', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms._perpendicular': (
                 'transforms.html#_perpendicular',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._pickled': (
+                'transforms.html#_pickled',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._quantile': (
@@ -2836,6 +2994,14 @@ d = {
             ),
             'cf_guidance.transforms._std': ('transforms.html#_std', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms._unit': ('transforms.html#_unit', 'cf_guidance/transforms.py'),
+            'cf_guidance.transforms._value_at': (
+                'transforms.html#_value_at',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._weight_at': (
+                'transforms.html#_weight_at',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms._wide': ('transforms.html#_wide', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.adg': ('transforms.html#adg', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.apg': ('transforms.html#apg', 'cf_guidance/transforms.py'),
