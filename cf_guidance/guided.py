@@ -50,7 +50,7 @@ except ImportError:  # until the module is there
         return nullcontext()
 
 
-# %% ../nbs/06_guided.ipynb #a23d7e68
+# %% ../nbs/06_guided.ipynb #88481d13
 @dataclass(frozen=True)
 class Weight:
     "A weight as a function of noise level, number of samples and step."
@@ -93,7 +93,7 @@ class Weight:
         return _nearest_step(self.sigmas, sigma.double().cpu())
 
 
-# %% ../nbs/06_guided.ipynb #e19005be
+# %% ../nbs/06_guided.ipynb #d625f8e5
 def _nearest_step(sigmas, sigma):
     "Number of the step whose noise level is nearest to each `sigma`, in the logarithm."
     between = [
@@ -261,7 +261,7 @@ class Called(Negative):
         raise NotImplementedError(f'{type(self).__name__}.__call__')
 
 
-# %% ../nbs/06_guided.ipynb #aee25134
+# %% ../nbs/06_guided.ipynb #d65befc7
 def _expand_rows(cond, n, device):
     "Conditions with one row per sample."
     out = {}
@@ -453,7 +453,7 @@ def _checked_interval(interval):
     return tuple(float(o) for o in interval)
 
 
-# %% ../nbs/06_guided.ipynb #bac71291
+# %% ../nbs/06_guided.ipynb #b9677a57
 class GuidedDenoiser(Denoiser):
     "A denoiser and terms: `pos + sum_i (rule_i(neg_i, pos, w_i) - pos)`, again a denoiser."
 
@@ -660,7 +660,7 @@ def _sigma_range(D):
         return 0.0, math.inf
 
 
-# %% ../nbs/06_guided.ipynb #e5b4a3ff
+# %% ../nbs/06_guided.ipynb #ad0d1ada
 _CHURN = 1.01 * math.sqrt(2)  # samplers that add noise raise sigma by at most sqrt(2)
 
 
@@ -724,7 +724,7 @@ def last_nfe(self: GuidedDenoiser) -> torch.Tensor:  # (B,)
     return self.run.last_nfe
 
 
-# %% ../nbs/06_guided.ipynb #2012cd4a
+# %% ../nbs/06_guided.ipynb #aa093d16
 class _Active(NamedTuple):
     "A term at one evaluation."
 
@@ -733,28 +733,37 @@ class _Active(NamedTuple):
     neg_only: torch.Tensor  # (B,) bool: is the result the negative alone?
 
 
+def _active(term, weight, sigma, level, step, sigma_max, stopped=None, whole=False):
+    "Which samples a term guides. With `whole`, weights of 0 and 1 are nothing special."
+    w, rule = weight(sigma, step), term.rule
+    pos_at, neg_at = getattr(rule, 'pos_at', None), getattr(rule, 'neg_at', None)
+    on = torch.ones_like(level, dtype=torch.bool)
+    if pos_at is not None and not whole:
+        on = w != pos_at
+    if term.interval:
+        lo, hi = term.interval
+        on = on & (level > lo * (1 + 1e-4)) & (level <= hi * (1 + 1e-4))
+    if getattr(rule, 'space', 'any') == 'eps':
+        on = on & (level <= sigma_max)
+    if stopped is not None:
+        on = on & ~stopped
+    neg_only = torch.zeros_like(on)
+    if neg_at is not None and not whole:
+        neg_only = on & (w == neg_at)
+    same = len(w) > 0 and bool((w == w[:1]).all())
+    return _Active(w[0].item() if same else w, on, neg_only)
+
+
 @patch
 def _activity(self: GuidedDenoiser, sigma, level, step, run, whole):
-    "Which samples each term guides. With `whole`, weights of 0 and 1 are nothing special."
+    "Which samples each term guides."
     activity = []
     for i, (t, weight) in enumerate(zip(self.terms, run.weights, strict=True)):
-        w, rule = weight(sigma, step), t.rule
-        pos_at, neg_at = getattr(rule, 'pos_at', None), getattr(rule, 'neg_at', None)
-        on = torch.ones_like(level, dtype=torch.bool)
-        if pos_at is not None and not whole:
-            on = w != pos_at
-        if t.interval:
-            lo, hi = t.interval
-            on = on & (level > lo * (1 + 1e-4)) & (level <= hi * (1 + 1e-4))
-        if getattr(rule, 'space', 'any') == 'eps':
-            on = on & (level <= run.sigma_max)
-        if i in run.stopped:
-            on = on & ~run.stopped[i]
-        neg_only = torch.zeros_like(on)
-        if neg_at is not None and not whole and self._may_skip_pos:
-            neg_only = on & (w == neg_at)
-        same = bool((w == w[:1]).all()) and len(w) > 0
-        activity.append(_Active(w[0].item() if same else w, on, neg_only))
+        stopped = run.stopped.get(i)
+        a = _active(t, weight, sigma, level, step, run.sigma_max, stopped, whole)
+        if not self._may_skip_pos:
+            a = a._replace(neg_only=torch.zeros_like(a.on))
+        activity.append(a)
     return activity
 
 
@@ -866,14 +875,14 @@ def _spread(rows, y, fill):
     return y if len(rows) == len(fill) else fill.index_copy(0, rows.to(fill.device), y)
 
 
-# %% ../nbs/06_guided.ipynb #b87e5131
+# %% ../nbs/06_guided.ipynb #1d9c75c6
 @patch
 def _estimates(self: GuidedDenoiser, x, sigma, cond, active, known, run, step):
     "The positive, and the negative of each term; the positive stands in where there is none."
     groups, observed = self._entries(x, sigma, cond, active, known, run)
     D, observers = self.inner_model, [o[:2] for o in observed.values()] if observed else []
     forward = _forward_in_pieces if isinstance(D, Microbatched) else _forward
-    run.last_nfe = torch.zeros(len(x), dtype=torch.long)
+    run.last_nfe = torch.full((len(x),), len(known))
     pos = known['pos'] if 'pos' in known else torch.zeros_like(x)
     outputs = {i: [o] for i, o in known.items() if i != 'pos'} if known else {}
     for group in groups:
@@ -898,7 +907,7 @@ def _estimates(self: GuidedDenoiser, x, sigma, cond, active, known, run, step):
     return pos, negs
 
 
-# %% ../nbs/06_guided.ipynb #6a6fe7cd
+# %% ../nbs/06_guided.ipynb #5b6fde08
 @patch
 def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
     "Groups of entries, each for one forward, the positive first; and what observes the positive."
@@ -920,7 +929,7 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
                 )
             for q in queries:
                 _put_in_group(groups, _take(i, rows, q))
-        elif groups and (looked := t.neg.observe(sigma, cond)) is not None:
+        elif 'pos' not in known and (looked := t.neg.observe(sigma, cond)) is not None:
             observed[i] = looked[0], rows, looked[1]
     return groups, observed
 
@@ -1098,7 +1107,7 @@ def _cut(v, samples, n):
     return v[samples] if torch.is_tensor(v) and v.ndim and len(v) == n else v
 
 
-# %% ../nbs/06_guided.ipynb #9da1009d
+# %% ../nbs/06_guided.ipynb #2e8f3f24
 class ZeroInit(Denoiser):
     "A flow model that stands still in the first steps (CFG-Zero*, arXiv:2503.18886)."
 
