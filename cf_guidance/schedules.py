@@ -4,42 +4,36 @@
 
 # %% auto #0
 __all__ = [
+    'in_interval',
     'INTERVALS',
     'get_cos_sched',
     'inv_kdecay_sched',
     'make_sched',
-    'add_scheds',
-    'mul_scheds',
     'clamp_sched',
     'warmup_sched',
     'cycle_sched',
-    'constant_sched',
     'linear_sched',
     'invlinear_sched',
     'cosine_sched',
     'sine_sched',
-    'lambda_sched',
+    'tent_sched',
     'v_sched',
-    'clamp_linear_sched',
     'pcs_sched',
     'beta_sched',
     'points_sched',
-    'in_interval',
     'interval_sched',
     'interval_of_steps',
     'interval_of_fractions',
-    'SchedCost',
-    'sched_cost',
 ]
 
 # %% ../nbs/00_schedules.ipynb #3
+import inspect
 import math
 from bisect import bisect_right
 from numbers import Integral, Real
-from typing import NamedTuple
 
 
-# %% ../nbs/00_schedules.ipynb #9
+# %% ../nbs/00_schedules.ipynb #9415068f
 def _item(x):
     try:
         return x.item()
@@ -47,33 +41,48 @@ def _item(x):
         return x
 
 
-# %% ../nbs/00_schedules.ipynb #10
-def _real(name, x, ok=lambda x: True, allowed='a finite number, at most 1e100 in size'):
-    "`x` as a Python number, or a `ValueError` that says what it was and what is allowed."
+def _short(x, most=40):
+    "`x` as an error message shows it."
+    text = ' '.join(repr(x).split())
+    return text if len(text) <= most else f'{type(x).__name__} {text[:most]}...'
+
+
+def _real(name, x, ok=lambda x: True, expected='a finite number (at most 1e100)'):
+    "`x` as a Python number, or an error that says what was expected."
     y = _item(x)
-    if isinstance(y, Real) and abs(y) <= 1e100 and ok(y):
+    if isinstance(y, Real) and not isinstance(y, bool) and abs(y) <= 1e100 and ok(y):
         return y
-    raise ValueError(f'{name}={x!r} is not allowed: {name} must be {allowed}')
+    raise ValueError(f'{name}: expected {expected}, got {_short(x)}')
 
 
-# %% ../nbs/00_schedules.ipynb #11
-def _steps(n):
-    return _real(
-        'num_steps', n, lambda n: isinstance(n, Integral) and n >= 1, 'a whole number, 1 or more'
-    )
+def _whole(name, x, low, high=1_000_000, hint=''):
+    "`x` as an integer from `low` to `high`."
+    expected = f'a whole number, {low} to {high}{hint}'
+    return _real(name, x, lambda n: isinstance(n, Integral) and low <= n <= high, expected)
 
 
-# %% ../nbs/00_schedules.ipynb #14
+# %% ../nbs/00_schedules.ipynb #5e94724b
 def _ramp(step, n, start, end):
+    "Step `step` of a line of `n` steps from `start` to `end`."
     return start + float(step * (end - start)) / float(max(1, n))
 
 
-# %% ../nbs/00_schedules.ipynb #17
 def _fall(done, high, low, cycles):
+    "A cosine from `high` (`done = 0`) to `low`."
     return low + 0.5 * (high - low) * (1 + math.cos(math.pi * 2 * cycles * done))
 
 
-# %% ../nbs/00_schedules.ipynb #20
+# %% ../nbs/00_schedules.ipynb #badb3065
+def _checked_decay(k_decay, cycle_mul, total):
+    "`k_decay` and `cycle_mul`, in the range where floats can follow."
+    k_range = 'a number above 0, for which num_steps**k_decay is a float'
+    k = _real('k_decay', k_decay, lambda k: k > 0 and k * math.log(total) < 709, k_range)
+    mul_range = 'a number above 0, and 1 or not within 1e-6 of it'
+    mul = _real('cycle_mul', cycle_mul, lambda c: c == 1 or c > 0 and abs(c - 1) > 1e-6, mul_range)
+    return k, mul
+
+
+# %% ../nbs/00_schedules.ipynb #92ed3a6e
 def get_cos_sched(
     num_steps: int = 50,  # length of the list
     max_val: float = 7.5,  # `w` where the cosine starts
@@ -82,37 +91,19 @@ def get_cos_sched(
     num_warmup_steps: int = 0,  # steps of straight warm-up before the cosine, 0 to `num_steps`
     warmup_init_val: float = 0.0,  # `w` where the warm-up starts
     k_decay: float = 1.0,  # above 0: more than 1 stays high for longer, less drops sooner
-    cycle_mul: float = 1.0,  # above 0, without effect: there is only one timm cycle in the list
-    cycle_decay: float = 1.0,  # without effect, for the same reason
+    cycle_mul: float = 1.0,  # above 0, no effect: the list holds only one timm cycle
+    cycle_decay: float = 1.0,  # no effect, for the same reason
     cycle_limit: float = 1.0,  # 0 or less: `min_val` all the way after the warm-up
 ) -> list:  # `num_steps` floats, the noisiest step first
-    "Linear warm-up, then a cosine with k-decay (arXiv:2004.05909): bit for bit the schedule of `cf_guidance` 0.0.3."
-    n = _steps(num_steps)
-    high, low, cycles, start, limit = (
-        _real(*o)
-        for o in dict(
-            max_val=max_val,
-            min_val=min_val,
-            num_cycles=num_cycles,
-            warmup_init_val=warmup_init_val,
-            cycle_limit=cycle_limit,
-        ).items()
-    )
-    warm = _real('num_warmup_steps', num_warmup_steps, lambda x: 0 <= x <= n, f'0 to num_steps={n}')
+    "Linear warm-up, then a cosine with k-decay (arXiv:2004.05909), as in `cf_guidance` 0.0.3."
+    n = _whole('num_steps', num_steps, 1)
+    warm = _whole('num_warmup_steps', num_warmup_steps, 0, n)
+    high, low = _real('max_val', max_val), _real('min_val', min_val)
+    cycles, start = _real('num_cycles', num_cycles), _real('warmup_init_val', warmup_init_val)
     total = max(1, n - warm)
-    k = _real(
-        'k_decay',
-        k_decay,
-        lambda k: k > 0 and k * math.log(total) < 709,
-        'above 0 (and num_steps**k_decay a float)',
-    )
-    mul = _real(
-        'cycle_mul',
-        cycle_mul,
-        lambda c: c == 1 or c > 0 and abs(c - 1) > 1e-6,
-        'above 0 (and 1, or not within 1e-6 of it)',
-    )
+    k, mul = _checked_decay(k_decay, cycle_mul, total)
     _real('cycle_decay', cycle_decay)
+    limit = _real('cycle_limit', cycle_limit)
 
     def at(i):
         if i < warm:
@@ -126,7 +117,7 @@ def get_cos_sched(
     return [float(at(i)) for i in range(n)]
 
 
-# %% ../nbs/00_schedules.ipynb #36
+# %% ../nbs/00_schedules.ipynb #ae5b371f
 def inv_kdecay_sched(
     num_steps: int = 50,  # length of the list
     max_val: float = 7.5,  # `w` that the curve rises towards
@@ -134,101 +125,88 @@ def inv_kdecay_sched(
     k_decay: float = 1.0,  # above 0: more than 1 rises later, less rises sooner
 ) -> list:  # `num_steps` floats, the noisiest step first
     "The cosine of `get_cos_sched` upside down: `max_val + min_val - w`."
-    return [
-        max_val + min_val - w for w in get_cos_sched(num_steps, max_val, min_val, k_decay=k_decay)
-    ]
+    ws = get_cos_sched(num_steps, max_val, min_val, k_decay=k_decay)
+    return [max_val + min_val - w for w in ws]
 
 
-# %% ../nbs/00_schedules.ipynb #40
+# %% ../nbs/00_schedules.ipynb #4c6cf6a2
+def _checked_function(f):
+    "An error, unless `f` can be called with one number."
+    if not callable(f):
+        raise TypeError(f'f: expected a function of tau, got {_short(f)}')
+    try:
+        inspect.signature(f).bind(0.5)
+    except TypeError:
+        raise TypeError(f'f: expected a function of one number, tau, got {_short(f)}') from None
+    except ValueError:
+        pass  # a builtin without a signature
+
+
 def make_sched(
     f,  # `f(tau) -> w`; tau = 0 is pure noise, 1 the clean image
     num_steps: int = 50,  # length of the list
 ) -> list:  # `num_steps` floats, the noisiest step first
     "Values of `f` at `tau = i/(num_steps-1)`; a single step is at `tau = 0.5`."
-    n = _steps(num_steps)
-    return [float(_real('f(tau)', f(i / (n - 1) if n > 1 else 0.5))) for i in range(n)]
+    _checked_function(f)
+    n = _whole('num_steps', num_steps, 1)
+    taus = [i / (n - 1) for i in range(n)] if n > 1 else [0.5]
+    return [float(_real(f'f({tau:.3g})', f(tau))) for tau in taus]
 
 
-# %% ../nbs/00_schedules.ipynb #46
+# %% ../nbs/00_schedules.ipynb #5951cbdd
 def _values(name, ws):
-    "`ws` as a float, or as a list of them (of lists of them): one item a step."
+    "`ws` as a float, a list of floats, or a list of rows: one item per step."
     if hasattr(ws, 'tolist'):
         ws = ws.tolist()
-    if isinstance(ws, (list, tuple, range)):
-        return [_values(name, w) for w in ws]
-    return float(
-        _real(
-            name,
-            ws,
-            allowed='a number, or a list with one a step, each finite and at most 1e100 in size',
-        )
-    )
+    if not isinstance(ws, list | tuple | range):
+        return float(_real(name, ws, expected='finite numbers (at most 1e100)'))
+    values = [_values(name, w) for w in ws]
+    lengths = {len(v) if isinstance(v, list) else None for v in values}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(f'{name}: expected rows of one length at every step, got {_short(ws)}')
+    return values
 
 
-# %% ../nbs/00_schedules.ipynb #47
 def _sched(name, ws):
-    ws = _values(name, ws)
-    if isinstance(ws, list) and ws:
-        return ws
-    raise ValueError(f'{name}={ws!r} is not allowed: {name} must be a list with one number a step')
+    "`ws` as a list with one item per step."
+    is_list = isinstance(ws, list | tuple | range) or getattr(ws, 'ndim', 0) > 0
+    values = _values(name, ws) if is_list else None
+    if values:
+        return values
+    raise ValueError(f'{name}: expected a list with one number per step, got {_short(ws)}')
 
 
-# %% ../nbs/00_schedules.ipynb #48
-def _stepwise(f, a, b):
-    "`f` of two schedules at each step."
+# %% ../nbs/00_schedules.ipynb #53b8cffd
+def _stepwise(f, a, b, name='b'):
+    "`f` of two schedules at each step; `name` is that of `b`."
     if not isinstance(a, list):
         return [_stepwise(f, a, o) for o in b] if isinstance(b, list) else f(a, b)
     bs = b if isinstance(b, list) else [b] * len(a)
-    if len(a) == len(bs):
-        return [_stepwise(f, *o) for o in zip(a, bs)]
-    raise ValueError(
-        f'lengths {len(a)} and {len(bs)} are not allowed: schedules must be equally long, or one of them a number'
-    )
+    if len(a) != len(bs):
+        raise ValueError(f'{name}: expected a number or {len(a)} of them, got {len(bs)}')
+    return [_stepwise(f, *o, name) for o in zip(a, bs, strict=True)]
 
 
-# %% ../nbs/00_schedules.ipynb #50
-def add_scheds(
-    ws,  # a schedule
-    other,  # another one of that length, or a number
-    base: float = 0.0,  # counted once: 1 adds the strengths `w - 1`
-) -> list:  # a value for each step
-    "`ws + other - base`, step by step."
-    base = float(_real('base', base))
-    return _stepwise(lambda a, b: a + (b - base), _sched('ws', ws), _values('other', other))
-
-
-# %% ../nbs/00_schedules.ipynb #51
-def mul_scheds(
-    ws,  # a schedule
-    factor,  # another one of that length, or a number
-    base: float = 0.0,  # the weight where a factor does nothing: 1 multiplies the strength `w - 1`
-) -> list:  # a value for each step
-    "`base + (ws - base)*factor`, step by step."
-    base = float(_real('base', base))
-    return _stepwise(
-        lambda a, k: base * (1 - k) + a * k, _sched('ws', ws), _values('factor', factor)
-    )
-
-
-# %% ../nbs/00_schedules.ipynb #54
+# %% ../nbs/00_schedules.ipynb #3a24fad3
 def clamp_sched(
     ws,  # a schedule
     low=None,  # no value below this: a number, a schedule, or None
     high=None,  # no value above this
 ) -> list:  # a value for each step
-    "`min(high, max(low, ws))`, step by step: any shape can be clamped."
+    "`min(high, max(low, ws))`, step by step: clamps any shape."
     ws = _sched('ws', ws)
+    low = None if low is None else _values('low', low)
+    high = None if high is None else _values('high', high)
     if low is not None:
-        ws = _stepwise(max, ws, _values('low', low))
-    if high is None:
-        return ws
-    ws, high = _stepwise(min, ws, _values('high', high)), _values('high', high)
-    if low is not None and _stepwise(max, ws, _values('low', low)) != ws:
-        raise ValueError(f'low={low!r}, high={high!r} is not allowed: low must not be above high')
+        ws = _stepwise(max, ws, low, 'low')
+    if high is not None:
+        ws = _stepwise(min, ws, high, 'high')
+    if low is not None and high is not None and _stepwise(max, ws, low) != ws:
+        raise ValueError(f'expected low <= high, got low={_short(low)} and high={_short(high)}')
     return ws
 
 
-# %% ../nbs/00_schedules.ipynb #57
+# %% ../nbs/00_schedules.ipynb #cae1ad88
 def warmup_sched(
     ws,  # a schedule
     num_warmup_steps: int = 10,  # steps put before it
@@ -236,16 +214,12 @@ def warmup_sched(
 ) -> list:  # `num_warmup_steps + len(ws)` values
     "A straight line from `start` to the first value of `ws`, then `ws`."
     ws, start = _sched('ws', ws), float(_real('start', start))
-    n = _real(
-        'num_warmup_steps',
-        num_warmup_steps,
-        lambda n: isinstance(n, Integral) and n >= 0,
-        'a whole number, 0 or more',
-    )
-    return [_stepwise(lambda a, b: _ramp(i, n, a, b), start, ws[0]) for i in range(n)] + ws
+    n = _whole('num_warmup_steps', num_warmup_steps, 0)
+    line = [_stepwise(lambda a, b, i=i: _ramp(i, n, a, b), start, ws[0]) for i in range(n)]
+    return line + ws
 
 
-# %% ../nbs/00_schedules.ipynb #58
+# %% ../nbs/00_schedules.ipynb #a459bd89
 def cycle_sched(
     ws,  # a schedule: one cycle
     num_cycles: int = 2,  # how often it is repeated
@@ -253,32 +227,24 @@ def cycle_sched(
     base: float = 1.0,  # the weight that decay leads to; 1 is unguided
 ) -> list:  # `num_cycles*len(ws)` values
     "`ws` again and again, each time nearer to `base`."
-    n = _real(
-        'num_cycles',
-        num_cycles,
-        lambda n: isinstance(n, Integral) and n >= 1,
-        'a whole number, 1 or more',
-    )
-    decay = _real('cycle_decay', cycle_decay, lambda d: 0 <= d <= 1, '0 to 1')
-    return [w for c in range(n) for w in mul_scheds(ws, decay**c, base)]
+    ws, base = _sched('ws', ws), float(_real('base', base))
+    n = _whole('num_cycles', num_cycles, 1)
+    decay = _real('cycle_decay', cycle_decay, lambda d: 0 <= d <= 1, 'a number, 0 to 1')
+
+    def nearer(w, share):
+        return base * (1 - share) + w * share
+
+    return [w for c in range(n) for w in _stepwise(nearer, ws, decay**c)]
 
 
-# %% ../nbs/00_schedules.ipynb #63
+# %% ../nbs/00_schedules.ipynb #658b4232
 def _shaped(shape, num_steps, w, base):
+    "A shape with mean 1, scaled to the mean `w`, from `base`."
     w, base = _real('w', w), _real('base', base)
     return make_sched(lambda tau: base + (w - base) * shape(tau), num_steps)
 
 
-# %% ../nbs/00_schedules.ipynb #64
-def constant_sched(
-    num_steps: int = 50,  # length of the list
-    w: float = 7.5,  # the weight of each step; 1 is unguided
-) -> list:  # `num_steps` floats
-    "The same weight at each step."
-    return _shaped(lambda tau: 0, num_steps, w, base=w)
-
-
-# %% ../nbs/00_schedules.ipynb #65
+# %% ../nbs/00_schedules.ipynb #035d1823
 def linear_sched(
     num_steps: int = 50,  # length of the list
     w: float = 7.5,  # mean weight
@@ -288,7 +254,7 @@ def linear_sched(
     return _shaped(lambda tau: 2 * tau, num_steps, w, base)
 
 
-# %% ../nbs/00_schedules.ipynb #66
+# %% ../nbs/00_schedules.ipynb #b11e942f
 def invlinear_sched(
     num_steps: int = 50,  # length of the list
     w: float = 7.5,  # mean weight
@@ -298,7 +264,7 @@ def invlinear_sched(
     return _shaped(lambda tau: 2 * (1 - tau), num_steps, w, base)
 
 
-# %% ../nbs/00_schedules.ipynb #67
+# %% ../nbs/00_schedules.ipynb #c43f190e
 def cosine_sched(
     num_steps: int = 50,  # length of the list
     w: float = 7.5,  # mean weight
@@ -308,7 +274,7 @@ def cosine_sched(
     return _shaped(lambda tau: 1 - math.cos(math.pi * tau), num_steps, w, base)
 
 
-# %% ../nbs/00_schedules.ipynb #68
+# %% ../nbs/00_schedules.ipynb #4e48d653
 def sine_sched(
     num_steps: int = 50,  # length of the list
     w: float = 7.5,  # mean weight
@@ -318,8 +284,8 @@ def sine_sched(
     return _shaped(lambda tau: 1 + math.cos(math.pi * tau), num_steps, w, base)
 
 
-# %% ../nbs/00_schedules.ipynb #69
-def lambda_sched(
+# %% ../nbs/00_schedules.ipynb #7892bca8
+def tent_sched(
     num_steps: int = 50,  # length of the list
     w: float = 7.5,  # mean weight
     base: float = 0.0,  # weight at both ends; 0 is the paper's formula, 1 starts and ends unguided
@@ -328,7 +294,7 @@ def lambda_sched(
     return _shaped(lambda tau: 2 * (1 - abs(2 * tau - 1)), num_steps, w, base)
 
 
-# %% ../nbs/00_schedules.ipynb #70
+# %% ../nbs/00_schedules.ipynb #d3a6489c
 def v_sched(
     num_steps: int = 50,  # length of the list
     w: float = 7.5,  # mean weight
@@ -338,17 +304,7 @@ def v_sched(
     return _shaped(lambda tau: 2 * abs(2 * tau - 1), num_steps, w, base)
 
 
-# %% ../nbs/00_schedules.ipynb #78
-def clamp_linear_sched(
-    num_steps: int = 50,  # length of the list
-    w: float = 7.5,  # mean weight of the line before it is clamped
-    low: float = 2.0,  # no weight is below this
-) -> list:  # `num_steps` floats, the noisiest step first
-    "A rising line that is never below `low`, `max(low, 2*w*tau)` (arXiv:2404.13040)."
-    return clamp_sched(linear_sched(num_steps, w), _real('low', low))
-
-
-# %% ../nbs/00_schedules.ipynb #79
+# %% ../nbs/00_schedules.ipynb #bd9b0135
 def pcs_sched(
     num_steps: int = 50,  # length of the list
     w: float = 7.5,  # weight at `tau = 1`
@@ -356,60 +312,54 @@ def pcs_sched(
     base: float = 0.0,  # weight at `tau = 0`; 0 is the paper's formula, 1 starts unguided
 ) -> list:  # `num_steps` floats, the noisiest step first
     "Power-cosine, `w*(1 - cos(pi*tau**kappa))/2` (arXiv:2404.13040)."
-    kappa = _real('kappa', kappa, lambda k: k > 0, 'above 0')
+    kappa = _real('kappa', kappa, lambda k: k > 0, 'a number above 0')
     return _shaped(lambda tau: (1 - math.cos(math.pi * tau**kappa)) / 2, num_steps, w, base)
 
 
-# %% ../nbs/00_schedules.ipynb #83
+# %% ../nbs/00_schedules.ipynb #6e827f8b
 def _log_power(x, k):
     return k * math.log(x) if x else -math.inf if k else 0.0
 
 
-# %% ../nbs/00_schedules.ipynb #84
 def _beta_density(x, a, b):
     c = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
     return math.exp(c + _log_power(x, a - 1) + _log_power(1 - x, b - 1))
 
 
-# %% ../nbs/00_schedules.ipynb #85
+# %% ../nbs/00_schedules.ipynb #835cc1a1
 def beta_sched(
     num_steps: int = 50,  # length of the list
     w: float = 7.5,  # mean weight
-    a: float = 2.0,  # 1 or more: larger moves the peak towards the image
-    b: float = 3.0,  # 1 or more: larger moves the peak towards the noise
+    a: float = 2.0,  # 1 to 100: larger moves the peak towards the image
+    b: float = 3.0,  # 1 to 100: larger moves the peak towards the noise
     base: float = 0.0,  # weight at both ends; 0 is the paper's formula, 1 starts and ends unguided
 ) -> list:  # `num_steps` floats, the noisiest step first
     "The density of Beta(a, b) over `tau`, times `w` (arXiv:2502.10574)."
-    a, b = (_real(k, v, lambda x: 1 <= x <= 1e6, '1 to 1e6') for k, v in dict(a=a, b=b).items())
+    a, b = (
+        _real(k, v, lambda x: 1 <= x <= 100, 'a number, 1 to 100') for k, v in (('a', a), ('b', b))
+    )
     return _shaped(lambda tau: _beta_density(tau, a, b), num_steps, w, base)
 
 
-# %% ../nbs/00_schedules.ipynb #89
+# %% ../nbs/00_schedules.ipynb #92f0d844
 def _points(points):
-    "Pairs of floats, sorted; none twice."
+    "Pairs of floats, sorted by progress; no progress twice."
     try:
         pairs = [(x, y) for x, y in points]
     except (TypeError, ValueError):
-        raise ValueError(
-            f'points={points!r} is not allowed: points must be pairs (progress, w)'
-        ) from None
+        raise ValueError(f'points: expected pairs (progress, w), got {_short(points)}') from None
     if not pairs:
-        raise ValueError(
-            f'points={points!r} is not allowed: points must have at least one pair (progress, w)'
-        )
-    at = lambda x: float(
-        _real('progress', x, lambda x: 0 <= x <= 1, '0 (pure noise) to 1 (the clean image)')
-    )
-    pairs = sorted((at(x), float(_real('w', y))) for x, y in pairs)
-    for (x, _), (y, _) in zip(pairs, pairs[1:]):
+        raise ValueError(f'points: expected at least one pair (progress, w), got {_short(points)}')
+    span = '0 (pure noise) to 1 (the clean image)'
+    xs = [float(_real('progress', x, lambda x: 0 <= x <= 1, span)) for x, _ in pairs]
+    pairs = sorted(zip(xs, [float(_real('w', y)) for _, y in pairs], strict=True))
+    for (x, _), (y, _) in zip(pairs, pairs[1:], strict=False):
         if x == y:
-            raise ValueError(
-                f'progress={x} is there twice: each point must have a progress of its own'
-            )
+            raise ValueError(f'points: expected each progress once, got {x:g} twice')
     return pairs
 
 
-# %% ../nbs/00_schedules.ipynb #91
+# %% ../nbs/00_schedules.ipynb #a78e4d98
 def _inner_slope(h0, h1, d0, d1):
     if d0 * d1 <= 0:
         return 0.0
@@ -417,7 +367,6 @@ def _inner_slope(h0, h1, d0, d1):
     return (a + b) / (a / d0 + b / d1)
 
 
-# %% ../nbs/00_schedules.ipynb #92
 def _end_slope(h0, h1, d0, d1):
     d = ((2 * h0 + h1) * d0 - h0 * d1) / (h0 + h1)
     if d * d0 <= 0:
@@ -425,16 +374,18 @@ def _end_slope(h0, h1, d0, d1):
     return 3 * d0 if d0 * d1 <= 0 and abs(d) > 3 * abs(d0) else d
 
 
-# %% ../nbs/00_schedules.ipynb #93
 def _slopes(pairs):
-    h, d = zip(*((x1 - x0, (y1 - y0) / (x1 - x0)) for (x0, y0), (x1, y1) in zip(pairs, pairs[1:])))
+    "Slopes of the cubic at each point."
+    pieces = list(zip(pairs, pairs[1:], strict=False))
+    h = [x1 - x0 for (x0, _), (x1, _) in pieces]
+    d = [(y1 - y0) / dx for ((_, y0), (_, y1)), dx in zip(pieces, h, strict=True)]
     if len(d) == 1:
         return d * 2
-    ends = [_end_slope(*h[:2], *d[:2]), _end_slope(*h[:-3:-1], *d[:-3:-1])]
-    return [ends[0], *map(_inner_slope, h, h[1:], d, d[1:]), ends[1]]
+    first, last = _end_slope(*h[:2], *d[:2]), _end_slope(*h[:-3:-1], *d[:-3:-1])
+    return [first, *map(_inner_slope, h, h[1:], d, d[1:]), last]
 
 
-# %% ../nbs/00_schedules.ipynb #94
+# %% ../nbs/00_schedules.ipynb #5e1bbfae
 def _through(pairs, slopes):
     "A curve through `pairs`; without `slopes` of straight lines."
 
@@ -446,16 +397,14 @@ def _through(pairs, slopes):
         t = (tau - x0) / (x1 - x0)
         if not slopes:
             return y0 + t * (y1 - y0)
-        return (
-            y0
-            + t * t * (3 - 2 * t) * (y1 - y0)
-            + t * (1 - t) * (x1 - x0) * ((1 - t) * slopes[i - 1] - t * slopes[i])
-        )
+        s0, s1 = slopes[i - 1], slopes[i]
+        line = t * t * (3 - 2 * t) * (y1 - y0)
+        return y0 + line + t * (1 - t) * (x1 - x0) * ((1 - t) * s0 - t * s1)
 
     return f
 
 
-# %% ../nbs/00_schedules.ipynb #95
+# %% ../nbs/00_schedules.ipynb #747cbea7
 def points_sched(
     points,  # pairs (progress, w) in any order: progress 0 is pure noise, 1 the clean image
     num_steps: int = 50,  # length of the list
@@ -463,42 +412,46 @@ def points_sched(
 ) -> list:  # `num_steps` floats, the noisiest step first
     "A curve through points drawn by hand."
     if kind not in ('linear', 'pchip'):
-        raise ValueError(f"kind={kind!r} is not allowed: kind must be 'linear' or 'pchip'")
+        raise ValueError(f"kind: expected 'linear' or 'pchip', got {_short(kind)}")
     pairs = _points(points)
-    return make_sched(
-        _through(pairs, _slopes(pairs) if kind == 'pchip' and len(pairs) > 1 else None), num_steps
-    )
+    slopes = _slopes(pairs) if kind == 'pchip' and len(pairs) > 1 else None
+    return make_sched(_through(pairs, slopes), num_steps)
 
 
-# %% ../nbs/00_schedules.ipynb #100
-def in_interval(
-    x: float,  # noise level (or step)
-    lo: float,  # lower end, not in the interval
-    hi: float,  # upper end, in the interval
-) -> bool:
-    "Is `lo < x <= hi`?"
-    return lo < x <= hi
+# %% ../nbs/00_schedules.ipynb #dada8d52
+def _in_interval(x, lo, hi, tol=1e-5):
+    "Is `lo < x <= hi`, for a number or a tensor? An `x` just above an end counts as that end."
+    x = x * (1 - tol)
+    return (x > lo) & (x <= hi)
 
 
-# %% ../nbs/00_schedules.ipynb #101
+in_interval = _in_interval  # its name until the notebooks on guidance have moved
+
+
+# %% ../nbs/00_schedules.ipynb #6064c347
+def _checked_ends(lo, hi):
+    for name, x in (('lo', lo), ('hi', hi)):
+        y = _item(x)
+        if not isinstance(y, Real) or isinstance(y, bool) or math.isnan(y):
+            raise ValueError(f'{name}: expected a number, got {_short(x)}')
+    if not lo < hi:
+        raise ValueError(f'lo: expected a number below hi={_short(hi)}, got {_short(lo)}')
+
+
+# %% ../nbs/00_schedules.ipynb #4ee6b796
 def interval_sched(
-    xs,  # one number a step: the sampler's noise levels, or `range(num_steps)` for an interval of steps
+    xs,  # one number per step: the noise levels, or `range(num_steps)` for an interval of steps
     lo: float,  # guide above this...
     hi: float,  # ...up to and including this
     w: float = 7.5,  # weight inside
     outside: float = 1.0,  # weight outside; 1 is unguided
 ) -> list:  # `len(xs)` floats
     "`w` where `lo < x <= hi`, `outside` elsewhere (arXiv:2404.07724)."
-    w, outside, xs = (
-        float(_real('w', w)),
-        float(_real('outside', outside)),
-        [_real('xs', x) for x in xs],
-    )
-    if not lo < hi:
-        raise ValueError(f'lo={lo!r}, hi={hi!r} is not allowed: lo must be below hi')
-    if not xs:
-        raise ValueError('xs=[] is not allowed: xs must have a number for each step')
-    return [w if in_interval(x, lo, hi) else outside for x in xs]
+    xs, w, outside = _sched('xs', xs), float(_real('w', w)), float(_real('outside', outside))
+    if isinstance(xs[0], list):
+        raise ValueError(f'xs: expected one number per step, got rows of {len(xs[0])}')
+    _checked_ends(lo, hi)
+    return [w if _in_interval(x, lo, hi) else outside for x in xs]
 
 
 # %% ../nbs/00_schedules.ipynb #104
@@ -510,95 +463,50 @@ INTERVALS = {
 }  # arXiv:2404.07724
 
 
-# %% ../nbs/00_schedules.ipynb #113
-def _ladder(sigmas):
-    "The n+1 levels of n steps, as floats."
+# %% ../nbs/00_schedules.ipynb #9af448ab
+def _checked_sigmas(sigmas):
+    "The n+1 noise levels of n steps, as floats."
     levels = _sched('sigmas', sigmas)
-    if len(levels) < 2 or any(isinstance(o, list) for o in levels):
+    if len(levels) < 2 or isinstance(levels[0], list):
         raise ValueError(
-            f'sigmas={sigmas!r} is not allowed: sigmas must be at least two noise levels, one more than steps'
+            f'sigmas: expected a list of n+1 noise levels for n steps, got {_short(sigmas)}'
         )
-    for i, (a, b) in enumerate(zip(levels, levels[1:])):
+    for i, (a, b) in enumerate(zip(levels, levels[1:], strict=False)):
         if not a > b >= 0:
-            raise ValueError(
-                f'sigmas has {a:g} and {b:g} at {i} and {i + 1}, which is not allowed: sigmas must be noise levels that decrease, the last one 0 or more'
-            )
+            expected = 'noise levels that decrease, the last one 0 or more'
+            raise ValueError(f'sigmas: expected {expected}, got {a:g} and {b:g} at {i} and {i + 1}')
     return levels
 
 
-# %% ../nbs/00_schedules.ipynb #114
+# %% ../nbs/00_schedules.ipynb #a8421f5f
 def interval_of_steps(
-    sigmas,  # (n+1,) the sampler's ladder: decreasing noise levels, one more than steps
+    sigmas,  # (n+1,) the sampler's decreasing noise levels, one more than steps
     start: int = 0,  # first step that is guided
     stop: int = None,  # first step after it that is not; None: guided to the end
 ) -> tuple:  # (lo, hi), noise levels for `interval=`
     "The interval `lo < sigma <= hi` that holds the steps `start <= i < stop`."
-    levels = _ladder(sigmas)
+    levels = _checked_sigmas(sigmas)
     n = len(levels) - 1
-    start = _real(
-        'start',
-        start,
-        lambda i: isinstance(i, Integral) and 0 <= i < n,
-        f'a whole number, 0 to {n - 1}',
-    )
-    stop = _real(
-        'stop',
-        n if stop is None else stop,
-        lambda i: isinstance(i, Integral) and start < i <= n,
-        f'a whole number, {start + 1} to {n} (for no guidance at all use w=1)',
-    )
+    start = _whole('start', start, 0, n - 1)
+    stop = n if stop is None else _whole('stop', stop, start + 1, n, ' (no guidance at all: w=1)')
     return levels[stop], levels[start]
 
 
-# %% ../nbs/00_schedules.ipynb #115
+# %% ../nbs/00_schedules.ipynb #54f35528
 def interval_of_fractions(
-    sigmas,  # (n+1,) the sampler's ladder: decreasing noise levels, one more than steps
+    sigmas,  # (n+1,) the sampler's decreasing noise levels, one more than steps
     start: float = 0.0,  # share of the steps after which guidance begins
     stop: float = 1.0,  # share of the steps after which it ends
 ) -> tuple:  # (lo, hi), noise levels for `interval=`
     "The interval of the steps `int(start*n) <= i < int(stop*n)`, as diffusers' guiders count them."
-    n = len(_ladder(sigmas)) - 1
+    n = len(_checked_sigmas(sigmas)) - 1
     a, b = (
-        int(_real(k, v, lambda x: 0 <= x <= 1, '0 to 1') * n)
-        for k, v in dict(start=start, stop=stop).items()
+        int(_real(k, v, lambda x: 0 <= x <= 1, 'a share of the steps, 0 to 1') * n)
+        for k, v in (('start', start), ('stop', stop))
     )
     if a < b:
         return interval_of_steps(sigmas, a, b)
     raise ValueError(
-        f'start={start!r}, stop={stop!r} is not allowed: of {n} steps they must hold at least one (for no guidance at all use w=1)'
+        f'expected start and stop around at least one of {n} steps (no guidance at all: w=1),'
+        f' got {start!r} and {stop!r}'
     )
-
-
-# %% ../nbs/00_schedules.ipynb #122
-class SchedCost(NamedTuple):
-    "Network evaluations of a schedule, and those of guidance at each step."
-
-    evaluations: int
-    full: int
-
-    @property
-    def share(self):
-        return self.evaluations / self.full
-
-    def __repr__(self):
-        return f'{self.evaluations} of {self.full} evaluations, {self.share:.0%} of full guidance'
-
-
-# %% ../nbs/00_schedules.ipynb #123
-def sched_cost(
-    ws,  # a schedule
-    free: tuple = (
-        0.0,
-        1.0,
-    ),  # weights that take one evaluation only; (1.,) for rules that need both predictions at 0
-) -> SchedCost:  # with `.evaluations`, `.full` and `.share`
-    "Evaluations of the network, for a sampler that has one a step; one a sample if the schedule has samples."
-
-    def count(w):
-        return sum(map(count, w)) if isinstance(w, list) else 1 if w in free else 2
-
-    def size(w):
-        return sum(map(size, w)) if isinstance(w, list) else 2
-
-    ws = _sched('ws', ws)
-    return SchedCost(count(ws), size(ws))
