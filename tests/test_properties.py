@@ -1,42 +1,46 @@
-"Properties of every rule, for predictions that hypothesis makes up: sizes, types, scales, zeros, equal and opposite samples, weights."
+"""Properties of every rule and post-rule, for predictions that hypothesis makes up.
+
+Sizes, dtypes, scales, weights, and samples that are zero, equal, opposite or constant.
+"""
 
 import math
-import pytest, torch
-from hypothesis import given, settings, strategies as st
-from cf_guidance import transforms
-from cf_guidance.denoisers import SCALINGS, NetDenoiser, apply_rule, from_x0, to_x0
-from cf_guidance.guided import GuidedDenoiser
-from cf_guidance.transforms import APG, is_per_sample, rescale
 
-RULES = {k: f for k in transforms.__all__ if hasattr(f := getattr(transforms, k), 'space')}
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rule_helpers import alone, is_per_sample
+
+from cf_guidance import transforms
+from cf_guidance.denoisers import NetDenoiser, from_x0, to_x0
+from cf_guidance.guided import GuidedDenoiser
+from cf_guidance.transforms import APG_PRESETS, PostRule, Rule, cfg
+
+RULES = {k: f for k, f in vars(transforms).items() if isinstance(f, Rule | PostRule)}
 RULES |= {
-    'apg, radius and momentum': APG['EDM2-S']['rule'],
+    'apg, radius and momentum': APG_PRESETS['EDM2-S']['rule'],
     'apg, all parallel': RULES['apg'].of(eta=1.0, beta=0.0),
-    'rescaled t_norm': rescale.of(rule=RULES['t_norm']),
-    'rescaled apg': rescale.of(rule=RULES['apg'], phi=1.0),
+    'rescale, all': RULES['rescale'].of(phi=1.0),
     'fdg, three levels': RULES['fdg'].of(shares=(2.0, 1.0, 0.0)),
     'beta_cfg, root': RULES['beta_cfg'].of(gamma=0.5),
     'ep_cfg, trimmed': RULES['ep_cfg'].of(trim=0.45),
     'mimic, half': RULES['mimic'].of(phi=0.5, p=0.9),
 }
-NOT_SCALED = {
-    'apg, radius and momentum',
-    'dynamic_threshold',
-    'beta_cfg',
-    'beta_cfg, root',
-    'rescaled t_norm',
-}  # a radius, a range of pixels and a length have units; t_norm can end in mere rounding, which has no scale
+COMBINE = sorted(k for k, f in RULES.items() if isinstance(f, Rule))
+# a radius, a range of pixels and a length have units
+NOT_SCALED = {'apg, radius and momentum', 'dynamic_threshold', 'beta_cfg', 'beta_cfg, root'}
 
 settings.register_profile('here', deadline=None, derandomize=True, max_examples=25)
 settings.load_profile('here')
 every_rule = pytest.mark.parametrize('name', sorted(RULES))
+every_combine_rule = pytest.mark.parametrize('name', COMBINE)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
 weights = st.floats(0.0, 100.0) | st.sampled_from([0.0, 1.0, 7.5])
 
 
 @st.composite
 def pairs(draw, dtypes=(torch.float32, torch.float64), low=-6, high=6):
-    "Negatives and positives (B, C, H, W): ordinary ones, and some that are zero, equal, opposite or constant."
+    "Negatives and positives (B, C, H, W), some of them zero, equal, opposite or constant."
     size, dtype = draw(sizes), draw(st.sampled_from(dtypes))
     neg, pos = torch.randn(
         2,
@@ -54,15 +58,16 @@ def pairs(draw, dtypes=(torch.float32, torch.float64), low=-6, high=6):
         none=lambda n, p: (0 * n, 0 * p),
         constant=lambda n, p: (0 * n + n.flatten()[0], 0 * p + p.flatten()[0]),
     )
-    rows = [special[draw(st.sampled_from(sorted(special)))](n, p) for n, p in zip(neg, pos)]
-    return tuple(torch.stack(o).to(dtype) for o in zip(*rows))
+    kinds = [draw(st.sampled_from(sorted(special))) for _ in neg]
+    rows = [special[k](n, p) for k, n, p in zip(kinds, neg, pos, strict=True)]
+    return tuple(torch.stack(o).to(dtype) for o in zip(*rows, strict=True))
 
 
-def said(name, neg, pos, w):
+def outputs(name, neg, pos, w):
     "The prediction, and that of a second step for rules that remember."
     f = RULES[name]
-    if not f.stateful:
-        return f(neg, pos, w)
+    if not getattr(f, 'stateful', False):
+        return alone(f)(neg, pos, w)
     first, state = f(neg, pos, w)
     return torch.cat([first, f(neg, pos, w, state)[0]])
 
@@ -71,8 +76,10 @@ def said(name, neg, pos, w):
 @given(pairs((torch.float16, torch.bfloat16, torch.float32, torch.float64), -4, 4), weights)
 def test_finite_in_finite_out(name, two, w):
     neg, pos = (o.nan_to_num() for o in two)
-    got = said(name, neg, pos, w)
-    assert got.dtype == neg.dtype and got.shape[1:] == neg.shape[1:] and got.isfinite().all()
+    got = outputs(name, neg, pos, w)
+    assert got.dtype == neg.dtype
+    assert got.shape[1:] == neg.shape[1:]
+    assert got.isfinite().all()
 
 
 @every_rule
@@ -81,7 +88,8 @@ def test_a_sample_depends_on_itself(name, two, data):
     w = torch.tensor(
         data.draw(st.lists(weights, min_size=len(two[0]), max_size=len(two[0]))), dtype=two[0].dtype
     )
-    assert is_per_sample(RULES[name], *two, w, tol=1e-4)
+    f = RULES[name]
+    assert is_per_sample(f if isinstance(f, Rule) else alone(f), *two, w, tol=1e-4)
 
 
 @every_rule
@@ -94,11 +102,11 @@ def test_order_of_the_batch(name, two, w, random):
     def in_order(y):
         return torch.cat([o[order] for o in y.split(n)])
 
-    got, want = said(name, *(o[order] for o in two), w), in_order(said(name, *two, w))
+    got, want = outputs(name, *(o[order] for o in two), w), in_order(outputs(name, *two, w))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
 
 
-@every_rule
+@every_combine_rule
 @given(two=pairs((torch.float16, torch.bfloat16, torch.float32, torch.float64), -4, 4))
 def test_exact_ends(name, two):
     neg, pos = (o.nan_to_num() for o in two)
@@ -107,14 +115,14 @@ def test_exact_ends(name, two):
         if at is None:
             continue
         for w in at, torch.full((len(neg),), at, dtype=torch.float64):
-            assert torch.equal(f(neg, pos, w)[0] if f.stateful else f(neg, pos, w), want)
+            assert torch.equal(alone(f)(neg, pos, w), want)
 
 
 @pytest.mark.parametrize('name', sorted({*RULES} - NOT_SCALED))
 @given(pairs((torch.float64,), -2, 2), weights, st.floats(-3, 3))
 def test_scales_with_its_input(name, two, w, power):
     k = 10**power
-    got, want = said(name, *(k * o for o in two), w), k * said(name, *two, w)
+    got, want = outputs(name, *(k * o for o in two), w), k * outputs(name, *two, w)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9 * max(1.0, want.abs().max().item()))
 
 
@@ -123,77 +131,62 @@ def test_scales_with_its_input(name, two, w, power):
     pairs((torch.float64,), -1, 1),
     weights,
     st.floats(0.05, 20.0),
-    st.sampled_from(sorted(SCALINGS)),
+    st.sampled_from(['eps', 'v', 'flow', 'x0']),
 )
 def test_spaces(name, two, w, sigma, prediction):
-    "The rule sees what its space says, whatever the network predicts; linear rules do not mind."
+    "A guided denoiser converts to the space of a rule, whatever its network predicts."
     neg, pos = two
-    f, x, s = (
-        RULES[name],
-        torch.ones_like(neg) * sigma,
-        torch.full((len(neg),), sigma, dtype=torch.float64),
-    )
-    plain = f if not f.stateful else (lambda n, p, w: f(n, p, w)[0])
-    if f.stateful:
-        plain.space = f.space
-    got = apply_rule(plain, neg, pos, w, x, s)
-    assert got.isfinite().all() and got.shape == neg.shape
-    space = prediction if f.space == 'any' else 'x0' if f.space == 'x0' else f.space
-
-    def to(o):
-        return o if space == 'x0' else from_x0(o, x, s, space)
-
-    want = plain(to(neg), to(pos), w)
-    want = want if space == 'x0' else to_x0(want, x, s, space)
-    torch.testing.assert_close(
-        got,
-        want,
-        rtol=1e-6,
-        atol=1e-8 * max(1.0, (1 + w) * max(o.abs().max().item() for o in (neg, pos, x))),
-    )
+    f, x, n = RULES[name], torch.ones_like(neg) * sigma, len(neg)
+    s = torch.full((n,), sigma, dtype=torch.float64)
+    D = NetDenoiser(lambda z, t, c: c, prediction)
+    kw = dict(post=f) if isinstance(f, PostRule) else dict(rule=f)
+    net_neg, net_pos = (from_net(o, x, s, prediction) for o in (neg, pos))
+    neg, pos = D(x, s, c=net_neg), D(x, s, c=net_pos)  # with the rounding of the network's space
+    got = GuidedDenoiser(D, dict(c=net_neg), w=w, **kw)(x, s, c=net_pos)
+    assert got.shape == neg.shape
+    assert got.isfinite().all()
+    want = in_space(f, neg, pos, w, x, s)
+    size = max(o.abs().max().item() for o in (neg, pos, x))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7 * max(1.0, (1 + w) * size))
 
 
-@every_rule
+def from_net(x0, x, sigma, prediction):
+    return x0 if prediction == 'x0' else from_x0(x0, x, sigma, prediction)
+
+
+def in_space(f, neg, pos, w, x, sigma):
+    "Convert, apply, convert back; a post-rule after `cfg`."
+    neg = cfg(neg, pos, w) if isinstance(f, PostRule) else neg
+    space = 'x0' if f.space == 'any' else f.space
+    a, b = (from_net(o, x, sigma, space) for o in (neg, pos))
+    out = f(a, b) if isinstance(f, PostRule) else alone(f)(a, b, w)
+    return out if space == 'x0' else to_x0(out, x, sigma, space)
+
+
+@every_combine_rule
 @given(
     sizes, st.floats(0.05, 20.0), st.sampled_from(['eps', 'x0', 'v', 'flow']), st.integers(0, 99)
 )
 def test_unguided_is_the_denoiser(name, size, sigma, prediction, seed):
-    "At the weight that is unguided a guided denoiser is the plain one, to the bit, and costs as much."
+    "At the unguided weight a guided denoiser is the plain one, to the bit, and costs as much."
     f = RULES[name]
-    D = NetDenoiser(lambda z, t, c: (z * c.view(-1, 1, 1, 1)).sin(), prediction)
-    x, c = (
-        torch.randn(size, generator=torch.Generator().manual_seed(seed)) * sigma,
-        torch.full((size[0],), 0.3),
-    )
     if f.pos_at is None:
         return
-    G = GuidedDenoiser(D, dict(c=torch.tensor([-0.7])), w=f.pos_at, rule=f)
-    assert torch.equal(G(x, sigma, c=c), D(x, sigma, c=c)) and G.nfe == size[0]
-    G = GuidedDenoiser(D, dict(c=torch.tensor([-0.7])), w=f.pos_at + 1.5, rule=f)
-    assert G(x, sigma, c=c).isfinite().all() and G.nfe == 2 * size[0]
+    D = NetDenoiser(lambda z, t, c: (z * c.view(-1, 1, 1, 1)).sin(), prediction)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * sigma
+    c, negative = torch.full((size[0],), 0.3), dict(c=torch.tensor([-0.7]))
+    G = GuidedDenoiser(D, negative, w=f.pos_at, rule=f)
+    assert torch.equal(G(x, sigma, c=c), D(x, sigma, c=c))
+    assert G.nfe == size[0]
+    G = GuidedDenoiser(D, negative, w=f.pos_at + 1.5, rule=f)
+    assert G(x, sigma, c=c).isfinite().all()
+    assert G.nfe == 2 * size[0]
 
 
 def test_all_rules_are_here():
-    papers = dict(
-        cfg='any',
-        cfg_paper='any',
-        base_norm='eps',
-        t_norm='eps',
-        full_norm='eps',
-        tcfg='eps',
-        beta_cfg='eps',
-        rescale='v',
-        cfg_zero='flow',
-        mambo='flow',
-    )  # the others work on the image
-    assert {k: f.space for k, f in RULES.items() if k.isidentifier()} == {
-        k: papers.get(k, 'x0') for k in RULES if k.isidentifier()
-    }
-    assert len(RULES) >= 25 and {f.space for f in RULES.values()} >= {
-        'any',
-        'eps',
-        'x0',
-        'v',
-        'flow',
-    }
-    assert all(math.isfinite(f.pos_at) for f in RULES.values() if f.pos_at is not None)
+    spaces = dict(cfg='any', rescale='v', cfg_zero='flow', mambo='flow')
+    spaces |= dict.fromkeys(('base_norm', 't_norm', 'full_norm', 'tcfg', 'beta_cfg'), 'eps')
+    named = {k: f.space for k, f in RULES.items() if k.isidentifier()}
+    assert named == {k: spaces.get(k, 'x0') for k in named}  # the others work on the image
+    assert len(named) == 16
+    assert all(math.isfinite(RULES[k].pos_at) for k in COMBINE if RULES[k].pos_at is not None)
