@@ -936,6 +936,7 @@ d = {
                 'guided.html#_threadruns.__reduce__',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided._active': ('guided.html#_active', 'cf_guidance/guided.py'),
             'cf_guidance.guided._as_negative': (
                 'guided.html#_as_negative',
                 'cf_guidance/guided.py',
@@ -2593,20 +2594,24 @@ d = {
         },
         'cf_guidance.plots': {},
         'cf_guidance.schedules': {
-            'cf_guidance.schedules.SchedCost': (
-                'schedules.html#schedcost',
-                'cf_guidance/schedules.py',
-            ),
-            'cf_guidance.schedules.SchedCost.__repr__': (
-                'schedules.html#schedcost.__repr__',
-                'cf_guidance/schedules.py',
-            ),
-            'cf_guidance.schedules.SchedCost.share': (
-                'schedules.html#schedcost.share',
-                'cf_guidance/schedules.py',
-            ),
             'cf_guidance.schedules._beta_density': (
                 'schedules.html#_beta_density',
+                'cf_guidance/schedules.py',
+            ),
+            'cf_guidance.schedules._checked_decay': (
+                'schedules.html#_checked_decay',
+                'cf_guidance/schedules.py',
+            ),
+            'cf_guidance.schedules._checked_ends': (
+                'schedules.html#_checked_ends',
+                'cf_guidance/schedules.py',
+            ),
+            'cf_guidance.schedules._checked_function': (
+                'schedules.html#_checked_function',
+                'cf_guidance/schedules.py',
+            ),
+            'cf_guidance.schedules._checked_sigmas': (
+                'schedules.html#_checked_sigmas',
                 'cf_guidance/schedules.py',
             ),
             'cf_guidance.schedules._end_slope': (
@@ -2614,12 +2619,15 @@ d = {
                 'cf_guidance/schedules.py',
             ),
             'cf_guidance.schedules._fall': ('schedules.html#_fall', 'cf_guidance/schedules.py'),
+            'cf_guidance.schedules._in_interval': (
+                'schedules.html#_in_interval',
+                'cf_guidance/schedules.py',
+            ),
             'cf_guidance.schedules._inner_slope': (
                 'schedules.html#_inner_slope',
                 'cf_guidance/schedules.py',
             ),
             'cf_guidance.schedules._item': ('schedules.html#_item', 'cf_guidance/schedules.py'),
-            'cf_guidance.schedules._ladder': ('schedules.html#_ladder', 'cf_guidance/schedules.py'),
             'cf_guidance.schedules._log_power': (
                 'schedules.html#_log_power',
                 'cf_guidance/schedules.py',
@@ -2629,8 +2637,8 @@ d = {
             'cf_guidance.schedules._real': ('schedules.html#_real', 'cf_guidance/schedules.py'),
             'cf_guidance.schedules._sched': ('schedules.html#_sched', 'cf_guidance/schedules.py'),
             'cf_guidance.schedules._shaped': ('schedules.html#_shaped', 'cf_guidance/schedules.py'),
+            'cf_guidance.schedules._short': ('schedules.html#_short', 'cf_guidance/schedules.py'),
             'cf_guidance.schedules._slopes': ('schedules.html#_slopes', 'cf_guidance/schedules.py'),
-            'cf_guidance.schedules._steps': ('schedules.html#_steps', 'cf_guidance/schedules.py'),
             'cf_guidance.schedules._stepwise': (
                 'schedules.html#_stepwise',
                 'cf_guidance/schedules.py',
@@ -2640,24 +2648,13 @@ d = {
                 'cf_guidance/schedules.py',
             ),
             'cf_guidance.schedules._values': ('schedules.html#_values', 'cf_guidance/schedules.py'),
-            'cf_guidance.schedules.add_scheds': (
-                'schedules.html#add_scheds',
-                'cf_guidance/schedules.py',
-            ),
+            'cf_guidance.schedules._whole': ('schedules.html#_whole', 'cf_guidance/schedules.py'),
             'cf_guidance.schedules.beta_sched': (
                 'schedules.html#beta_sched',
                 'cf_guidance/schedules.py',
             ),
-            'cf_guidance.schedules.clamp_linear_sched': (
-                'schedules.html#clamp_linear_sched',
-                'cf_guidance/schedules.py',
-            ),
             'cf_guidance.schedules.clamp_sched': (
                 'schedules.html#clamp_sched',
-                'cf_guidance/schedules.py',
-            ),
-            'cf_guidance.schedules.constant_sched': (
-                'schedules.html#constant_sched',
                 'cf_guidance/schedules.py',
             ),
             'cf_guidance.schedules.cosine_sched': (
@@ -2670,10 +2667,6 @@ d = {
             ),
             'cf_guidance.schedules.get_cos_sched': (
                 'schedules.html#get_cos_sched',
-                'cf_guidance/schedules.py',
-            ),
-            'cf_guidance.schedules.in_interval': (
-                'schedules.html#in_interval',
                 'cf_guidance/schedules.py',
             ),
             'cf_guidance.schedules.interval_of_fractions': (
@@ -2696,20 +2689,12 @@ d = {
                 'schedules.html#invlinear_sched',
                 'cf_guidance/schedules.py',
             ),
-            'cf_guidance.schedules.lambda_sched': (
-                'schedules.html#lambda_sched',
-                'cf_guidance/schedules.py',
-            ),
             'cf_guidance.schedules.linear_sched': (
                 'schedules.html#linear_sched',
                 'cf_guidance/schedules.py',
             ),
             'cf_guidance.schedules.make_sched': (
                 'schedules.html#make_sched',
-                'cf_guidance/schedules.py',
-            ),
-            'cf_guidance.schedules.mul_scheds': (
-                'schedules.html#mul_scheds',
                 'cf_guidance/schedules.py',
             ),
             'cf_guidance.schedules.pcs_sched': (
@@ -2720,12 +2705,12 @@ d = {
                 'schedules.html#points_sched',
                 'cf_guidance/schedules.py',
             ),
-            'cf_guidance.schedules.sched_cost': (
-                'schedules.html#sched_cost',
-                'cf_guidance/schedules.py',
-            ),
             'cf_guidance.schedules.sine_sched': (
                 'schedules.html#sine_sched',
+                'cf_guidance/schedules.py',
+            ),
+            'cf_guidance.schedules.tent_sched': (
+                'schedules.html#tent_sched',
                 'cf_guidance/schedules.py',
             ),
             'cf_guidance.schedules.v_sched': ('schedules.html#v_sched', 'cf_guidance/schedules.py'),

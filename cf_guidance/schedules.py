@@ -326,7 +326,7 @@ def _beta_density(x, a, b):
     return math.exp(c + _log_power(x, a - 1) + _log_power(1 - x, b - 1))
 
 
-# %% ../nbs/00_schedules.ipynb #a5ad20c3
+# %% ../nbs/00_schedules.ipynb #3f7200b5
 def beta_sched(
     num_steps: int = 50,  # length of the list
     w: float = 7.5,  # mean weight
@@ -418,8 +418,8 @@ def points_sched(
     return make_sched(_through(pairs, slopes), num_steps)
 
 
-# %% ../nbs/00_schedules.ipynb #d44bdfc4
-def _in_interval(x, lo, hi, tol=1e-4):
+# %% ../nbs/00_schedules.ipynb #1ff5394a
+def _in_interval(x, lo, hi, tol=1e-5):
     "Is `lo < x <= hi`, for a number or a tensor? An `x` just above an end counts as that end."
     x = x * (1 - tol)
     return (x > lo) & (x <= hi)

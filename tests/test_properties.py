@@ -155,7 +155,9 @@ def from_net(x0, x, sigma, prediction):
 
 
 def in_space(f, neg, pos, w, x, sigma):
-    "Convert, apply, convert back; a post-rule after `cfg`."
+    "Convert, apply, convert back; a post-rule after `cfg`, where that guides."
+    if isinstance(f, PostRule) and w == 1:
+        return pos
     neg = cfg(neg, pos, w) if isinstance(f, PostRule) else neg
     space = 'x0' if f.space == 'any' else f.space
     a, b = (from_net(o, x, sigma, space) for o in (neg, pos))
