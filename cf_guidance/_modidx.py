@@ -2129,6 +2129,272 @@ d = {
                 'cf_guidance/noise.py',
             ),
         },
+        'cf_guidance.perturb': {
+            'cf_guidance.perturb.Applied': ('perturb.html#applied', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb.Change': ('perturb.html#change', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb.Change.__post_init__': (
+                'perturb.html#change.__post_init__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.Change.layers_of': (
+                'perturb.html#change.layers_of',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.Layers': ('perturb.html#layers', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb.Layers.__init__': (
+                'perturb.html#layers.__init__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.Layers.__reduce__': (
+                'perturb.html#layers.__reduce__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.Layers.__repr__': (
+                'perturb.html#layers.__repr__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.PerturbedDenoiser': (
+                'perturb.html#perturbeddenoiser',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.PerturbedDenoiser.__call__': (
+                'perturb.html#perturbeddenoiser.__call__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.PerturbedDenoiser.__getstate__': (
+                'perturb.html#perturbeddenoiser.__getstate__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.PerturbedDenoiser.__init__': (
+                'perturb.html#perturbeddenoiser.__init__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.PerturbedDenoiser._shadow_for': (
+                'perturb.html#perturbeddenoiser._shadow_for',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.Site': ('perturb.html#site', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb.Site.grid': ('perturb.html#site.grid', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb.Site.image': ('perturb.html#site.image', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb.Site.image_of': (
+                'perturb.html#site.image_of',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Asked': ('perturb.html#_asked', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Asked.for_rows': (
+                'perturb.html#_asked.for_rows',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Attention': ('perturb.html#_attention', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Attention.__init__': (
+                'perturb.html#_attention.__init__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Attention.__torch_function__': (
+                'perturb.html#_attention.__torch_function__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Attention.attend': (
+                'perturb.html#_attention.attend',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Block': ('perturb.html#_block', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Block.__call__': (
+                'perturb.html#_block.__call__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Block.merged': (
+                'perturb.html#_block.merged',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Block.own_rows': (
+                'perturb.html#_block.own_rows',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Call': ('perturb.html#_call', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Call.expand': (
+                'perturb.html#_call.expand',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Call.sites': (
+                'perturb.html#_call.sites',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Dropping': ('perturb.html#_dropping', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Dropping.__call__': (
+                'perturb.html#_dropping.__call__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Dropping.__init__': (
+                'perturb.html#_dropping.__init__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Dropping.drop': (
+                'perturb.html#_dropping.drop',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Family': ('perturb.html#_family', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Family.block_of': (
+                'perturb.html#_family.block_of',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Family.modules': (
+                'perturb.html#_family.modules',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Join': ('perturb.html#_join', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Join.__call__': (
+                'perturb.html#_join.__call__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Join.__init__': (
+                'perturb.html#_join.__init__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Layer': ('perturb.html#_layer', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Plan': ('perturb.html#_plan', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Plan.check_ran': (
+                'perturb.html#_plan.check_ran',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Plan.fixed': (
+                'perturb.html#_plan.fixed',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Plan.late': ('perturb.html#_plan.late', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Plan.use_of': (
+                'perturb.html#_plan.use_of',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Root': ('perturb.html#_root', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Root.__call__': (
+                'perturb.html#_root.__call__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Root.__init__': (
+                'perturb.html#_root.__init__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Thread': ('perturb.html#_thread', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._as_given': ('perturb.html#_as_given', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._attentions': (
+                'perturb.html#_attentions',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._bare_copy': ('perturb.html#_bare_copy', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._blocks': ('perturb.html#_blocks', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._changed_attention': (
+                'perturb.html#_changed_attention',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._changed_block': (
+                'perturb.html#_changed_block',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._changed_class': (
+                'perturb.html#_changed_class',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._changed_copy': (
+                'perturb.html#_changed_copy',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._changed_forward': (
+                'perturb.html#_changed_forward',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._changed_output': (
+                'perturb.html#_changed_output',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._check_finite': (
+                'perturb.html#_check_finite',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._context_of': (
+                'perturb.html#_context_of',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._copied': ('perturb.html#_copied', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._family_of': ('perturb.html#_family_of', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._first': ('perturb.html#_first', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._given': ('perturb.html#_given', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._grids': ('perturb.html#_grids', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._image_grid': (
+                'perturb.html#_image_grid',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._image_tokens': (
+                'perturb.html#_image_tokens',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._in_part': ('perturb.html#_in_part', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._is_compiled': (
+                'perturb.html#_is_compiled',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._kind_of': ('perturb.html#_kind_of', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._map': ('perturb.html#_map', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._mapped': ('perturb.html#_mapped', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._masked': ('perturb.html#_masked', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._match': ('perturb.html#_match', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._middle': ('perturb.html#_middle', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._multi_head': (
+                'perturb.html#_multi_head',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._named': ('perturb.html#_named', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._network_of': (
+                'perturb.html#_network_of',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._nothing_found': (
+                'perturb.html#_nothing_found',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._patch_size': (
+                'perturb.html#_patch_size',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._path': ('perturb.html#_path', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._path_copy': ('perturb.html#_path_copy', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._planned': ('perturb.html#_planned', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._positions': ('perturb.html#_positions', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._put': ('perturb.html#_put', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._rebound': ('perturb.html#_rebound', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._refuse_checkpointing': (
+                'perturb.html#_refuse_checkpointing',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._rows': ('perturb.html#_rows', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._run_changed': (
+                'perturb.html#_run_changed',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._shadow': ('perturb.html#_shadow', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._unpickled': ('perturb.html#_unpickled', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._with_first': (
+                'perturb.html#_with_first',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.find_layers': (
+                'perturb.html#find_layers',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.find_time_layers': (
+                'perturb.html#find_time_layers',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.part_of_batch': (
+                'perturb.html#part_of_batch',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb.perturbed': ('perturb.html#perturbed', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb.refuse_caches': (
+                'perturb.html#refuse_caches',
+                'cf_guidance/perturb.py',
+            ),
+        },
         'cf_guidance.pipelines': {
             'cf_guidance.pipelines.MinimalDiffusion': (
                 'pipelines.html#minimaldiffusion',
