@@ -1034,36 +1034,32 @@ d = {
                 'guiders.html#guider._batches',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders.Guider._check': (
-                'guiders.html#guider._check',
+            'cf_guidance.guiders.Guider._begin': (
+                'guiders.html#guider._begin',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders.Guider._counts': (
-                'guiders.html#guider._counts',
+            'cf_guidance.guiders.Guider._check_weights': (
+                'guiders.html#guider._check_weights',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders.Guider._fits': (
-                'guiders.html#guider._fits',
+            'cf_guidance.guiders.Guider._find_evaluations': (
+                'guiders.html#guider._find_evaluations',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders.Guider._prompts': (
-                'guiders.html#guider._prompts',
+            'cf_guidance.guiders.Guider._find_step': (
+                'guiders.html#guider._find_step',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders.Guider._running': (
-                'guiders.html#guider._running',
+            'cf_guidance.guiders.Guider._guided': (
+                'guiders.html#guider._guided',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders.Guider._still': (
-                'guiders.html#guider._still',
+            'cf_guidance.guiders.Guider._needs_negative': (
+                'guiders.html#guider._needs_negative',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders.Guider._weight': (
-                'guiders.html#guider._weight',
-                'cf_guidance/guiders.py',
-            ),
-            'cf_guidance.guiders.Guider._wrap': (
-                'guiders.html#guider._wrap',
+            'cf_guidance.guiders.Guider._prompt_terms': (
+                'guiders.html#guider._prompt_terms',
                 'cf_guidance/guiders.py',
             ),
             'cf_guidance.guiders.Guider.cleanup_models': (
@@ -1102,38 +1098,43 @@ d = {
                 'guiders.html#guider.set_state',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._Cannot': ('guiders.html#_cannot', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._Loop': ('guiders.html#_loop', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._Loop.__init__': (
-                'guiders.html#_loop.__init__',
+            'cf_guidance.guiders._CannotSave': (
+                'guiders.html#_cannotsave',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._Loop.answer': (
-                'guiders.html#_loop.answer',
+            'cf_guidance.guiders._Capture': ('guiders.html#_capture', 'cf_guidance/guiders.py'),
+            'cf_guidance.guiders._Capture.__init__': (
+                'guiders.html#_capture.__init__',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._Loop.begin': (
-                'guiders.html#_loop.begin',
+            'cf_guidance.guiders._Capture.call': (
+                'guiders.html#_capture.call',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._Loop.channels': (
-                'guiders.html#_loop.channels',
+            'cf_guidance.guiders._Capture.hook': (
+                'guiders.html#_capture.hook',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._Loop.guides': (
-                'guiders.html#_loop.guides',
+            'cf_guidance.guiders._Capture.remove': (
+                'guiders.html#_capture.remove',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._Loop.level': (
-                'guiders.html#_loop.level',
+            'cf_guidance.guiders._ModularLoop': (
+                'guiders.html#_modularloop',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._Loop.part': ('guiders.html#_loop.part', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._Loop.scale': (
-                'guiders.html#_loop.scale',
+            'cf_guidance.guiders._ModularLoop.__init__': (
+                'guiders.html#_modularloop.__init__',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._Loop.see': ('guiders.html#_loop.see', 'cf_guidance/guiders.py'),
+            'cf_guidance.guiders._ModularLoop.channels': (
+                'guiders.html#_modularloop.channels',
+                'cf_guidance/guiders.py',
+            ),
+            'cf_guidance.guiders._ModularLoop.estimate': (
+                'guiders.html#_modularloop.estimate',
+                'cf_guidance/guiders.py',
+            ),
             'cf_guidance.guiders._Unsaved': ('guiders.html#_unsaved', 'cf_guidance/guiders.py'),
             'cf_guidance.guiders._Unsaved.__init__': (
                 'guiders.html#_unsaved.__init__',
@@ -1143,22 +1144,38 @@ d = {
                 'guiders.html#_unsaved.to_dict',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._at_level': ('guiders.html#_at_level', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._check_other': (
-                'guiders.html#_check_other',
+            'cf_guidance.guiders._as_negative': (
+                'guiders.html#_as_negative',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._checked': ('guiders.html#_checked', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._kind': ('guiders.html#_kind', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._live': ('guiders.html#_live', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._may': ('guiders.html#_may', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._negative': ('guiders.html#_negative', 'cf_guidance/guiders.py'),
+            'cf_guidance.guiders._as_rule': ('guiders.html#_as_rule', 'cf_guidance/guiders.py'),
+            'cf_guidance.guiders._check_negative': (
+                'guiders.html#_check_negative',
+                'cf_guidance/guiders.py',
+            ),
+            'cf_guidance.guiders._checked_options': (
+                'guiders.html#_checked_options',
+                'cf_guidance/guiders.py',
+            ),
+            'cf_guidance.guiders._checked_term': (
+                'guiders.html#_checked_term',
+                'cf_guidance/guiders.py',
+            ),
+            'cf_guidance.guiders._config': ('guiders.html#_config', 'cf_guidance/guiders.py'),
+            'cf_guidance.guiders._from_plain': (
+                'guiders.html#_from_plain',
+                'cf_guidance/guiders.py',
+            ),
+            'cf_guidance.guiders._known_rules': (
+                'guiders.html#_known_rules',
+                'cf_guidance/guiders.py',
+            ),
+            'cf_guidance.guiders._may_guide': ('guiders.html#_may_guide', 'cf_guidance/guiders.py'),
+            'cf_guidance.guiders._own_scheduler': (
+                'guiders.html#_own_scheduler',
+                'cf_guidance/guiders.py',
+            ),
             'cf_guidance.guiders._plain': ('guiders.html#_plain', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._read_back': ('guiders.html#_read_back', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._rule': ('guiders.html#_rule', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._rules': ('guiders.html#_rules', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._sag': ('guiders.html#_sag', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._saved': ('guiders.html#_saved', 'cf_guidance/guiders.py'),
             'cf_guidance.guiders._saved_negative': (
                 'guiders.html#_saved_negative',
                 'cf_guidance/guiders.py',
@@ -1175,11 +1192,16 @@ d = {
                 'guiders.html#_saved_term',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._scheduler': ('guiders.html#_scheduler', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._surgery': ('guiders.html#_surgery', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._term': ('guiders.html#_term', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._usual': ('guiders.html#_usual', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._walk': ('guiders.html#_walk', 'cf_guidance/guiders.py'),
+            'cf_guidance.guiders._saved_weight': (
+                'guiders.html#_saved_weight',
+                'cf_guidance/guiders.py',
+            ),
+            'cf_guidance.guiders._term_for': ('guiders.html#_term_for', 'cf_guidance/guiders.py'),
+            'cf_guidance.guiders._value': ('guiders.html#_value', 'cf_guidance/guiders.py'),
+            'cf_guidance.guiders._with_usual_weight': (
+                'guiders.html#_with_usual_weight',
+                'cf_guidance/guiders.py',
+            ),
         },
         'cf_guidance.karras': {
             'cf_guidance.karras.Denoiser.get_sigmas': (

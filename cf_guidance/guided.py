@@ -36,18 +36,8 @@ from fastcore.basics import patch
 from .denoisers import Denoiser, Parts, from_x0, per_sample, to_x0
 from .karras import SigmaSchedule, _checked_sigmas
 from .noise import split_generator
+from .perturb import Applied, Change, PerturbedDenoiser, part_of_batch
 from .transforms import GuidanceTfm, PostRule, _narrow, cfg
-
-# %% ../nbs/06_guided.ipynb #0663639e
-try:
-    from cf_guidance.perturb import Applied, Change, PerturbedDenoiser, part_of_batch
-except ImportError:  # until the module is there
-    from contextlib import nullcontext
-
-    Applied = Change = PerturbedDenoiser = object
-
-    def part_of_batch(rows):
-        return nullcontext()
 
 
 # %% ../nbs/06_guided.ipynb #88481d13
