@@ -1,40 +1,48 @@
-"""What do the rules cost, and what does guidance in a stock pipeline? Both sides of every ratio are timed in one run, alternating, and the medians compared.
+"""What do the rules cost, and what does guidance in a stock pipeline?
 
-    python benchmarks/pipelines.py         # the embedded model, and a network in the shape of Stable Diffusion 1.5, on the CPU
-    python benchmarks/pipelines.py --busy  # on a machine that does other work: time of the processor instead of that of the day, one thread
+Both sides of every ratio are timed in one run, alternating, and the medians compared.
+
+    python benchmarks/pipelines.py         # the embedded model, and one in the shape of SD 1.5
+    python benchmarks/pipelines.py --busy  # on a busy machine: processor time of one thread
     python benchmarks/pipelines.py --device cuda  # all of it on a GPU
 
 The table is printed and kept as JSON beside this file.
 """
 
-import argparse, platform, time
-import torch
+import argparse
+import platform
+import time
+
 import samplers
+import torch
 from guided import sd15
 from samplers import BATCH, normal
 from sweep import report
 
 
 def rules():
-    "Every rule, with usual settings."
+    "Every rule and post-rule, with its usual settings."
     from cf_guidance import transforms as T
 
-    named = {k: getattr(T, k) for k in T.__all__ if hasattr(getattr(T, k), 'space')}
-    return {k: f.of(beta=-0.5) if k == 'apg' else f for k, f in named.items()}
+    return {k: f for k, f in vars(T).items() if isinstance(f, T.Rule | T.PostRule)}
 
 
 def own_time(device, batch, size, share_of, repeats, calls):
-    "Seconds of each rule for a batch of latents, and its share of a call of the network that guidance needs."
+    "Seconds of each rule for a batch of latents, and its share of a guided call of the network."
+    from cf_guidance.transforms import PostRule
+
     (neg, pos), states = pair(batch, size, device), {}
 
     def run(k, f):
+        if isinstance(f, PostRule):
+            return lambda: f(neg, pos)  # the prediction to correct is as large as a negative
         if not f.stateful:
             return lambda: f(neg, pos, 5.0)
 
-        def _run():
+        def remembering():
             states[k] = f(neg, pos, 5.0, states.get(k))[1]
 
-        return _run
+        return remembering
 
     t = samplers.seconds({k: synced(run(k, f), device) for k, f in rules().items()}, calls, repeats)
     rows = {}
@@ -65,7 +73,7 @@ def synced(f, device):
 
 
 def network(device, batch, size, repeats):
-    "Seconds of one call of a network in the shape of Stable Diffusion 1.5 on prompts and negative prompts: measured on two rows, times their number."
+    "Seconds of a network in the shape of SD 1.5 on prompts and negatives, measured on two rows."
     net = sd15(size).to(device)
     x, emb = normal(2, 4, size, size).to(device), normal(2, 77, 768).to(device)
     return (

@@ -45,8 +45,10 @@ from types import MappingProxyType
 
 import torch
 
+from .schedules import _short
 
-# %% ../nbs/01_transforms.ipynb #c86ef93a
+
+# %% ../nbs/01_transforms.ipynb #e9ae4977
 def _common_dtype(first, pos, axes=1, name='neg'):
     "The dtype of the result, if the two predictions go together."
     for k, o in ((name, first), ('pos', pos)):
@@ -73,16 +75,10 @@ def _common_dtype(first, pos, axes=1, name='neg'):
     return dtype
 
 
-def _short(x, most=40):
-    "`x` as an error message shows it."
-    text = ' '.join(repr(x).split())
-    return text if len(text) <= most else f'{type(x).__name__} {text[:most]}...'
-
-
-# %% ../nbs/01_transforms.ipynb #f866ffc8
+# %% ../nbs/01_transforms.ipynb #8ca5eedd
 def _is_finite(w):
     "Is a Python number finite? In a compiled graph it is a symbol, and looking at it would break."
-    return torch.compiler.is_compiling() or math.isfinite(w)
+    return torch.compiler.is_compiling() or abs(w) <= sys.float_info.max
 
 
 def _has_finite(t):
@@ -90,13 +86,13 @@ def _has_finite(t):
     return torch.compiler.is_compiling() or t.device.type != 'cpu' or bool(t.isfinite().all())
 
 
-# %% ../nbs/01_transforms.ipynb #2521a890
+# %% ../nbs/01_transforms.ipynb #78bbc03e
 def _broadcast_weight(w, like):
     "`w` as a number, or as a tensor that broadcasts over all axes of `like` but the first."
     expected = f'w: expected a finite number, or {len(like)} of them, one per sample'
     if isinstance(w, int | float) and not isinstance(w, bool):
         if not _is_finite(w):
-            raise ValueError(f'{expected}, got {w!r}')
+            raise ValueError(f'{expected}, got {_short(w)}')
         return w
     try:
         t = torch.as_tensor(w)
@@ -127,7 +123,7 @@ def _narrow(x, dtype):
     return x if x.dtype == dtype else torch.where(x.isfinite(), x.clamp(-m, m), x).to(dtype)
 
 
-# %% ../nbs/01_transforms.ipynb #2a5c787b
+# %% ../nbs/01_transforms.ipynb #b866f1e4
 def _is_number(o, lo=-math.inf, hi=math.inf):
     return isinstance(o, Real) and not isinstance(o, bool) and lo <= o <= hi and math.isfinite(o)
 
@@ -140,10 +136,10 @@ def _checked_setting(name, value, default, limits):
             return value
         raise ValueError(f'{name}: expected {type(default).__name__}, got {_short(value)}')
     lo, hi = limits or (-math.inf, math.inf)
-    ok = isinstance(value, list | tuple) and len(value) > 0 if many else True
+    ok = isinstance(value, list | tuple) and 1 <= len(value) <= 16 if many else True
     if ok and all(_is_number(o, lo, hi) or o == default for o in (value if many else [value])):
         return tuple(value) if many else value
-    kind = 'a tuple of finite numbers' if many else 'a finite number'
+    kind = 'a tuple of 1 to 16 finite numbers' if many else 'a finite number'
     span = f', {lo:g} to {hi:g}' if hi < math.inf else f', {lo:g} or more' if lo > -math.inf else ''
     end = ' or inf' if default == math.inf else ''
     raise ValueError(f'{name}: expected {kind}{span}{end}, got {_short(value)}')
@@ -174,7 +170,7 @@ def _defaults(formula, args):
     return {p.name: p.default for p in params if p.kind is p.KEYWORD_ONLY}
 
 
-# %% ../nbs/01_transforms.ipynb #f4df8e2f
+# %% ../nbs/01_transforms.ipynb #52b268d2
 @dataclass(frozen=True, repr=False)
 class _Formula:
     "What a `Rule` and a `PostRule` share: a formula with a name, a space and settings."
@@ -194,8 +190,8 @@ class _Formula:
         f, defaults = self.formula, _defaults(self.formula, self._args())
         for k in (*self.limits, *self.settings):
             if k not in defaults:
-                known = ', '.join(defaults) or 'none'
-                raise TypeError(f'{f.__name__} has no setting {k!r}: its settings are {known}')
+                known = f'the settings {", ".join(defaults)}' if defaults else 'no settings'
+                raise TypeError(f'{f.__name__}: expected {known}, got {k!r}')
         given = {
             k: _checked_setting(k, v, defaults[k], self.limits.get(k))
             for k, v in self.settings.items()
@@ -268,7 +264,7 @@ def _at_weight(at, w, end, pred):
     return end.clone() if w == at else pred
 
 
-# %% ../nbs/01_transforms.ipynb #58897650
+# %% ../nbs/01_transforms.ipynb #930c2851
 @dataclass(frozen=True, repr=False)
 class Rule(_Formula):
     "How a negative and a positive prediction become one: `rule(neg, pos, w) -> pred`."
@@ -299,7 +295,8 @@ class Rule(_Formula):
             return self.of(**settings)(neg, pos, w, state)
         dtype = _common_dtype(neg, pos, self.axes)
         if state is not None and not self.stateful:
-            raise TypeError(f'{self.__name__} has no state: call it with neg, pos and w only')
+            name = self.__name__
+            raise TypeError(f'state: expected None, {name} has no state, got {_short(state)}')
         neg, pos = (o.to(_wide(dtype, o.device)) for o in (neg, pos))
         w, state = _broadcast_weight(w, neg), _checked_state(state, neg)
         if not neg.numel():
@@ -604,25 +601,19 @@ def _levels(x, shares):
     return shares[0] * x + uh @ (_levels(low, shares[1:]) - shares[0] * low) @ uw.T
 
 
-# %% ../nbs/01_transforms.ipynb #3fa7d77f
+# %% ../nbs/01_transforms.ipynb #00ecbcdf
 @rule('x0', axes=3, shares=(0, math.inf))
 def fdg(
     neg: torch.Tensor,  # (B, ..., H, W) negative estimate of the image
     pos: torch.Tensor,  # (B, ..., H, W) positive estimate of the image
     w,  # a number or (B,), as in `cfg`
     *,
-    shares: tuple = (1.0, 0.5),  # of `w-1`, per level from fine to coarse, 16 at most; 1s: `cfg`
+    shares: tuple = (1.0, 0.5),  # of `w-1`, per level from fine to coarse; all 1 is `cfg`
 ) -> torch.Tensor:  # (B, ..., H, W)
     "Frequency-decoupled guidance (FDG, arXiv:2506.19713): `cfg` with a weight per frequency band."
-    _check_levels(shares)
     delta = pos - neg
     with torch.autocast(delta.device.type, enabled=False):
         return torch.lerp(neg + (delta - _levels(delta, shares)), pos, w)
-
-
-def _check_levels(shares):
-    if len(shares) > 16:  # a pyramid of 17 levels has one pixel for 65,536
-        raise ValueError(f'shares: expected at most 16 levels, got {len(shares)}')
 
 
 # %% ../nbs/01_transforms.ipynb #4f975d3b

@@ -680,7 +680,7 @@ def raises(contains, f, *args, **kwargs):
         f(*args, **kwargs)
     text = str(e.value).strip('"')
     assert contains in text
-    assert 'expected' in text or 'its settings are' in text or 'has no state' in text
+    assert 'expected' in text
     assert len(text) < 160
     assert '\n' not in text
 
@@ -700,6 +700,7 @@ BAD_WEIGHTS = [
     torch.tensor([True, False, True]),
     [True] * 3,
     1j,
+    10**400,
     torch.ones(2),
     torch.ones(3, 4),
     [1.0, 2.0],
@@ -707,7 +708,7 @@ BAD_WEIGHTS = [
 ]
 
 
-@pytest.mark.parametrize('w', BAD_WEIGHTS, ids=repr)
+@pytest.mark.parametrize('w', BAD_WEIGHTS, ids=lambda o: repr(o)[:30])
 @pytest.mark.parametrize('f', [cfg, apg, base_norm, fdg], ids=repr)
 def test_bad_weights(f, w):
     raises('w: expected', f, A, B, w)
@@ -729,7 +730,7 @@ def test_bad_predictions(f):
     raises('neg: expected a tensor', f, [1.0], B, 2.0)
     raises('int64', f, A.long(), B.long(), 2.0)
     raises('neg on meta and pos on cpu', f, A.to('meta'), B, 2.0)
-    raises("no setting 'nothing'", f.of, nothing=1)
+    raises("got 'nothing'", f.of, nothing=1)
     raises('axes', f, torch.tensor(1.0), torch.tensor(2.0), 1)
 
 
@@ -739,7 +740,7 @@ def test_bad_predictions_of_post_rules(f):
     raises('pos: expected a tensor', f, A, 1.0)
     raises('pred: expected a tensor', f, 1.0, B)
     raises('int64', f, A.long(), B.long())
-    raises("no setting 'nothing'", f.of, nothing=1)
+    raises("got 'nothing'", f.of, nothing=1)
 
 
 @pytest.mark.parametrize('f', COMBINE, ids=repr)
@@ -759,7 +760,7 @@ BAD_SETTINGS = {
     adg: dict(most=(-0.1, 4)),
     mambo: dict(alpha=(-1, INF)),
     beta_cfg: dict(gamma=(-0.1, 1.1)),
-    fdg: dict(shares=((), 1.0, (1.0, -1.0), ('a',), (1.0, INF), None, 'ab')),
+    fdg: dict(shares=((), 1.0, (1.0, -1.0), ('a',), (1.0, INF), None, 'ab', (1.0,) * 100)),
     dynamic_threshold: dict(p=(-0.1, 1.1)),
     mimic: dict(mimic=(-1, INF), p=(2,), phi=(2,)),
 }
@@ -771,10 +772,6 @@ def test_bad_settings(f, k, v):
     raises(f'{k}: expected', f.of, **{k: v})
     args = (A, B) if isinstance(f, PostRule) else (A, B, 2.0)
     raises(f'{k}: expected', f, *args, **{k: v})
-
-
-def test_too_many_levels():
-    raises('shares: expected at most 16', fdg, A, B, 2.0, shares=(1.0,) * 100)
 
 
 @pytest.mark.parametrize('make', [rule, post_rule])
@@ -790,7 +787,7 @@ def test_bad_decorators(make):
 
 
 def test_bad_rules():
-    raises("no setting 'phi'", rule('any', phi=(0, 1)), lambda neg, pos, w: neg)
+    raises("got 'phi'", rule('any', phi=(0, 1)), lambda neg, pos, w: neg)
     raises('expected a function of (neg, pos, w, state)', rule('any', stateful=True), cfg.formula)
     raises('pos_at: expected', rule('any', pos_at=NAN), cfg.formula)
     raises('neg_at: expected', rule('any', neg_at='a'), cfg.formula)
