@@ -751,6 +751,10 @@ d = {
                 'guided.html#guideddenoiser',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.GuidedDenoiser.__getstate__': (
+                'guided.html#guideddenoiser.__getstate__',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.GuidedDenoiser.__init__': (
                 'guided.html#guideddenoiser.__init__',
                 'cf_guidance/guided.py',
@@ -921,6 +925,10 @@ d = {
                 'guided.html#zeroinit.forward',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.ZeroInit.last_nfe': (
+                'guided.html#zeroinit.last_nfe',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.ZeroInit.parts': (
                 'guided.html#zeroinit.parts',
                 'cf_guidance/guided.py',
@@ -980,6 +988,7 @@ d = {
                 'guided.html#_forward_in_pieces',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided._highest': ('guided.html#_highest', 'cf_guidance/guided.py'),
             'cf_guidance.guided._in_channels': (
                 'guided.html#_in_channels',
                 'cf_guidance/guided.py',

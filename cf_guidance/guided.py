@@ -287,6 +287,13 @@ class Conditions(Queries):
                 f'negative conditions: expected names among {sorted(cond)}, got {sorted(self.cond)}'
             )
         self.queries(x, None, cond)
+        for k, v in self.cond.items():
+            own, other = v.shape[1:], cond[k].shape[1:]
+            if len(own) != len(other) or len(own) > 1 and own[-1] != other[-1]:
+                raise ValueError(
+                    f'negative {k}: expected a shape like that of the positive, {tuple(other)} '
+                    f'per sample (another length is fine), got {tuple(own)}'
+                )
 
 
 # %% ../nbs/06_guided.ipynb #63e8b2b8
@@ -338,6 +345,7 @@ class Model(Called):
 # %% ../nbs/06_guided.ipynb #e1c84423
 def _is_denoiser(model):
     "Is it callable, and neither a class, a pipeline, nor a bare network of diffusers?"
+    model = getattr(model, '_orig_mod', model)
     bare = hasattr(model, 'config') and not isinstance(model, Denoiser)
     return callable(model) and not (isinstance(model, type) or hasattr(model, 'components') or bare)
 
@@ -437,7 +445,9 @@ def _is_number(o):
 def _checked_interval(interval):
     if interval is None:
         return None
-    pair = isinstance(interval, (list, tuple)) and len(interval) == 2
+    if isinstance(interval, (list, tuple)):  # a bound may be one of the sampler's `sigmas`
+        interval = tuple(o.item() if hasattr(o, 'item') and not o.ndim else o for o in interval)
+    pair = isinstance(interval, tuple) and len(interval) == 2
     if not pair or not all(map(_is_number, interval)) or not interval[0] < interval[1]:
         raise ValueError(f'interval: expected (lo, hi) with lo < hi, got {interval!r}')
     return tuple(float(o) for o in interval)
@@ -464,6 +474,11 @@ class GuidedDenoiser(Denoiser):
         sigmas=None,
     ):
         super().__init__(inner_model)
+        if not _is_denoiser(inner_model):
+            raise TypeError(
+                'inner_model: expected a denoiser, D(x, sigma, **cond) -> x0, such as '
+                f'pipeline_denoiser(pipe), got {type(inner_model).__name__}'
+            )
         given = dict(w=w, rule=rule, interval=interval, stop=stop)
         self.terms = _as_terms(terms, given)
         self.posts = _as_posts(post)
@@ -477,7 +492,7 @@ class GuidedDenoiser(Denoiser):
         self._may_skip_pos = (
             len(self.terms) == 1 and isinstance(neg, Queries) and not (neg.needs_pos or self.posts)
         )
-        self._runs, self._recorders = _ThreadRuns(), []
+        self._runs = _ThreadRuns()
 
     def forward(
         self,
@@ -496,6 +511,9 @@ class GuidedDenoiser(Denoiser):
     def parts(self, x, sigma, *, step=None, known=None, **cond) -> Parts:
         "The guided, positive and negative estimates; `neg` is that of the first term."
         return self._evaluate(x, sigma, cond, step, known or {}, whole=True)
+
+    def __getstate__(self):
+        return {**self.__dict__, '_runs': _ThreadRuns()}  # a copy begins its own runs
 
 
 # %% ../nbs/06_guided.ipynb #f62d4ec3
@@ -536,33 +554,34 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
     level = sigma.detach().double().cpu()
     run = self._current_run(x, level, step)
     if run.n is None:
-        self._first_evaluation(run, x, cond)
+        self._first_evaluation(run, x, level, cond)
     active = self._activity(sigma, level, step, run, whole)
     pos, negs = self._estimates(x, sigma, cond, active, known, run, step)
     run.before = run.states.copy(), run.stopped.copy()
     pred = self._combine(x, sigma, pos, negs, active, run)
     if pred.dtype != x.dtype:
         pred = _narrow(pred, x.dtype)
-    if not math.isfinite(pred.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()):
+    total = pred.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()
+    if not math.isfinite(total) and not pred.isfinite().all():
         where = f'sigma={float(sigma[0]):.4g}' + ('' if step is None else f', step {step}')
         raise FloatingPointError(f'the guided estimate is not finite at {where}')
     if self.remembers:
         self._note_stopped(x, sigma, pos, negs, active, run)
     run.nfe_per_sample += run.last_nfe
     run.evaluations += 1
-    run.last = x, level, step
+    run.last = x.detach().clone() if self.remembers else None, level, step
     parts = Parts(pred, pos, negs[0], tuple(negs))
-    for record in self._recorders:
+    for record in self._runs.recorders:
         record(parts, active, x, sigma)
     return parts
 
 
 @patch
-def _first_evaluation(self: GuidedDenoiser, run, x, cond):
+def _first_evaluation(self: GuidedDenoiser, run, x, level, cond):
     "Ask the negatives whether they fit, and begin to count."
     for t in self.terms:
         t.neg.check(self.inner_model, x, cond)
-    run.n = len(x)
+    run.n, run.first = len(x), _highest(level)
     with torch.inference_mode(False):
         run.nfe_per_sample = torch.zeros(run.n, dtype=torch.long)
 
@@ -586,7 +605,8 @@ class Run:
     stopped: dict = field(default_factory=dict)  # per term: (B,) bool
     generators: dict = field(default_factory=dict)  # per term: one per sample
     before: tuple = ({}, {})  # `states` and `stopped` before the last evaluation
-    last: tuple | None = None  # x, sigma (on the CPU) and step of the last evaluation
+    first: float = 0.0  # noise level of the first evaluation
+    last: tuple | None = None  # x (if needed), sigma (on the CPU) and step of the last evaluation
     inner_takes_step: bool = False  # does the denoiser inside want the step as well?
     perturbed: tuple | None = None  # the denoiser, and the perturbed one made of it
 
@@ -600,10 +620,10 @@ class Run:
 
 
 class _ThreadRuns(threading.local):
-    "The current run of each thread, and the evaluations of the runs before. Copies begin empty."
+    "Per thread: the current run, earlier evaluations, and who watches. A copy begins empty."
 
     def __init__(self):
-        self.run, self.earlier = None, 0
+        self.run, self.earlier, self.recorders, self.nfe = None, 0, [], None
 
     def __reduce__(self):
         return _ThreadRuns, ()
@@ -660,11 +680,12 @@ def _current_run(self: GuidedDenoiser, x, level, step):
     run = self._runs.run or self.start()
     if run.last is None:
         return run
-    n = len(x)
+    n, now, before = len(x), _highest(level), _highest(run.last[1])
     if step is not None and run.last[2] is not None:
         rises = step < run.last[2]
     else:
-        rises = bool(level.max() > _CHURN * run.last[1].max())
+        back = now > 1.000001 * before and math.isclose(now, run.first, rel_tol=1e-6)
+        rises = back or now > _CHURN * before
     if rises or (n != run.n and not self.remembers):
         return self.start(run.sigmas)
     if n != run.n:
@@ -674,18 +695,24 @@ def _current_run(self: GuidedDenoiser, x, level, step):
     return run
 
 
+def _highest(level):
+    return max(level.tolist(), default=0.0)
+
+
 def _check_same_samples(terms, run, x, level, step):
     "At the noise level of the last evaluation `x` must be near what it was there."
     last_x, last_level, last_step = run.last
     if step != last_step or not torch.allclose(level, last_level, rtol=1e-6, atol=0):
         return
     apart = (x - last_x).flatten(1).norm(dim=1) / last_x.flatten(1).norm(dim=1).clamp(min=1e-30)
-    if bool((apart > 0.5).any()):
+    # a sampler may come back to a level with a better `x` (as Heun's does), but not to the first
+    at_first = math.isclose(_highest(level), run.first, rel_tol=1e-6)
+    if bool((apart > (1e-3 if at_first else 0.5)).any()):
         raise ValueError(
             f'other samples at sigma={level[0]:.4g} than this run remembers: call start() for a '
             'new run, and do not cut a batch of a guided denoiser that remembers'
         )
-    if bool((apart == 0).all()):
+    if len(apart) and bool((apart == 0).all()):
         if any(t.neg.draws for t in terms):
             raise ValueError(
                 'the same samples twice at one noise level: call start() for a new run'
@@ -803,16 +830,20 @@ def _forward(D, group, observers, run, step):
         y = _perturbed_forward(D, group, observers, run, x, sigma, cond)
     else:
         y = D(x, sigma, **cond) if len(x) else x
-    return _same_shape(y, x, 'inner_model').split(list(map(len, rows)))
+    return list(_same_shape(y, x, 'inner_model').split(list(map(len, rows))))
 
 
 def _forward_in_pieces(D, group, observers, run, step):
-    "The same for a `Microbatched` denoiser: a sample's rows stay in one piece."
+    "The same for a `Microbatched` denoiser: a sample's rows stay together if they fit."
 
     def piece(samples):
         seen = [(change, _within(rows, samples)) for change, rows in observers]
         some = [_take(e.term, _within(e.rows, samples), e.query) for e in group]
-        return _forward(D.inner_model, some, seen, run, step)
+        most = min(D.fitting, len(some))
+        outs = _forward(D.inner_model, some[:most], seen, run, step)
+        for i in range(most, len(some), most):
+            outs += _forward(D.inner_model, some[i : i + most], [], run, step)
+        return outs
 
     pieces = D.map(piece, len(group[0].query.x), rows_per_sample=len(group))
     return [torch.cat(o) for o in zip(*pieces, strict=True)]
@@ -887,7 +918,9 @@ def _estimates(self: GuidedDenoiser, x, sigma, cond, active, known, run, step):
     negs = []
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
         neg = pos
-        if i in outputs:
+        if i in known and isinstance(t.neg, Called):
+            neg = _same_shape(known[i], x, f'known[{i}]')
+        elif i in outputs:
             neg = _same_shape(t.neg.combine(outputs[i], x, sigma, pos), x, 'neg')
         elif isinstance(t.neg, Called) and bool(a.on.any()):
             neg = self._call(i, a.on, x, sigma, cond, pos, observed, run)
@@ -981,7 +1014,8 @@ def _apply_rule(self: GuidedDenoiser, i, neg, pos, active, x, sigma, run):
             kept = torch.zeros_like(new) if old is None else old
             new = torch.where(_column(active.on, x), new.detach(), kept)
         run.states[i] = new
-    pred = _same_shape(to_x0(pred, x, sigma, space) if convert else pred, x, 'rule')
+    pred = _same_shape(pred, x, 'rule')
+    pred = to_x0(pred, x, sigma, space) if convert else pred
     return pred if bool(active.on.all()) else torch.where(_column(active.on, x), pred, unguided)
 
 
@@ -1002,9 +1036,9 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
         pred = self._post(pred, pos, active, x, sigma)
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
         if bool(a.on.any()):
-            delta = (pos - neg).flatten()
+            delta, moved = (o.detach().flatten() for o in (pos - neg, pred - neg))
             top, bottom = run.scale_sums[i]
-            run.scale_sums[i] = top + (pred - neg).flatten() @ delta, bottom + delta @ delta
+            run.scale_sums[i] = top + moved @ delta, bottom + delta @ delta
             run.guided[i] += int(a.on.sum())
     return pred
 
@@ -1051,6 +1085,14 @@ class Microbatched(Denoiser):
         size: int,  # rows of one forward, at most
     ):
         super().__init__(inner_model)
+        if not _is_denoiser(inner_model):
+            got = type(inner_model).__name__
+            raise TypeError(f'inner_model: expected a denoiser, D(x, sigma, **cond), got {got}')
+        if any(isinstance(o, GuidedDenoiser) for o in _chain(inner_model)):
+            raise ValueError(
+                'inner_model: expected the denoiser inside, as in '
+                'GuidedDenoiser(Microbatched(D, size), ...), got a GuidedDenoiser'
+            )
         if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
             raise ValueError(f'size: expected a whole number from 1, got {size!r}')
         self.size = int(size)
@@ -1085,9 +1127,10 @@ class Microbatched(Denoiser):
             try:
                 outs.append(f(slice(i, min(i + count, n))))
             except torch.OutOfMemoryError:
-                if count == 1:
+                used = min(self.fitting, min(count, n - i) * rows_per_sample)
+                if used <= 1:
                     raise
-                self.fitting = max(1, min(count, n - i) * rows_per_sample // 2)
+                self.fitting = used // 2
                 continue
             i += count
         return outs
@@ -1119,7 +1162,12 @@ class ZeroInit(Denoiser):
             kind = getattr(self, 'prediction', 'unknown')
             raise ValueError(f'inner_model: expected a flow model, got prediction {kind!r}')
         self.above = math.inf if steps == 0 else math.sqrt(levels[steps - 1] * levels[steps])
-        self.last_nfe = None
+        self._last = _ThreadRuns()
+
+    @property
+    def last_nfe(self):
+        "Network evaluations of each sample in the last call, (B,)."
+        return self._last.nfe
 
     def forward(self, x, sigma, **cond):
         return self._or_still(lambda: [self.inner_model(x, sigma, **cond)], 1, x, sigma)[0]
@@ -1137,10 +1185,10 @@ class ZeroInit(Denoiser):
         moves = (per_sample(sigma, x) <= self.above).cpu()
         still = to_x0(torch.zeros_like(x), x, sigma, 'flow')
         if not bool(moves.any()):
-            self.last_nfe = torch.zeros(len(x), dtype=torch.long)
+            self._last.nfe = torch.zeros(len(x), dtype=torch.long)
             return [still] * n
-        outs = evaluate()
-        self.last_nfe = getattr(self.inner_model, 'last_nfe', torch.ones(len(x), dtype=torch.long))
+        outs, one = evaluate(), torch.ones(len(x), dtype=torch.long)
+        self._last.nfe = getattr(self.inner_model, 'last_nfe', one)
         return [torch.where(_column(moves, x), o, still) for o in outs]
 
 
@@ -1179,15 +1227,17 @@ def watch(
     term: int = 0,  # whose negative to watch
 ):  # a list that gets a `Trace` at each evaluation
     "Watch a term: `with G.watch() as traces: ...`"
+    if not isinstance(term, Integral) or isinstance(term, bool):
+        raise TypeError(f'term: expected the number of a term, got {term!r}')
     if not 0 <= term < len(self.terms):
         raise IndexError(f'term: expected 0 to {len(self.terms) - 1}, got {term}')
-    traces = []
+    traces, recorders = [], self._runs.recorders
 
     def record(parts, active, x, sigma):
         traces.append(_trace(parts, active, term, x, sigma))
 
-    self._recorders.append(record)
+    recorders.append(record)
     try:
         yield traces
     finally:
-        self._recorders.remove(record)
+        recorders.remove(record)

@@ -1,1241 +1,1667 @@
-"`guided` in stock pipelines: equal to their own guidance, for every class and scheduler, and nothing left behind, on tiny networks with random weights."
+"Guided denoisers: weights, negatives, terms, runs, costs, and what must raise."
 
-import copy, diffusers, inspect, pytest, threading, torch
-from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
-from cf_guidance.attention import PAG, SAG
-from cf_guidance.lab.fashion import fashion_path, load_weak
-from cf_guidance.guided import GuidedDenoiser, Term
-from cf_guidance.karras import euler, sample
-from cf_guidance.negatives import ICG, Autoguidance, PerpNeg
-from cf_guidance.pipelines import (
-    STOCK,
-    NegativePrompt,
-    conditions,
-    guided,
-    ladder_of,
-    pipeline_denoiser,
+import copy
+import math
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cf_guidance import karras
+from cf_guidance.denoisers import Denoiser, DiscreteDenoiser, FlowDenoiser, from_x0, to_x0
+from cf_guidance.guided import (
+    Called,
+    Conditions,
+    GuidedDenoiser,
+    Microbatched,
+    Model,
+    Queries,
+    Query,
+    Term,
+    Weight,
+    ZeroInit,
 )
-from cf_guidance.transforms import apg, base_norm, cfg_zero, rescale, tcfg
-
-try:
-    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-except ImportError:
-    from diffusers.models.attention_processor import (
-        FluxIPAdapterJointAttnProcessor2_0 as FluxIPAdapterAttnProcessor,
-    )  # before 0.35
-from packaging.version import Version
-from test_pipeline_denoiser import (
-    PROMPTS,
-    ddim,
-    dit,
-    euler_discrete,
-    flow,
-    flux,
-    ladder,
-    pixart,
-    randomized,
-    sd,
-    sd3,
-    seeded,
-    vae,
-    xl,
+from cf_guidance.karras import get_sigmas_karras, on_sigmas, sample, samples
+from cf_guidance.noise import randn, split_generator
+from cf_guidance.transforms import (
+    apg,
+    base_norm,
+    beta_cfg,
+    cfg,
+    full_norm,
+    post_rule,
+    rescale,
+    rule,
+    t_norm,
+    tcfg,
 )
 
-OLD = Version(diffusers.__version__) < Version('0.35')
-
-NEGS, W, STEPS = ['dark', 'a blue hat'], 3.0, 3
-PIC, MASK = (
-    torch.rand(2, 3, 16, 16, generator=seeded(5)),
-    torch.ones(2, 1, 16, 16).index_fill(3, torch.arange(8), 0.0),
-)
+# --- a denoiser to test with: one number per sample is its condition ---
 
 
-def of(name, pipe, **parts):
-    "A pipeline of another class with the same parts, and others"
-    cls, free = getattr(diffusers, name), 'requires_safety_checker'
-    return cls(
-        **{
-            **{k: v for k, v in pipe.components.items() if k in inspect.signature(cls).parameters},
-            **parts,
-        },
-        **({free: False} if free in inspect.signature(cls).parameters else {}),
-    )
+def toy(x, sigma, c):
+    s2 = sigma.view(-1, *(1,) * (x.ndim - 1)) ** 2
+    c = c.view(-1, *(1,) * (x.ndim - 1))
+    return (x + s2 * torch.tanh(c + 0.3 * x)) / (1 + s2)
 
 
-def net_of(pipe):
-    return getattr(pipe, 'unet', None) or pipe.transformer
+class Counted:
+    "A denoiser that notes how many rows each forward has."
+
+    def __init__(self, inner=toy):
+        self.inner, self.rows = inner, []
+
+    def __call__(self, x, sigma, **cond):
+        self.rows.append(len(x))
+        return self.inner(x, sigma, **cond)
 
 
-def controlnet(pipe):
-    return randomized(
-        diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
-    )
+def weaker(x, sigma, c):
+    return 0.8 * toy(x, sigma, c)
 
 
-def controlled(name, pipe):
-    return of(name, pipe, controlnet=controlnet(pipe))
+X = randn((6, 4), 0) * 2
+C = dict(c=torch.linspace(-1.1, 1.5, 6))
+NONE = dict(c=torch.zeros(1))
+OTHER = dict(c=torch.full((1,), -2.0))
+S1 = torch.ones(6)
+POS, NEG = toy(X, S1, **C), toy(X, S1, **NONE)
+BAD = toy(X, S1, **OTHER)
+SIGMAS = get_sigmas_karras(8, 0.1, 10.0)
 
 
-def adapted(name, pipe):
-    "The adapter has a feature for each block, added before it makes the picture smaller if there is attention in it"
-    net = randomized(
-        diffusers.UNet2DConditionModel.from_config(
-            {**pipe.unet.config, 'down_block_types': ('CrossAttnDownBlock2D', 'DownBlock2D')}
-        )
-    )
-    return of(
-        name,
-        pipe,
-        unet=net,
-        adapter=randomized(diffusers.T2IAdapter(3, [8, 16], 1, 2, 'full_adapter')),
-    )
+def close(a, b, tol=1e-5):
+    "The same shape, type and numbers."
+    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
 
 
-def sd3_controlled(name, more=0):
-    pipe = sd3(flow(shift=3.0))
-    net = diffusers.SD3ControlNetModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=32,
-        out_channels=4,
-        pos_embed_max_size=8,
-        extra_conditioning_channels=more,
-    )
-    return of(name, pipe, controlnet=randomized(net))
+def rows(cond, i):
+    return {k: v if len(v) == 1 else v[i] for k, v in cond.items()}
 
 
-def sd3_inpaint(name):
-    "This pipeline knows latents of 16 channels only"
-    pipe = sd3(flow(shift=3.0))
-    net = diffusers.SD3Transformer2DModel.from_config(
-        {**pipe.transformer.config, 'in_channels': 16, 'out_channels': 16}
-    )
-    return of(name, pipe, transformer=randomized(net), vae=vae(16, shift_factor=0.1))
+def euler_loop(G, x, sigmas, cond=C):
+    "A loop of somebody else: it knows neither `start` nor `step`."
+    for a, b in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        x = x + (x - G(x, torch.full((len(x),), a), **cond)) / a * (b - a)
+    return x
 
 
-def flux_controlled(name):
-    pipe = flux(flow(), guidance=False)
-    return of(
-        name,
-        pipe,
-        controlnet=randomized(
-            diffusers.FluxControlNetModel.from_transformer(
-                pipe.transformer,
-                num_layers=1,
-                num_single_layers=1,
-                attention_head_dim=16,
-                num_attention_heads=2,
-            )
-        ),
-    )
+def heun_loop(G, x, sigmas, cond=C):
+    for a, b in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        d = (x - G(x, torch.full((len(x),), a), **cond)) / a
+        y = x + d * (b - a)
+        if b:
+            d = (d + (y - G(y, torch.full((len(x),), b), **cond)) / b) / 2
+        x = x + d * (b - a)
+    return x
 
 
-TRUE, BIN = dict(true_cfg_scale=W), dict(use_resolution_binning=False)
-PAINT, CONTROL = dict(image=PIC, mask_image=MASK), dict(control_image=PIC)
-MADE = {  # name of a pipeline, and what else is special -> how it is made, and called
-    'StableDiffusion': (lambda n: sd(ddim()), {}),
-    'StableDiffusionImg2Img': (lambda n: of(n, sd(ddim())), dict(image=PIC, strength=0.7)),
-    'StableDiffusionInpaint': (lambda n: of(n, sd(ddim())), PAINT),
-    'StableDiffusionInpaint 9': (lambda n: of(n, sd(ddim(), in_channels=9)), PAINT),
-    'StableDiffusionControlNet': (lambda n: controlled(n, sd(ddim())), dict(image=PIC)),
-    'StableDiffusionControlNet guess': (
-        lambda n: controlled(n, sd(ddim())),
-        dict(image=PIC, guess_mode=True),
-    ),
-    'StableDiffusionControlNetImg2Img': (
-        lambda n: controlled(n, sd(ddim())),
-        dict(image=PIC, **CONTROL),
-    ),
-    'StableDiffusionControlNetInpaint': (
-        lambda n: controlled(n, sd(ddim())),
-        dict(PAINT, **CONTROL),
-    ),
-    'StableDiffusionAdapter': (lambda n: adapted(n, sd(ddim())), dict(image=PIC)),
-    'StableDiffusionXL': (lambda n: xl(euler_discrete()), {}),
-    'StableDiffusionXLImg2Img': (lambda n: of(n, xl(ddim())), dict(image=PIC, strength=0.7)),
-    'StableDiffusionXLInpaint': (lambda n: of(n, xl(ddim())), PAINT),
-    'StableDiffusionXLInpaint 9': (lambda n: of(n, xl(ddim(), in_channels=9)), PAINT),
-    'StableDiffusionXLControlNet': (lambda n: controlled(n, xl(ddim())), dict(image=PIC)),
-    'StableDiffusionXLControlNetImg2Img': (
-        lambda n: controlled(n, xl(ddim())),
-        dict(image=PIC, **CONTROL),
-    ),
-    'StableDiffusionXLControlNetInpaint': (
-        lambda n: controlled(n, xl(ddim())),
-        dict(PAINT, **CONTROL),
-    ),
-    'StableDiffusionXLAdapter': (lambda n: adapted(n, xl(ddim())), dict(image=PIC)),
-    'StableDiffusion3': (lambda n: sd3(flow(shift=3.0)), {}),
-    'StableDiffusion3Img2Img': (
-        lambda n: of(n, sd3(flow(shift=3.0))),
-        dict(image=PIC, strength=0.7),
-    ),
-    'StableDiffusion3Inpaint': (sd3_inpaint, PAINT),
-    'StableDiffusion3ControlNet': (sd3_controlled, CONTROL),
-    'StableDiffusion3ControlNetInpainting': (
-        lambda n: sd3_controlled(n, 1),
-        dict(control_image=PIC, control_mask=MASK),
-    ),
-    'PixArtAlpha': (lambda n: pixart(ddim()), BIN),
-    'PixArtSigma': (lambda n: pixart(ddim(), diffusers.PixArtSigmaPipeline), BIN),
-    'PixArtAlpha sizes': (lambda n: pixart(ddim(), size=128), dict(BIN, height=16, width=24)),
-    'Flux': (lambda n: flux(flow()), TRUE),
-    'FluxImg2Img': (
-        lambda n: of(n, flux(flow(), guidance=False)),
-        dict(TRUE, image=PIC, strength=0.7),
-    ),
-    'FluxInpaint': (lambda n: of(n, flux(flow(), guidance=False)), dict(TRUE, **PAINT)),
-    'FluxControlNet': (flux_controlled, dict(TRUE, **CONTROL)),
-    'DiT': (lambda n: dit(ddim()), {}),
+class Noisy(Queries):
+    "Another condition at each evaluation."
+
+    draws = True
+
+    def __init__(self, generator=None):
+        self.generator = generator
+
+    def queries(self, x, sigma, cond, generators=None):
+        c = torch.cat([torch.randn(1, generator=g) for g in generators])
+        return [Query(x, sigma, dict(c=c))]
+
+
+class CalledNoisy(Called):
+    "The same as a function: it gets the generators of the rows that it is called for."
+
+    draws = True
+
+    def __init__(self, generator=None):
+        self.generator = generator
+
+    def __call__(self, D, x, sigma, cond, pos=None, rows=None, generators=None, seen=None):
+        return D(x, sigma, c=torch.cat([torch.randn(1, generator=g) for g in generators]))
+
+
+class Mean(Queries):
+    "The mean prediction under several conditions."
+
+    def __init__(self, *conds):
+        self.conds, self.nfe = [Conditions(c) for c in conds], len(conds)
+
+    def queries(self, x, sigma, cond, generators=None):
+        return [q for c in self.conds for q in c.queries(x, sigma, cond)]
+
+    def combine(self, outputs, x, sigma, pos):
+        return sum(outputs) / len(outputs)
+
+
+@rule('x0', stateful=True)
+def momentum(neg, pos, w, state=None, *, beta=0.5):
+    delta = pos - neg if state is None else pos - neg + beta * state
+    return pos + (w - 1) * delta, delta
+
+
+REMEMBERING = {
+    'stop': dict(neg=NONE, w=3.0, stop=0.9),
+    'apg': dict(neg=NONE, w=3.0, rule=apg),
+    'draws': dict(neg=Noisy(5), w=3.0),
+    'called draws': dict(neg=CalledNoisy(5), w=3.0),
 }
 
 
-def make(what):
-    name, (f, kw) = f'{what.split()[0]}Pipeline', MADE[what]
-    pipe = f(name)
-    assert type(pipe).__name__ == name
-    return pipe, kw
+def remembering(name, D=toy):
+    kw = dict(REMEMBERING[name])
+    return GuidedDenoiser(D, kw.pop('neg'), **kw)
 
 
-def run(pipe, steps=STEPS, seed=0, **kw):
-    "Latents that a pipeline ends with (pictures, for DiT)"
-    pipe.set_progress_bar_config(disable=True)
-    args = dict(prompt=PROMPTS, negative_prompt=NEGS, output_type='latent')
-    if 'DiT' in type(pipe).__name__:
-        args = dict(class_labels=[1, 2], output_type='np')
-    if 'Flux' in type(pipe).__name__:
-        args.update(max_sequence_length=16, height=16, width=16)
-    else:
-        args['guidance_scale'] = W
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # which some ControlNets draw with
-        return torch.as_tensor(
-            pipe(num_inference_steps=steps, generator=seeded(seed), **{**args, **kw}).images
-        )
+# --- it is exact ---
 
 
-def off(a, b):
-    assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all() and a.std() > 0.02
-    return ((a - b).abs().max() / b.abs().max()).item()
+def test_gaussian_of_one_covariance():
+    def gaussian(x, sigma, mean):
+        return mean + (x - mean) * (0.25 / (0.25 + sigma**2)).view(-1, 1)
+
+    mean = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]]).expand(6, 4)
+    sigma = torch.tensor([0.1, 0.5, 2.0, 9.0, 1.0, 1.0])
+    G = GuidedDenoiser(gaussian, dict(mean=torch.full((1, 4), -1.0)), w=3.0)
+    close(G(X, sigma, mean=mean), gaussian(X, sigma, -1 + 3 * (mean + 1)))
 
 
-def left(pipe):
-    return (
-        type(pipe),
-        {k: id(v) for k, v in vars(pipe).items() if k in pipe.components or k == '_guided'},
-        {*vars(pipe)},
-        [(n, *vars(m)) for n, m in net_of(pipe).named_modules()],
-    )
+def test_sampler_arrives_where_the_equation_says():
+    def gaussian(x, sigma, mean):
+        return mean + (x - mean) / (1 + sigma**2).view(-1, 1)
+
+    x = 10 * randn((20, 2), 0, dtype=torch.float64)
+    m, n = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[-1.0, 0.5]]).double()
+    G = GuidedDenoiser(gaussian, dict(mean=n), w=3.0)
+    end = n + 3 * (m - n)
+    want = end + (x - end) / math.sqrt(1 + 10**2)
+    got = sample(G, x, get_sigmas_karras(100, 0.01, 10.0), cond=dict(mean=m))
+    close(got, want, 1e-3)
 
 
-@pytest.mark.parametrize('what', MADE)
-def test_every_class(what):
-    (pipe, kw), rows = make(what), []
-    net_of(pipe).register_forward_hook(lambda m, args, out: rows.append(len(out[0])))
-    own, scale = run(pipe, **kw), 'true_cfg_scale' if 'true_cfg_scale' in kw else 'guidance_scale'
-    more, before = run(pipe, **{**kw, scale: 5.0}), left(pipe)
-    with guided(pipe):
-        assert torch.equal(run(pipe, **kw), own)
-    with guided(pipe, NegativePrompt()) as g:
-        assert off(run(pipe, **kw), own) < 1e-5
-        assert (
-            g.denoiser.nfe == sum(rows) // 4
-            and g.denoiser.nfe_per_sample.tolist() == [g.denoiser.nfe // 2] * 2
-        )
-    with guided(pipe, w=5.0):
-        assert off(run(pipe, **kw), more) < 1e-5 and off(own, more) > 1e-3
-    with guided(pipe, NegativePrompt(), Term(PAG(net_of(pipe)), 3.0)):
-        assert off(run(pipe, **kw), own) > 1e-4
-    assert left(pipe) == before and torch.equal(run(pipe, **kw), own)
+def test_every_sampler_walks_on_it():
+    G = GuidedDenoiser(toy, NONE, w=2.0)
+    want = sample(G, 10 * X, get_sigmas_karras(200, 0.01, 10.0), cond=C)
+    for name in 'euler heun dpm2 lms ddim dpmpp_2s dpmpp_2m'.split():
+        got = sample(G, 10 * X, get_sigmas_karras(100, 0.01, 10.0), getattr(karras, name), C)
+        assert (got - want).norm(dim=1).mean() < 0.1, name
 
 
-def test_all_are_tested():
-    assert {f'{o.split()[0]}Pipeline' for o in MADE} | {
-        'LatentConsistencyModelPipeline',
-        'LatentConsistencyModelImg2ImgPipeline',
-    } == {*STOCK}
+def test_autoguidance_is_linear_in_the_model():
+    close(GuidedDenoiser(toy, weaker, w=2.0)(X, 1.0, **C), 2 * POS - 0.8 * POS)
 
 
-@pytest.mark.parametrize(
-    'name,kw',
-    [
-        ('LatentConsistencyModel', {}),
-        ('LatentConsistencyModelImg2Img', dict(image=PIC, strength=0.8)),
-    ],
-)
-def test_distilled(name, kw):
-    "A network that is told the weight has no negative prompt, but can have other terms"
-    pipe = of(name + 'Pipeline', sd(diffusers.LCMScheduler(), time_cond_proj_dim=8))
-
-    def go():
-        return run_lcm(pipe, **kw)
-
-    own = go()
-    with guided(pipe):
-        assert torch.equal(go(), own)
-    with guided(pipe, PAG(pipe.unet), w=1.0) as g:
-        assert off(go(), own) < 1e-5 and g.denoiser.nfe == 2 * 4
-    with guided(pipe, PAG(pipe.unet)):
-        assert off(go(), own) > 1e-4
-    with (
-        guided(pipe, NegativePrompt()),
-        pytest.raises(ValueError, match='evaluates no negative prompt'),
-    ):
-        go()
-    assert torch.equal(go(), own)
+# --- what it costs ---
 
 
-def test_distilled_controlnet():
-    "Some pipelines evaluate a negative prompt even for such a network, and do not tell it the weight"
-    name, kw = 'StableDiffusionXLControlNetImg2ImgPipeline', dict(image=PIC, **CONTROL)
-    same = controlled(name, xl(ddim()))
-    pipe = of(name, xl(ddim(), time_cond_proj_dim=8), controlnet=same.controlnet)
-    pipe.unet.load_state_dict(same.unet.state_dict(), strict=False)
-
-    def go(pipe):
-        return with_terms(pipe, lambda: run(pipe, **kw), Term(conditions(pipe, NEGS), W))
-
-    assert torch.equal(run(pipe, **kw), run(same, **kw)) and off(go(pipe), go(same)) < 1e-5
+def test_rows_of_one_forward():
+    D = Counted()
+    GuidedDenoiser(D, NONE, w=3.0)(X, 1.0, **C)
+    assert D.rows == [12]
 
 
-def run_lcm(pipe, **kw):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        PROMPTS, num_inference_steps=4, generator=seeded(0), output_type='latent', **kw
-    ).images
+def test_cost_of_a_run_of_heun():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    sample(G, 10 * X, SIGMAS, cond=C)
+    assert G.nfe == 6 * 2 * 15
+    assert G.run.nfe_per_sample.tolist() == [30] * 6
 
 
-V = dict(prediction_type='v_prediction')
-SOLVERS = {  # of Stable Diffusion -> settings, or several
-    'DDIM': [
-        dict(clip_sample=False),
-        dict(prediction_type='sample', timestep_spacing='linspace'),
-        dict(V, rescale_betas_zero_snr=True, timestep_spacing='trailing'),
-    ],
-    'DDPM': [V],
-    'DDIMParallel': [V],
-    'DDPMParallel': [V],
-    'EulerDiscrete': [
-        {},
-        V,
-        dict(V, use_karras_sigmas=True),
-        dict(V, rescale_betas_zero_snr=True, timestep_spacing='trailing'),
-        dict(V, interpolation_type='log_linear'),
-        dict(V, timestep_type='continuous', sigma_min=0.01, sigma_max=50.0, use_karras_sigmas=True),
-    ],
-    'EulerAncestralDiscrete': [{}, V],
-    'LMSDiscrete': [V],
-    'PNDM': [dict(V, skip_prk_steps=True)],
-    'DPMSolverMultistep': [
-        {},
-        dict(V, algorithm_type='sde-dpmsolver++', use_karras_sigmas=True),
-        dict(V, use_lu_lambdas=True),
-        dict(solver_order=3, prediction_type='sample'),
-        dict(V, algorithm_type='dpmsolver', final_sigmas_type='sigma_min'),
-    ],
-    'DPMSolverSinglestep': [V],
-    'DPMSolverSDE': [V],
-    'UniPCMultistep': [V, dict(V, use_karras_sigmas=True)],
-    'DEISMultistep': [V],
-    'HeunDiscrete': [V],
-    'KDPM2Discrete': [V],
-    'KDPM2AncestralDiscrete': [V],
-    'LCM': [V],
-    'TCD': [V],
-    'SASolver': [V],
-    'EDMEuler': [{}, V],
-    'EDMDPMSolverMultistep': [V],
-}
-FLOWS = {
-    'FlowMatchEulerDiscrete': [
-        {},
-        dict(use_karras_sigmas=True),
-        dict(stochastic_sampling=True),
-        dict(num_train_timesteps=500),
-    ],
-    'FlowMatchHeunDiscrete': [{}],
-    'FlowMatchLCM': [{}],
-    **{
-        o: [dict(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.0)]
-        for o in ('DPMSolverMultistep', 'UniPCMultistep', 'DEISMultistep')
-    },
-}
-WHICH = dict(  # the step whose level is nearest, of each look
-    HeunDiscrete=[0, 1, 1, 2, 2],
-    FlowMatchHeunDiscrete=[0, 1, 1, 2, 2],
-    PNDM=[0, 1, 1, 2],
-    KDPM2Discrete=[0, 0, 1, 1, 2],
-    KDPM2AncestralDiscrete=[0, 1, 1, 2, 2],
-    DPMSolverSDE=[0, 0, 1, 1, 2],
-)
+def test_cost_with_an_interval():
+    G = GuidedDenoiser(toy, NONE, w=3.0, interval=(0.3, 2.0))
+    sample(G, 10 * X, SIGMAS, cond=C)
+    levels = [*SIGMAS[:-1].tolist(), *SIGMAS[1:-1].tolist()]
+    assert G.nfe == 6 * (15 + sum(0.3 < o <= 2.0 for o in levels))
 
 
-def listed(solvers):
-    return [(name, kw) for name, kws in solvers.items() for kw in kws]
+def test_weights_of_0_and_1_cost_one_evaluation():
+    G = GuidedDenoiser(toy, NONE, w=torch.tensor([3.0, 1.0, 0.0, 2.0, 0.5, 1.0]))
+    out = G(X, 1.0, **C)
+    assert G.run.nfe_per_sample.tolist() == [2, 1, 1, 2, 2, 1]
+    close(out[[1, 5]], POS[[1, 5]], 1e-6)
+    close(out[2], NEG[2], 1e-6)
 
 
-def solver(name, kw):
-    cls = getattr(diffusers, name + 'Scheduler', None)
-    if cls is None or 'stochastic_sampling' in kw and OLD:
-        pytest.skip('not in this diffusers')
-    trained = {
-        k: ddim().config[k]
-        for k in ('beta_start', 'beta_end', 'beta_schedule', 'steps_offset')
-        if k in inspect.signature(cls).parameters
-    }
-    return cls(**{**({} if name.startswith(('EDM', 'Flow')) else trained), **kw})
+@pytest.mark.parametrize('w, want', [(1.0, POS), (0.0, NEG)])
+def test_unguided_and_negative_alone_to_the_bit(w, want):
+    G = GuidedDenoiser(toy, NONE, w=w)
+    assert torch.equal(G(X, 1.0, **C), want)
+    assert G.nfe == 6
 
 
-def scheduled(pipe, ws, **kw):
-    "What a pipeline ends with that has these weights, one a look, from its own callback"
-
-    def step(pipe, i, t, o):
-        pipe._guidance_scale = ws[min(i + 1, len(ws) - 1)]
-        return o
-
-    return run(pipe, guidance_scale=ws[0], callback_on_step_end=step, **kw)
+def test_a_rule_that_is_not_unguided_at_1_is_evaluated():
+    G = GuidedDenoiser(toy, NONE, w=1.0, rule=base_norm)
+    out = G(X, 1.0, **C)
+    want = to_x0(base_norm(eps(NEG), eps(POS), 1.0), X, 1.0, 'eps')
+    close(out, want)
+    assert G.nfe == 12
 
 
-@pytest.fixture(scope='module')
-def two():
-    return {True: sd3(flow()), False: sd(ddim())}
+def test_a_rule_of_ones_own_says_where_it_is_unguided():
+    def mine(neg, pos, w):
+        return pos + (w - 1) * (pos - neg).clamp(-0.1, 0.1)
+
+    mine.pos_at = 1.0
+    G = GuidedDenoiser(toy, NONE, w=1.0, rule=mine)
+    assert torch.equal(G(X, 1.0, **C), POS)
+    assert G.nfe == 6
 
 
-@pytest.mark.parametrize('name,kw', [*listed(SOLVERS), *listed(FLOWS)])
-def test_every_scheduler(name, kw, two):
-    "With a weight that a callback changes, and with one value a step, which is the same"
-    if name == 'DPMSolverSDE':
-        pytest.importorskip('torchsde')
-    pipe, ws = two[(name, kw) in listed(FLOWS)], [2.0, 5.0, 3.0]
-    pipe.scheduler = solver(name, kw)
-    ones = [ws[i] for i in WHICH.get(name, range(3))]
-    own, flat = scheduled(pipe, ones), run(pipe, guidance_scale=2.0)
-    assert len(pipe.scheduler.timesteps) == len(ones)
-    for got in (
-        with_terms(pipe, lambda: scheduled(pipe, ones), NegativePrompt()),
-        with_terms(pipe, lambda: run(pipe), w=ws),
-    ):
-        assert (
-            off(got, own) < (1e-4 if 'Heun' in name else 1e-5)
-            and (got - own).abs().max() < 0.01 * (own - flat).abs().max()
-        )
+def test_parts_are_whole():
+    for w in 0.0, 1.0, 3.0:
+        G = GuidedDenoiser(toy, NONE, w=w)
+        p = G.parts(X, 1.0, **C)
+        close(p.pred, NEG + w * (POS - NEG))
+        close(p.neg, NEG, 1e-6)
+        close(p.pos, POS, 1e-6)
+        assert G.nfe == 12
+        assert len(p.negs) == 1
 
 
-def with_terms(pipe, f, *terms, **kw):
-    with guided(pipe, *terms, **kw):
-        return f()
+def test_parts_outside_the_interval():
+    p = GuidedDenoiser(toy, NONE, w=3.0, interval=(0.0, 0.5)).parts(X, 1.0, **C)
+    assert torch.equal(p.neg, p.pos)
+    assert torch.equal(p.pred, p.pos)
 
 
-@pytest.mark.parametrize(
-    'name,kw,steps',
-    [
-        (
-            'DPMSolverMultistep',
-            dict(V, use_karras_sigmas=True, num_train_timesteps=30, beta_start=0.02, beta_end=0.4),
-            20,
-        ),
-        ('DPMSolverMultistep', dict(use_exponential_sigmas=True), 20),
-        ('PNDM', dict(V, skip_prk_steps=False), 20),
-    ],
-)
-def test_steps_at_one_time(name, kw, steps, two):
-    "Some schedulers round their times to whole numbers, and take several steps at one; each has its own weight"
-    pipe, ws = two[False], [9.0 if i % 2 else 1.5 + i / steps for i in range(steps)]
-    pipe.scheduler = solver(name, kw)
-    own = scheduled(pipe, ws, steps=steps)
-    times = pipe.scheduler.timesteps.tolist()
-    assert len({*times}) < len(times)
-    assert (
-        off(with_terms(pipe, lambda: scheduled(pipe, ws, steps=steps), NegativePrompt()), own)
-        < 1e-5
-    )
-    if name != 'PNDM':
-        assert off(with_terms(pipe, lambda: run(pipe, steps=steps), w=ws), own) < 1e-5
+def test_counts_of_runs_and_of_all():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    for _ in range(2):
+        sample(G, X, [3.0, 1.0, 0.0], karras.euler, C)
+        assert G.run.nfe_per_sample.tolist() == [4] * 6
+    assert G.nfe == 48
+    assert G.last_nfe.tolist() == [2] * 6
 
 
-def test_end_of_the_ladder():
-    "Image to image: the weights of the steps that are walked"
-    for what, n in (('StableDiffusionImg2Img', 4), ('StableDiffusion3Img2Img', 4)):
-        pipe, kw = make(what)
-        ws, half = [9.0, 9.0, 2.0, 4.0], dict(kw, strength=0.5, steps=n)
-        own = scheduled(pipe, ws[2:], **half)
-        with guided(pipe, w=ws) as g:
-            assert off(run(pipe, **half), own) < 1e-5 and g.denoiser.nfe_per_sample.tolist() == [
-                4,
-                4,
-            ]
-        assert off(own, run(pipe, **half, guidance_scale=2.0)) > 1e-4
+def test_counts_of_another_number_of_samples_are_those_of_a_new_run():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    G(X, 1.0, **C)
+    G(X[:2], 1.0, c=C['c'][:2])
+    assert G.run.nfe_per_sample.tolist() == [2, 2]
+    assert G.nfe == 16
 
 
-def sd_v(**kw):
-    return sd(ddim('v_prediction'), **kw)
+def test_counts_go_on_after_inference_mode():
+    G = GuidedDenoiser(toy, NONE, w=torch.tensor([3.0, 1.0, 2.0, 3.0, 3.0, 3.0]))
+    with torch.inference_mode():
+        G(X, 2.0, **C)
+    G(X, 1.0, **C)
+    assert G.run.nfe_per_sample.tolist() == [4, 2, 4, 4, 4, 4]
+    with torch.inference_mode():
+        G.start([2.0, 1.0])
+    G(X, 2.0, **C)
+    assert G.run.nfe_per_sample.tolist() == [2, 1, 2, 2, 2, 2]
+    assert G.nfe == 33
 
 
-LATENTS = torch.randn(4, 4, 8, 8, generator=seeded(7))
+def test_effective_scale_of_a_run():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    sample(G, 10 * X, SIGMAS, cond=C)
+    assert G.run.effective_scale() == pytest.approx(3.0, rel=1e-4)
+    assert G.run.guided == [6 * 15]
 
 
-@pytest.mark.parametrize(
-    'make',
-    [
-        sd_v,
-        lambda: xl(ddim('v_prediction')),
-        lambda: sd3(flow()),
-        lambda: pixart(ddim('v_prediction')),
-    ],
-)
-def test_prompts_of_their_own(make):
-    "Weights and conditions a prompt, with two images each, are those of each prompt alone"
-    pipe = make()
-    if OLD and 'Diffusion3' in type(pipe).__name__:
-        pytest.skip('this diffusers mixes up the pooled embeddings of several prompts')
-    kw = BIN if 'PixArt' in type(pipe).__name__ else {}
-    own = torch.cat(
-        [
-            run(
-                pipe,
-                prompt=p,
-                negative_prompt=n,
-                guidance_scale=w,
-                num_images_per_prompt=2,
-                latents=LATENTS[2 * i : 2 * i + 2],
-                **kw,
-            )
-            for i, (p, n, w) in enumerate(zip(PROMPTS, NEGS, (2.0, 5.0)))
-        ]
-    )
-
-    def go(**more):
-        return run(pipe, num_images_per_prompt=2, latents=LATENTS, **{**kw, **more})
-
-    assert off(own, go(guidance_scale=2.0)) > 1e-3
-    for w in (torch.tensor([2.0, 5.0]), [[2.0, 5.0]] * STEPS):
-        assert off(with_terms(pipe, go, w=w), own) < 1e-5
-
-    def others():
-        return go(
-            guidance_scale=1.0, negative_prompt=None
-        )  # without a negative prompt of the pipeline's
-
-    negs = conditions(pipe, NEGS)
-    assert off(with_terms(pipe, others, Term(negs, torch.tensor([2.0, 5.0]))), own) < 1e-5
-    assert (
-        off(
-            with_terms(
-                pipe, lambda: go(negative_prompt=['', '']), Term(negs, torch.tensor([2.0, 5.0]))
-            ),
-            own,
-        )
-        < 1e-5
-    )
-    if 'XL' not in type(pipe).__name__:
-        nothing = conditions(pipe)
-        assert (
-            all(len(v) == 1 for v in nothing.values())
-            and off(
-                with_terms(pipe, others, Term(nothing, 2.0)),
-                go(guidance_scale=2.0, negative_prompt=['', '']),
-            )
-            < 1e-5
-        )
+def test_effective_scale_of_a_run_that_was_not_guided():
+    G = GuidedDenoiser(toy, NONE, w=1.0)
+    G(X, 1.0, **C)
+    assert math.isnan(G.run.effective_scale())
+    assert G.run.guided == [0]
 
 
-def other_net(pipe):
-    return of(
-        type(pipe).__name__,
-        pipe,
-        **{o: other_weights(getattr(pipe, o)) for o in ('unet', 'transformer') if hasattr(pipe, o)},
-    )
+# --- several terms ---
 
 
-def other_weights(net):
-    net = copy.deepcopy(net)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.mul_(0.8)
-    return net
+def test_two_terms_add_up():
+    G = GuidedDenoiser(toy, Term(NONE, 2.0), Term(OTHER, 1.5))
+    close(G(X, 1.0, **C), POS + (POS - NEG) + 0.5 * (POS - BAD))
+    assert G.nfe == 18
 
 
-WAYS = {  # of guiding -> terms of a pipeline, given its denoiser, and arguments
-    'two prompts and PAG': (
-        lambda D: [Term(D.cond(NEGS), 3.0), Term(D.cond('a dress'), 2.0), Term(PAG(D), 2.0)],
-        {},
+def test_terms_of_one_network_are_one_forward():
+    D = Counted()
+    GuidedDenoiser(D, Term(NONE, 2.0), Term(OTHER, 1.5))(X, 1.0, **C)
+    assert D.rows == [18]
+
+
+def test_a_term_and_another_model():
+    G = GuidedDenoiser(toy, Term(NONE, 2.0), Term(weaker, 1.5))
+    close(G(X, 1.0, **C), POS + (POS - NEG) + 0.5 * (POS - 0.8 * POS))
+    assert G.nfe == 18
+
+
+def test_a_weight_of_0_counts_when_there_are_others():
+    G = GuidedDenoiser(toy, Term(NONE, 0.0), Term(OTHER, 1.0))
+    close(G(X, 1.0, **C), NEG)
+    assert G.nfe == 12
+
+
+def test_a_negative_of_several_queries():
+    D = Counted()
+    G = GuidedDenoiser(D, Mean(NONE, OTHER), w=3.0)
+    close(G(X, 1.0, **C), POS + 2 * (POS - (NEG + BAD) / 2))
+    assert D.rows == [18]
+    assert G.nfe == 18
+
+
+def test_a_negative_of_several_queries_beside_another():
+    w = torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0, 4.0])
+    G = GuidedDenoiser(toy, Mean(NONE, OTHER), w=w)
+    mean = (NEG + BAD) / 2
+    close(G(X, 1.0, **C), mean + w[:, None] * (POS - mean))
+    assert G.run.nfe_per_sample.tolist() == [3, 1, 2, 3, 1, 3]
+
+
+# --- rules and their spaces ---
+
+
+def eps(x0, x=X, sigma=1.0):
+    return (x - x0) / sigma
+
+
+def test_a_rule_gets_the_space_that_it_declares():
+    G = GuidedDenoiser(toy, NONE, w=0.2, rule=t_norm)
+    close(eps(G(X, 1.0, **C)), t_norm(eps(NEG), eps(POS), 0.2))
+
+
+@pytest.mark.parametrize('space', ['eps', 'x0', 'v', 'flow', 'any'])
+def test_every_space(space):
+    @rule(space)
+    def doubled(neg, pos, w):
+        return pos + (w - 1) * (pos - neg).abs()
+
+    def convert(o):
+        return o if space in ('any', 'x0') else from_x0(o, X, 0.7, space)
+
+    pos, neg = toy(X, torch.full((6,), 0.7), **C), toy(X, torch.full((6,), 0.7), **NONE)
+    pred = doubled(convert(neg), convert(pos), 2.0)
+    want = pred if space in ('any', 'x0') else to_x0(pred, X, 0.7, space)
+    close(GuidedDenoiser(toy, NONE, w=2.0, rule=doubled)(X, 0.7, **C), want)
+
+
+def test_a_post_rule_corrects_the_sum():
+    G = GuidedDenoiser(toy, Term(NONE, 2.0), Term(OTHER, 1.5), post=rescale)
+    total = POS + (POS - NEG) + 0.5 * (POS - BAD)
+    v = [from_x0(o, X, 1.0, 'v') for o in (total, POS)]
+    close(G(X, 1.0, **C), to_x0(rescale(*v), X, 1.0, 'v'))
+
+
+def test_post_rules_apply_in_their_order():
+    @post_rule('x0')
+    def halved(pred, pos):
+        return pred / 2
+
+    @post_rule('any')
+    def raised(pred, pos):
+        return pred + 1
+
+    total = NEG + 3 * (POS - NEG)
+    close(GuidedDenoiser(toy, NONE, w=3.0, post=[halved, raised])(X, 1.0, **C), total / 2 + 1)
+    close(GuidedDenoiser(toy, NONE, w=3.0, post=[raised, halved])(X, 1.0, **C), (total + 1) / 2)
+
+
+def test_a_post_rule_leaves_unguided_samples_alone():
+    w = torch.tensor([3.0, 1.0, 3.0, 3.0, 1.0, 3.0])
+    out = GuidedDenoiser(toy, NONE, w=w, post=rescale.of(phi=1.0))(X, 1.0, **C)
+    plain = GuidedDenoiser(toy, NONE, w=w)(X, 1.0, **C)
+    assert torch.equal(out[[1, 4]], plain[[1, 4]])
+    assert not torch.allclose(out[0], plain[0])
+
+
+def test_a_rule_is_off_outside_its_interval():
+    G = GuidedDenoiser(toy, NONE, w=0.3, rule=t_norm, interval=(0.1, 1.6))
+    assert torch.equal(G(X, 1.7, **C), toy(X, torch.full((6,), 1.7), **C))
+    assert G.nfe == 6
+
+
+def test_any_function_is_off_outside_its_interval():
+    sigma = torch.tensor([0.1, 1.6, 1.7, 0.1, 1.6, 1.7])
+    term = Term(NONE, 3.0, lambda neg, pos, w: 0 * pos, (0.1, 1.6))
+    on = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None]
+    close(GuidedDenoiser(toy, term)(X, sigma, **C), toy(X, sigma, **C) * (1 - on), 1e-6)
+
+
+def test_a_post_rule_is_off_where_all_terms_are():
+    G = GuidedDenoiser(toy, NONE, w=3.0, interval=(0.1, 1.6), post=rescale.of(phi=1.0))
+    assert torch.equal(G(X, 1.7, **C), toy(X, torch.full((6,), 1.7), **C))
+
+
+# --- rules that remember ---
+
+
+def test_momentum_along_a_run():
+    G, d = GuidedDenoiser(toy, NONE, w=3.0, rule=momentum), POS - NEG
+    G.start()
+    close(G(X, 1.0, step=0, **C), POS + 2 * d)
+    close(G(X, 1.0, step=1, **C), POS + 2 * 1.5 * d)
+    G.start()
+    close(G(X, 1.0, step=0, **C), POS + 2 * d)
+
+
+def test_a_sample_that_is_off_keeps_its_memory():
+    w = torch.tensor([3.0, 1.0, 3.0, 3.0, 3.0, 3.0])
+    G, d = GuidedDenoiser(toy, NONE, w=w, rule=momentum), POS - NEG
+    on = (w != 1).float()[:, None]
+    for step, factor in enumerate((1.0, 1.5, 1.75)):
+        close(G(X, 1.0, step=step, **C), POS + 2 * factor * d * on)
+
+
+def test_memory_is_per_sample():
+    def walk(i):
+        G = GuidedDenoiser(toy, NONE, w=3.0, rule=momentum)
+        return [G(X[i], s, c=C['c'][i]) for s in (2.0, 1.0, 0.5)][-1]
+
+    whole = walk(slice(0, 6))
+    for i in range(6):
+        close(walk(slice(i, i + 1)), whole[i : i + 1])
+
+
+def test_each_term_has_a_memory_of_its_own():
+    G = GuidedDenoiser(toy, Term(NONE, 3.0, momentum), Term(OTHER, 2.0, momentum))
+    G(X, 1.0, step=0, **C)
+    close(G(X, 1.0, step=1, **C), POS + 3 * (POS - NEG) + 1.5 * (POS - BAD))
+
+
+def test_a_rule_is_called_once_for_all_micro_batches():
+    calls = []
+
+    @rule('x0', stateful=True)
+    def spied(neg, pos, w, state=None):
+        calls.append(len(pos))
+        return momentum(neg, pos, w, state)
+
+    G = GuidedDenoiser(Microbatched(toy, 4), NONE, w=3.0, rule=spied)
+    for s in (2.0, 1.0, 0.5):
+        G(X, s, **C)
+    assert calls == [6] * 3
+
+
+def test_memory_after_inference_mode():
+    G, d = GuidedDenoiser(toy, NONE, w=3.0, rule=momentum), POS - NEG
+    with torch.inference_mode():
+        G(X, 1.0, step=0, **C)
+    close(G(X, 1.0, step=1, **C), POS + 3 * d)
+
+
+def test_gradients_pass_a_rule_that_remembers():
+    G = GuidedDenoiser(toy, NONE, w=3.0, rule=momentum)
+    x = X.clone().requires_grad_()
+    G(x, 1.0, step=0, **C)
+    G(x, 1.0, step=1, **C).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('kw', [dict(rule=momentum), dict(stop=0.9)])
+def test_memory_is_refused_inside(kw):
+    inner = GuidedDenoiser(toy, NONE, w=2.0, **kw)
+    with pytest.raises(ValueError, match='outermost'):
+        GuidedDenoiser(inner, NONE, w=2.0)
+    with pytest.raises(ValueError, match='outermost'):
+        GuidedDenoiser(toy, inner, w=2.0)
+    with pytest.raises(ValueError, match='outermost'):
+        GuidedDenoiser(Denoiser(inner), NONE, w=2.0)
+
+
+# --- once they agree ---
+
+
+def test_stop_saves_evaluations():
+    full, A = GuidedDenoiser(toy, NONE, w=3.0), GuidedDenoiser(toy, NONE, w=3.0, stop=0.99)
+    a, b = (sample(G, 10 * X, SIGMAS, cond=C) for G in (full, A))
+    assert A.nfe < 0.8 * full.nfe
+    assert (a - b).norm(dim=1).mean() < 5.0
+
+
+def test_a_sample_stops_by_its_own_cosine():
+    cosine = torch.cosine_similarity(X - POS, X - NEG)
+    half = cosine.median().item()
+    agree = cosine > half
+    G, d = GuidedDenoiser(toy, NONE, w=3.0, stop=half), POS - NEG
+    close(G(X, 1.0, step=0, **C), POS + 2 * d)
+    close(G(X, 1.0, step=1, **C), POS + 2 * d * (~agree).float()[:, None])
+    assert agree.sum() == 3
+    assert G.run.nfe_per_sample.tolist() == [3 if o else 4 for o in agree]
+
+
+def test_stop_lasts_for_one_run():
+    G, d = GuidedDenoiser(toy, NONE, w=3.0, stop=-1.0), POS - NEG
+    G(X, 1.0, step=0, **C)
+    assert torch.equal(G(X, 1.0, step=1, **C), POS)
+    G.start([1.0, 0.0])
+    close(G(X, 1.0, step=0, **C), POS + 2 * d)
+
+
+def test_stop_of_one_term_leaves_the_other():
+    G = GuidedDenoiser(toy, Term(NONE, 3.0, stop=-1.0), Term(OTHER, 2.0))
+    G(X, 1.0, step=0, **C)
+    close(G(X, 1.0, step=1, **C), 2 * POS - BAD)
+    assert G.nfe == 6 * 5
+
+
+def test_parts_of_stopped_samples():
+    G = GuidedDenoiser(toy, NONE, w=3.0, stop=-1.0)
+    G(X, 1.0, step=0, **C)
+    p = G.parts(X, 1.0, step=1, **C)
+    assert torch.equal(p.neg, p.pos)
+
+
+def test_what_is_not_evaluated_does_not_stop():
+    G = GuidedDenoiser(toy, NONE, w=3.0, stop=-1.0, interval=(0.0, 1.0))
+    G(X, 2.0, step=0, **C)
+    assert 0 not in G.run.stopped
+
+
+# --- zero velocity at the start ---
+
+
+def flow_model():
+    def net(z, t, c=None):
+        return z - torch.tanh(z / 2 + (0 if c is None else c[:, None]))
+
+    return FlowDenoiser(net)
+
+
+LEVELS = get_sigmas_karras(8, 0.1, 10.0)
+
+
+def zero_init(steps=2):
+    return ZeroInit(GuidedDenoiser(flow_model(), NONE, w=2.0), LEVELS, steps)
+
+
+def test_zero_init_stands_still():
+    F = zero_init()
+    path = [10 * X, *(o[0] for o in samples(F, 10 * X, LEVELS, karras.euler, C))]
+    z = [o / (1 + s) for o, s in zip(path, LEVELS, strict=True)]
+    close(z[0], z[1])
+    close(z[0], z[2])
+    assert not torch.allclose(z[2], z[3])
+    assert F.nfe == 2 * 6 * (8 - 2)
+
+
+def test_zero_init_of_no_step():
+    F = zero_init(0)
+    assert torch.equal(F(X, LEVELS[0], **C), F.inner_model(X, LEVELS[0], **C))
+
+
+def test_zero_init_of_a_mixed_batch():
+    F = zero_init()
+    out = F(X, torch.tensor([9.0] * 3 + [1.0] * 3), **C)
+    close(out[:3], X[:3] / 10)
+    close(out[3:], F.inner_model(X, 1.0, **C)[3:])
+
+
+def test_zero_init_has_parts():
+    F = zero_init()
+    p = F.parts(X, LEVELS[0], **C)
+    close(p.neg, X / (1 + LEVELS[0]))
+    close(p.pred, p.pos)
+    p, q = F.parts(X, 1.0, **C), F.inner_model.parts(X, 1.0, **C)
+    close(p.pred, q.pred)
+    close(p.neg, q.neg)
+
+
+def test_zero_init_as_a_negative_counts_what_it_evaluates():
+    outer = GuidedDenoiser(flow_model(), zero_init(), w=2.0)
+    for s in LEVELS[:4]:
+        outer(X, s, **C)
+    assert outer.run.nfe_per_sample.tolist() == [4 + 2 * 2] * 6
+
+
+def test_zero_init_gets_the_step():
+    F = ZeroInit(GuidedDenoiser(flow_model(), NONE, w=[2.0] * 4 + [5.0] * 4), LEVELS, 2)
+    with F.watch() as traces:
+        sample(F, 10 * X, LEVELS, karras.heun, C)
+    assert len(traces) == 1 + 2 * 5 + 1
+
+
+# --- weights along the way ---
+
+
+def weights_seen(G, step=karras.euler, sigmas=SIGMAS):
+    with G.watch() as traces:
+        sample(G, 10 * X, sigmas, step, C)
+    return [round(o.scale.nanmedian().item(), 2) for o in traces]
+
+
+def test_one_weight_per_step():
+    G = GuidedDenoiser(toy, NONE, w=[1.5 + i for i in range(8)])
+    assert weights_seen(G) == [1.5 + i for i in range(8)]
+
+
+@pytest.mark.parametrize('step', [karras.heun, karras.dpm2, karras.dpmpp_2s])
+def test_both_evaluations_of_a_step_have_its_weight(step):
+    w = [1.5 + i for i in range(8)]
+    assert weights_seen(GuidedDenoiser(toy, NONE, w=w), step) == [o for o in w for _ in '12'][:-1]
+
+
+def test_weights_in_a_loop_that_says_no_step():
+    G = GuidedDenoiser(toy, NONE, w=[1.5 + i for i in range(8)], sigmas=SIGMAS)
+    with G.watch() as traces:
+        euler_loop(G, 10 * X, SIGMAS)
+    assert [round(o.scale.nanmedian().item(), 2) for o in traces] == [1.5 + i for i in range(8)]
+
+
+def test_a_level_between_two_has_the_weight_of_the_nearest():
+    w = Weight.of([2.0, 3.0]).bind((10.0, 1.0, 0.0))
+    assert w(torch.tensor([10.0, 4.0, 3.0, 1.0, 0.5, 20.0])).tolist() == [2, 2, 3, 3, 3, 2]
+
+
+def test_weights_of_part_of_the_sigmas():
+    G = GuidedDenoiser(toy, NONE, w=[1.5 + i for i in range(8)], sigmas=SIGMAS)
+    assert weights_seen(G, sigmas=SIGMAS[3:]) == [4.5 + i for i in range(5)]
+    assert weights_seen(G, sigmas=SIGMAS[2:6]) == [3.5 + i for i in range(3)]
+
+
+def test_one_weight_per_step_and_sample():
+    w = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)) + 2
+    G = GuidedDenoiser(toy, NONE, w=w)
+    with G.watch() as traces:
+        sample(G, 10 * X, SIGMAS, karras.euler, C)
+    torch.testing.assert_close(traces[3].scale, w[3], atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(traces[5].scale, w[5], atol=1e-2, rtol=1e-2)
+
+
+def test_forms_of_a_weight():
+    sigma = torch.tensor([3.0, 1.0])
+    assert Weight.of(3)(sigma).tolist() == [3, 3]
+    assert Weight.of(torch.tensor(3.0))(sigma).tolist() == [3, 3]
+    assert Weight.of(torch.tensor([3.0, 1.0]))(sigma).tolist() == [3, 1]
+    assert Weight.of(np.float32(3))(sigma).tolist() == [3, 3]
+    assert Weight.of(np.array([3.0, 2.0]))(sigma, 1).tolist() == [2, 2]
+    assert Weight.of([3.0, 2.0])(sigma, 0).tolist() == [3, 3]
+    assert Weight.of((3.0, 2.0))(sigma, 1).tolist() == [2, 2]
+    assert Weight.of([[3.0, 2.0], [5.0, 4.0]])(sigma, 1).tolist() == [5, 4]
+    assert Weight.of(torch.tensor([[3.0, 2.0], [5.0, 4.0]]))(sigma, 1).tolist() == [5, 4]
+    assert Weight.of(lambda s: 1 + s)(sigma).tolist() == [4, 2]
+    assert Weight.of(lambda s: 2)(sigma).tolist() == [2, 2]
+    assert Weight.of(on_sigmas([3.0, 2.0], [3.0, 1.0, 0.0]))(sigma).tolist() == [3, 2]
+    assert Weight.of(Weight.of(3.0))(sigma).tolist() == [3, 3]
+    assert Weight.of(3.0)(sigma).dtype == torch.float64
+
+
+def test_a_weight_of_no_sample():
+    assert Weight.of(3.0)(torch.zeros(0)).shape == (0,)
+    assert Weight.of([3.0, 2.0])(torch.zeros(0), 1).shape == (0,)
+
+
+def test_the_usual_weight():
+    assert Term(NONE).w(torch.ones(1)).item() == 7.5
+    assert Term(lambda x, sigma, c: x).w(torch.ones(1)).item() == 2.0
+
+
+OTHER_SIGMAS = [
+    get_sigmas_karras(20, 0.1, 10.0),
+    get_sigmas_karras(8, 0.1, 9.9),
+    SIGMAS[:-1] * 1.01,
+    SIGMAS[[0, 2, 3, 4]],
+]
+
+
+@pytest.mark.parametrize('sigmas', OTHER_SIGMAS)
+def test_weights_of_other_sigmas_are_refused(sigmas):
+    D = Counted()
+    w = [7.5] * 8
+    bound = GuidedDenoiser(D, NONE, w=w, sigmas=SIGMAS)
+    scheduled = GuidedDenoiser(D, NONE, w=on_sigmas(w, SIGMAS))
+    for G in bound, Denoiser(bound), GuidedDenoiser(bound, NONE), scheduled:
+        with pytest.raises(ValueError, match='w belongs to 8 steps'):
+            next(samples(G, X, sigmas, cond=C))
+    assert D.rows == []
+
+
+def test_weights_of_another_number_of_steps_are_refused():
+    G = GuidedDenoiser(toy, NONE, w=[7.5] * 9)
+    with pytest.raises(ValueError, match='expected one value per step, 8, got 9'):
+        next(samples(G, X, SIGMAS, cond=C))
+
+
+def test_a_nested_weight_of_other_sigmas_is_refused():
+    weak = GuidedDenoiser(toy, NONE, w=[2.0] * 3, sigmas=[3.0, 1.0, 0.5, 0.0])
+    G = GuidedDenoiser(Denoiser(toy), weak, w=2.0)
+    with pytest.raises(ValueError, match='w belongs to 3 steps'):
+        next(samples(G, X, [4.0, 2.0, 1.0], cond=C))
+
+
+def test_weights_per_step_need_sigmas_or_a_step():
+    G = GuidedDenoiser(toy, NONE, w=[3.0, 2.0])
+    with pytest.raises(ValueError, match='start'):
+        G(X, 1.0, **C)
+    close(G(X, 1.0, step=1, **C), 2 * POS - NEG)
+
+
+# --- runs ---
+
+
+LOOPS = {
+    'euler': lambda G: sample(G, 10 * X, SIGMAS, karras.euler, C),
+    'heun': lambda G: sample(G, 10 * X, SIGMAS, karras.heun, C),
+    'churn': lambda G: sample(G, 10 * X, SIGMAS, karras.heun, C, generator=1, s_churn=4.0),
+    'ancestral': lambda G: karras.sample_euler_ancestral(
+        G, 10 * X, SIGMAS, extra_args=C, disable=True, generator=1
     ),
-    'interval': (lambda D: [Term(D.cond(NEGS), 3.0, interval=(0.5, 5.0))], {}),
-    'PerpNeg': (
-        lambda D: [
-            PerpNeg(D.cond(), [D.cond('a dress'), D.cond(NEGS)], [1.0, torch.tensor([0.5, 1.5])])
-        ],
-        {},
-    ),
-    'ICG': (lambda D: [Term(ICG(D.cond(['a', 'b c', 'd']), generator=3), 3.0)], {}),
-    'SAG': (lambda D: [SAG(D)], {}),
-    'PAG and last': (lambda D: [Term(D.cond(NEGS), 5.0), PAG(D)], dict(last=base_norm)),
-    'rescale': (lambda D: [Term(D.cond(NEGS), 5.0)], dict(last=rescale.of(phi=0.7))),
-    'APG': (lambda D: [Term(D.cond(NEGS), 5.0, apg.of(beta=-0.75, radius=2.0))], {}),
-    'TCFG': (lambda D: [Term(D.cond(NEGS), 5.0, tcfg)], {}),
-    'zero': (lambda D: [Term(D.cond(NEGS), 5.0, cfg_zero)], {}),
-    'stop': (lambda D: [Term(D.cond(NEGS), 5.0, stop=-1.0)], {}),
-    'max_batch': (lambda D: [Term(D.cond(NEGS), 5.0, apg), PAG(D)], dict(max_batch=1)),
-    'weaker': (lambda D: [Term(Autoguidance(pipeline_denoiser(other_net(D.pipe))), 2.0)], {}),
-}
-
-
-@pytest.mark.parametrize('make', [sd_v, lambda: sd3(flow())])
-@pytest.mark.parametrize('way', WAYS)
-def test_ways(make, way):
-    "As the denoiser of the pipeline, guided, on Euler's method; and again, so nothing is remembered"
-    pipe, (terms, kw) = make(), WAYS[way]
-    D, x = pipeline_denoiser(pipe), LATENTS[:2]
-    levels = dict(sigmas=[0.95, 0.7, 0.3]) if 'StableDiffusion3' in type(pipe).__name__ else {}
-
-    def go():
-        return run(pipe, latents=x, **levels)
-
-    plain = run(pipe, latents=x, guidance_scale=1.0, **levels)
-    with guided(pipe, *terms(D), **kw) as g:
-        got, again = go(), go()
-    sigmas, scale = ladder(pipe.scheduler)
-    G = GuidedDenoiser(D, *terms(D), **kw)
-    want = sample(G, x / scale, sigmas, euler, cond=D.cond(PROMPTS))
-    assert (
-        off(got, want) < 1e-4
-        and off(plain, want) > 1e-3
-        and (torch.equal(got, again) or 'PAG' in way and off(again, got) < 1e-5)
-    )  # PAG learns what it can share
-    assert g.denoiser.nfe_per_sample.tolist() == G.nfe_per_sample.tolist()
-
-
-def test_cost():
-    pipe = sd_v()
-
-    def nfe(*terms, **kw):
-        with guided(pipe, *terms, **kw) as g:
-            run(pipe, steps=4)
-        assert g.denoiser.nfe == g.denoiser.nfe_per_sample.sum()
-        return g.denoiser.nfe_per_sample.tolist()
-
-    assert (
-        nfe(NegativePrompt()) == [8, 8]
-        and nfe(w=1.0) == [4, 4]
-        and nfe(w=0.0) == [4, 4]
-        and nfe(w=[1.0, 2.0, 2.0, 1.0]) == [6, 6]
-        and nfe(w=torch.tensor([1.0, 2.0])) == [4, 8]
-    )
-    assert (
-        nfe(NegativePrompt(), PAG(pipe.unet)) == [12, 12]
-        and nfe(PAG(pipe.unet)) == [8, 8]
-        and nfe(stop=-1.0) == [5, 5]
-    )
-    rows, levels = [], ladder_of(pipe, 4)
-    pipe.unet.register_forward_hook(lambda m, args, out: rows.append(len(out[0])))
-    assert nfe(NegativePrompt(), max_batch=2) == [8, 8] and rows == [2] * 8
-    assert nfe(interval=(levels[2].item(), levels[0].item())) == [6, 6] and nfe(
-        interval=(levels[1].item() * 0.99, levels[1].item())
-    ) == [5, 5]
-
-
-@pytest.mark.parametrize(
-    'make',
-    [
-        lambda: sd(ddim()),
-        lambda: xl(euler_discrete()),
-        lambda: sd3(flow(shift=3.0)),
-        lambda: xl(diffusers.EDMEulerScheduler()),
-    ],
-)
-def test_ladder_of(make):
-    "The levels at which the denoiser is asked, and the scheduler's own"
-    pipe = make()
-    with guided(pipe, w=4.0) as g, g.watch() as seen:
-        run(pipe)
-    levels = ladder_of(pipe, STEPS)
-    assert (
-        torch.allclose(levels[:-1], torch.stack([o.sigma[0] for o in seen]))
-        and levels[-1] == 0
-        and torch.allclose(
-            levels.clamp(max=1e4), ladder(pipe.scheduler)[0].float().clamp(max=1e4), rtol=2e-3
-        )
-    )
-    assert all((o.scale - 4.0).abs().max() < 0.02 for o in seen) and len(seen) == STEPS
-
-
-@pytest.mark.parametrize('what', ['StableDiffusion3', 'Flux'])
-def test_zero_init(what):
-    "As if the network said 0 in the first steps"
-    (pipe, kw), calls = make(what), []
-
-    def still(m, args, out):
-        calls.append(out)
-        return (out[0] * (len(calls) > (2 if what == 'Flux' else 1)),)
-
-    hook = net_of(pipe).register_forward_hook(still)
-    own = run(pipe, **kw)
-    hook.remove()
-    with guided(pipe, NegativePrompt(), zero_init=1) as g:
-        assert off(run(pipe, **kw), own) < 1e-5 and g.denoiser.nfe_per_sample.tolist() == [4, 4]
-    assert off(run(pipe, **kw), own) > 1e-3
-
-
-@pytest.mark.parametrize(
-    'what',
-    [
-        'StableDiffusion',
-        'StableDiffusionXL',
-        'StableDiffusion3',
-        'Flux',
-        'PixArtAlpha',
-        'StableDiffusionInpaint 9',
-    ],
-)
-def test_half_precision(what):
-    "The network is asked in its own type"
-    pipe, kw = make(what)
-    exact = run(pipe, **kw)
-    pipe.to(torch.bfloat16)
-    seen, own = [], run(pipe, **kw)
-    net_of(pipe).register_forward_hook(lambda m, args, out: seen.append(out[0].dtype))
-    for terms in ([NegativePrompt()], [NegativePrompt(), Term(PAG(net_of(pipe)), 1.0)]):
-        with guided(pipe, *terms):
-            got = run(pipe, **kw)
-        assert (
-            got.dtype == own.dtype
-            and off(got.float(), exact) < 2 * off(own.float(), exact) + 1e-3
-            and {*seen} == {torch.bfloat16}
-        )
-
-
-def pictured(pipe):
-    "With an IP-adapter: its pictures are conditions like the words"
-    net, proj = net_of(pipe), ImageProjection(8, 16, 4)
-    net.encoder_hid_proj = MultiIPAdapterImageProjection([randomized(proj)])
-    net.register_to_config(encoder_hid_dim_type='ip_image_proj')
-    new = net.attn_processors
-    for k, m in net.named_modules():
-        if f'{k}.processor' not in new or not (
-            'attn2' in k or hasattr(m, 'add_q_proj') and m.add_q_proj is not None
-        ):
-            continue
-        new[f'{k}.processor'] = randomized(
-            FluxIPAdapterAttnProcessor(m.to_q.out_features, 16)
-            if 'Flux' in type(pipe).__name__
-            else IPAdapterAttnProcessor2_0(m.to_q.out_features, 16)
-        )
-    net.set_attn_processor(new)
-    return pipe
-
-
-def shown(n, seed):
-    return torch.randn(n, 1, 8, generator=seeded(seed))
-
-
-def strong(pipe):
-    "With attention that has an argument of its own"
-
-    class Strong(AttnProcessor2_0):
-        def __call__(self, *args, strength=1.0, **kwargs):
-            return super().__call__(*args, **kwargs) * strength
-
-    pipe.unet.set_attn_processor(Strong())
-    return pipe
-
-
-CALLS = {  # what a call is given -> a pipeline, and how it is called
-    'clip_skip': (lambda: xl(ddim('v_prediction')), dict(clip_skip=1)),
-    'attention': (lambda: strong(sd_v()), dict(cross_attention_kwargs=dict(strength=0.5))),
-    'embeddings': (
-        sd_v,
-        dict(
-            prompt=None,
-            negative_prompt=None,
-            prompt_embeds=torch.randn(2, 7, 16, generator=seeded(1)),
-            negative_prompt_embeds=torch.randn(2, 7, 16, generator=seeded(2)),
-        ),
-    ),
-    'no negative prompt': (sd_v, dict(negative_prompt=None)),
-    'one prompt': (sd_v, dict(prompt='a boot', negative_prompt=None, num_images_per_prompt=3)),
-    'random': (sd_v, dict(eta=0.5)),
-    'times': (lambda: sd(euler_discrete('v_prediction')), dict(timesteps=[900, 500, 100])),
-    'end': (lambda: xl(ddim('v_prediction')), dict(denoising_end=0.6, steps=5)),
-    'sizes': (
-        lambda: xl(ddim('v_prediction')),
-        dict(
-            original_size=(32, 32),
-            negative_original_size=(8, 8),
-            negative_crops_coords_top_left=(4, 4),
-            height=24,
-            width=16,
-        ),
-    ),
-    'sigmas': (lambda: sd3(flow()), dict(sigmas=[1.0, 0.6, 0.2])),
-    'pictures': (lambda: pictured(sd_v()), dict(ip_adapter_image_embeds=[shown(2, 3)])),
-    'pictures of Flux': (
-        lambda: pictured(flux(flow())),
-        dict(
-            TRUE,
-            ip_adapter_image_embeds=[shown(1, 3)],
-            negative_ip_adapter_image_embeds=[shown(1, 4)],
-        ),
-    ),
-    'packed': (
-        lambda: flux(flow(shift=2.0, use_dynamic_shifting=True)),
-        dict(TRUE, height=24, num_images_per_prompt=2),
-    ),
-}
-
-
-@pytest.mark.parametrize('what', CALLS)
-def test_calls(what):
-    make, kw = CALLS[what]
-    pipe = make()
-    own = run(pipe, **kw)
-    assert off(with_terms(pipe, lambda: run(pipe, **kw), NegativePrompt()), own) < 1e-5
-    assert off(with_terms(pipe, lambda: run(pipe, **kw), w=1.0), own) > 1e-4
-
-
-def test_texts_of_other_lengths():
-    "Prompts that are encoded in more tokens than the pipeline's; Flux has a table with a row a token"
-    if OLD:
-        pytest.skip('this diffusers has one such table for prompt and negative prompt')
-    pipe, kw = make('Flux')
-    negs = conditions(pipe, NEGS, max_sequence_length=24)
-    given = dict(
-        kw,
-        negative_prompt=None,
-        negative_prompt_embeds=negs['encoder_hidden_states'],
-        negative_pooled_prompt_embeds=negs['pooled_projections'],
-    )
-    own = run(pipe, **given)
-    assert off(with_terms(pipe, lambda: run(pipe, **given), NegativePrompt()), own) < 1e-5
-    assert (
-        off(with_terms(pipe, lambda: run(pipe, negative_prompt=None), Term(negs, W)), own) < 1e-5
-        and off(run(pipe, **kw), own) > 1e-4
-    )
-
-
-def test_callbacks():
-    "A cutoff, after which there is no negative prompt; latents that are changed; and the pipeline stopped"
-    pipe, one = sd_v(), dict(prompt='a boot', negative_prompt='dark', steps=4)
-    cut = dict(
-        one, callback_on_step_end=diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.5)
-    )
-    own = run(pipe, **cut)
-    with guided(pipe, NegativePrompt()) as g:
-        assert off(run(pipe, **cut), own) < 1e-5 and g.denoiser.nfe_per_sample.tolist() == [7]
-    with guided(pipe, w=W) as g, g.watch() as seen:
-        assert (
-            off(run(pipe, **dict(cut, guidance_scale=W)), run(pipe, **dict(cut, guidance_scale=W)))
-            < 1e-5
-        )
-    assert g.denoiser.nfe_per_sample.tolist() == [7] and seen[-1].scale.tolist() == [1.0]
-
-    def stop(pipe, i, t, o):
-        pipe._interrupt = i == 1
-        return dict(latents=o['latents'] * 0.9)
-
-    own = run(pipe, callback_on_step_end=stop)
-    with guided(pipe, NegativePrompt()) as g:
-        assert off(
-            run(pipe, callback_on_step_end=stop), own
-        ) < 1e-5 and g.denoiser.nfe_per_sample.tolist() == [4, 4]
-
-
-def test_hooks():
-    "The network is asked as the pipeline asks it, by position or by name, and hooks see each evaluation once"
-    for what in ('StableDiffusion', 'StableDiffusion3', 'Flux'):
-        (pipe, kw), seen = make(what), []
-        net_of(pipe).register_forward_pre_hook(
-            lambda m, args, kws: seen.append((len(args), {*kws})), with_kwargs=True
-        )
-        run(pipe, **kw)
-        own, n = seen[0], len(seen)
-        with guided(pipe, NegativePrompt()):
-            run(pipe, **kw)
-        assert seen[n:] == [own] * STEPS
-
-
-def test_weights_changed_inside():
-    pipe = sd_v()
-    with guided(pipe, NegativePrompt()):
-        before = run(pipe)
-        with torch.no_grad():
-            pipe.unet.conv_in.weight.mul_(1.2)
-        pipe.unet.register_forward_hook(lambda m, a, out: (out[0] * 0.9,))
-        inside = run(pipe)
-    assert off(run(pipe), inside) < 1e-5 and off(before, inside) > 1e-3
-
-
-@pytest.mark.parametrize('how', ['around', 'in place'])
-def test_compiled(how):
-    pipe = sd_v()
-    own = run(pipe)
-    pag = with_terms(pipe, lambda: run(pipe), PAG(pipe.unet))
-    if how == 'around':
-        pipe.unet = torch.compile(pipe.unet, backend='eager')
-    else:
-        pipe.unet.compile(backend='eager')
-    net, inside = pipe.unet, vars(pipe.unet).copy()
-    assert (
-        off(with_terms(pipe, lambda: run(pipe), NegativePrompt()), own) < 1e-5
-        and off(with_terms(pipe, lambda: run(pipe), PAG(pipe.unet)), pag) < 1e-5
-    )
-    assert pipe.unet is net and vars(net) == inside
-
-
-def test_offload():
-    "A part whose weights come when it is asked; and a pipeline that looks through its parts when it is done"
-    accelerate = pytest.importorskip('accelerate')
-    pipe = sd_v()
-    own = run(pipe)
-    accelerate.cpu_offload(pipe.unet, execution_device=torch.device('cpu'))
-    assert (
-        next(pipe.unet.parameters()).device.type == 'meta'
-        and off(with_terms(pipe, lambda: run(pipe), NegativePrompt()), own) < 1e-5
-    )
-    pipe = sd_v()
-    pipe.enable_model_cpu_offload(device='cpu')
-    net, seen = pipe.unet, []
-    net.register_forward_hook(lambda *o: seen.append(1))
-    for terms in ([NegativePrompt()], [NegativePrompt(), Term(PAG(net), 1.0)]):
-        assert off(with_terms(pipe, lambda: run(pipe), *terms), own) < 1e-5
-    assert pipe.unet is net and len(seen) == 2 * STEPS and torch.equal(run(pipe), own)
-    with_terms(pipe, lambda: run(pipe), NegativePrompt())
-    assert [o.model for o in pipe._all_hooks if 'UNet' in type(o.model).__name__] == [net]
-
-
-def test_inside(tmp_path):
-    "What one does with pipelines, in the context"
-    pipe = sd_v()
-    own = run(pipe)
-    plain = run(pipe, guidance_scale=1.0)
-    with guided(pipe, w=1.0):
-        assert (
-            isinstance(pipe, diffusers.StableDiffusionPipeline)
-            and type(pipe).__name__ == 'StableDiffusionPipeline'
-            and {*pipe.components} == {*sd_v().components}
-        )
-        assert pipe.to('cpu') is pipe and inspect.signature(pipe.__call__) == inspect.signature(
-            sd_v().__call__
-        )
-        pipe.save_pretrained(tmp_path)
-        again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-        other = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
-        assert off(run(copy.deepcopy(pipe)), plain) < 1e-5
-    assert (
-        type(again) is type(pipe) is diffusers.StableDiffusionPipeline
-        and type(other) is diffusers.StableDiffusionImg2ImgPipeline
-        and other.unet is pipe.unet
-    )
-    assert (
-        torch.equal(run(again), own)
-        and torch.equal(run(pipe), own)
-        and '_guided' not in vars(other)
-    )
-
-
-def test_nested():
-    "The last that is on counts, whatever goes off"
-    pipe = sd_v()
-    own, (one, two) = run(pipe), (guided(pipe, w=w) for w in (2.0, 5.0))
-    a, b = (run(pipe, guidance_scale=w) for w in (2.0, 5.0))
-
-    def is_(want):
-        return off(run(pipe), want) < 1e-5
-
-    with one:
-        assert is_(a)
-        with one:
-            assert is_(a)
-        with two:
-            assert is_(b)
-        assert is_(a)
-        with guided(pipe):
-            assert torch.equal(run(pipe), own)
-    assert torch.equal(run(pipe), own)
-    assert one.on() is one and two.on() and is_(b)
-    one.off()
-    assert is_(b)
-    two.off()
-    two.off()
-    one.off()
-    assert (
-        torch.equal(run(pipe), own)
-        and '_guided' not in vars(pipe)
-        and type(pipe) is diffusers.StableDiffusionPipeline
-    )
-
-
-@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize(
-    'what,where',
-    [
-        ('StableDiffusion', 'callback'),
-        ('StableDiffusion', 'network'),
-        ('StableDiffusion', 'layer'),
-        ('Flux', 'network'),
-        ('Flux', 'callback'),
-    ],
-)
-def test_exception(what, where, error):
-    "In the middle of a call; afterwards all is as before, inside the context and outside"
-    (pipe, kw), calls = make(what), []
-    own, before = run(pipe, **kw), left(pipe)
-
-    def fail(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise error('in the middle')
-        return args[-1] if where == 'callback' else None
-
-    layer = [m for m in net_of(pipe).modules() if isinstance(m, torch.nn.Linear)][-1]
-    hook = {'callback': None, 'network': net_of(pipe), 'layer': layer}[where]
-    hook = hook and hook.register_forward_hook(fail)
-    more = dict(callback_on_step_end=fail) if where == 'callback' else {}
-    with guided(pipe, NegativePrompt(), PAG(net_of(pipe))):
-        with pytest.raises(error, match='in the middle'):
-            run(pipe, **kw, **more)
-        if hook:
-            hook.remove()
-        good = run(pipe, **kw)
-    with guided(pipe, NegativePrompt(), PAG(net_of(pipe))):
-        assert off(run(pipe, **kw), good) < 1e-5
-    after = left(pipe)
-    assert after == before and torch.equal(run(pipe, **kw), own)
-
-
-def test_call_in_a_call():
-    pipe = sd_v()
-
-    def again(pipe, i, t, o):
-        with pytest.raises(RuntimeError, match='in the middle of a guided call'):
-            run(pipe)
-        return o
-
-    own = run(pipe)
-    with guided(pipe, NegativePrompt()):
-        assert off(run(pipe, callback_on_step_end=again), own) < 1e-5
-    assert torch.equal(run(pipe), own)
-
-
-def test_threads():
-    "Two pipelines that share a network, one of them guided, or both, with changes inside the network"
-    first = sd_v()
-    pipes = [first, of('StableDiffusionPipeline', first, scheduler=ddim('v_prediction'))]
-    run(first)
-    before = left(first)
-
-    def pag(pipe, i):
-        return lambda: with_terms(
-            pipe, lambda: run(pipe, seed=i, steps=8), NegativePrompt(), PAG(pipe.unet, share=False)
-        )
-
-    def plain(pipe, i):
-        return lambda: run(pipe, seed=i, steps=8)
-
-    for a, b in ((pag, plain), (pag, pag)):
-        jobs = a(pipes[0], 0), b(pipes[1], 1)
-        alone, got = [f() for f in jobs], {}
-        for _ in range(3):
-            threads = [
-                threading.Thread(target=lambda i=i, f=f: got.update({i: f()}))
-                for i, f in enumerate(jobs)
-            ]
-            for t in threads:
-                t.start()
-            for t in threads:
-                t.join()
-            assert all(torch.equal(got.pop(i), o) for i, o in enumerate(alone))
-    assert left(first) == before
-
-
-def bad(f, **kw):
-    "A call that is refused before its network is asked"
-
-    def go():
-        pipe, asked = sd_v(), []
-        pipe.unet.register_forward_hook(lambda *_: asked.append(1))
-        try:
-            with f(pipe):
-                run(pipe, **kw)
-        finally:
-            assert not asked and '_guided' not in vars(pipe)
-
-    return go
-
-
-BAD = {  # what is done -> what the error says
-    'unknown': (
-        lambda: guided(of('StableDiffusionPAGPipeline', sd_v())),
-        'pipe is of class StableDiffusionPAGPipeline: allowed are .*FluxPipeline',
-    ),
-    'no pipeline': (lambda: guided(print), 'allowed are stock pipelines'),
-    'a network': (lambda: guided(sd_v().unet, w=3.0), 'UNet2DConditionModel: allowed are'),
-    'off': (
-        bad(lambda p: guided(p, NegativePrompt()), guidance_scale=1.0),
-        'guidance_scale=1.0, with which this pipeline evaluates no negative prompt',
-    ),
-    'rescale': (
-        bad(lambda p: guided(p, NegativePrompt()), guidance_rescale=0.7),
-        r'guidance_rescale=0.7: .* last=rescale.of\(phi',
-    ),
-    'w': (
-        bad(lambda p: guided(p, w=torch.tensor([2.0, 3.0, 4.0]))),
-        r'w has shape \(3,\) for 2 prompts',
-    ),
-    'w of images': (
-        bad(lambda p: guided(p, w=torch.tensor([2.0, 3.0, 4.0, 5.0])), num_images_per_prompt=2),
-        r'w has shape \(4,\) for 2 prompts',
-    ),
-    'steps': (bad(lambda p: guided(p, w=[2.0, 3.0])), 'w has 2 values for 3 steps'),
-    'columns': (
-        bad(lambda p: guided(p, w=[[2.0, 3.0, 4.0]] * 3)),
-        r'w has shape \(3, 3\) for 2 prompts',
-    ),
-    'interval': (
-        bad(lambda p: guided(p, interval=(200, 800))),
-        r'interval=\(200, 800\): guides at none of the noise levels of the model',
-    ),
-    'parts': (
-        bad(lambda p: guided(p, interval=(1e-5, 1e-3))),
-        'guides at none of the noise levels',
-    ),
-    'negative w': (lambda: guided(sd_v(), w=-1.0), 'w has -1.0'),
-    'two terms': (
-        lambda: guided(sd_v(), NegativePrompt(), NegativePrompt(), w=3.0),
-        'allowed for a single negative',
-    ),
-    'a number': (lambda: guided(sd_v(), 3.0), 'neg is a float: allowed are'),
-    'last': (bad(lambda p: guided(p, NegativePrompt(), last=3.0)), 'last=3.0: allowed are rules'),
-    'max_batch': (bad(lambda p: guided(p, NegativePrompt(), max_batch=0)), 'max_batch=0: allowed'),
-    'zero_init': (
-        bad(lambda p: guided(p, NegativePrompt(), zero_init=1)),
-        "predicts 'v'; allowed are models whose prediction is 'flow'",
-    ),
-    'conditions': (
-        bad(lambda p: guided(p, conditions(p, ['a', 'b', 'c']))),
-        'encoder_hidden_states has 3 rows for 2 prompts',
-    ),
-    'conditions of images': (
-        bad(lambda p: guided(p, conditions(p, ['a', 'b', 'c'])), num_images_per_prompt=2),
-        'encoder_hidden_states has 3 rows for 2 prompts',
-    ),
-    'PerpNeg of images': (
-        bad(
-            lambda p: guided(p, PerpNeg(conditions(p), conditions(p, ['a', 'b', 'c', 'd']))),
-            num_images_per_prompt=2,
-        ),
-        'has 4 rows for 2 prompts',
-    ),
-    'other network': (bad(lambda p: guided(p, PAG(sd_v().unet))), 'layers are of another network'),
-    'classes': (lambda: conditions(dit(ddim()), 'a boot'), 'has no prompts'),
+    'euler loop': lambda G: euler_loop(G, 10 * X, SIGMAS),
+    'heun loop': lambda G: heun_loop(G, 10 * X, SIGMAS),
+    'short euler loop': lambda G: euler_loop(G, 10 * X, torch.tensor([1.0, 0.8, 0.7])),
+    'short heun loop': lambda G: heun_loop(G, 10 * X, torch.tensor([1.0, 0.8, 0.7])),
 }
 
 
-@pytest.mark.parametrize('what', BAD)
-def test_bad_input(what):
-    f, says = BAD[what]
-    with pytest.raises((ValueError, TypeError), match=says):
-        f()
+@pytest.mark.parametrize('loop', LOOPS)
+@pytest.mark.parametrize('name', REMEMBERING)
+def test_a_second_run_equals_the_first(name, loop):
+    G = remembering(name)
+    first = LOOPS[loop](G)
+    cost = G.nfe
+    assert torch.equal(LOOPS[loop](G), first)
+    assert G.nfe == 2 * cost
 
 
-def test_more_bad_input():
-    pipe, kw = make('Flux')
-    with (
-        guided(pipe, NegativePrompt()),
-        pytest.raises(ValueError, match='true_cfg_scale=3.0, negative_prompt=None; allowed is'),
-    ):
-        run(pipe, **dict(kw, negative_prompt=None))
-    with guided(pipe, NegativePrompt()), pytest.raises(ValueError, match='true_cfg_scale=1.0'):
-        run(pipe)
-    pipe = sd3(flow())
-    with (
-        guided(pipe, NegativePrompt()),
-        pytest.raises(ValueError, match=r'skip_guidance_layers=\[1\]: .* SLG'),
-    ):
-        run(pipe, skip_guidance_layers=[1])
-
-
-def test_fashion():
-    "The embedded models, as their users load them"
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(fashion_path())
-    weak = of('StableDiffusionPipeline', pipe, unet=load_weak())
-    kw = dict(prompt=['a red sneaker', 'a black bag'], negative_prompt=None)
-    own = run(pipe, **kw)
-    assert off(with_terms(pipe, lambda: run(pipe, **kw), NegativePrompt()), own) < 1e-5
-    auto = Term(Autoguidance(pipeline_denoiser(weak)), 2.0)
-    with guided(pipe, auto) as g:
-        got = run(pipe, **kw)
-    assert g.denoiser.nfe_per_sample.tolist() == [6, 6] and off(got, own) > 1e-2
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(
-        pipe.scheduler.config, set_alpha_to_one=True, clip_sample=False
+@pytest.mark.parametrize('loop', ['euler', 'heun', 'euler loop', 'heun loop'])
+@pytest.mark.parametrize('name', REMEMBERING)
+def test_it_does_remember(name, loop):
+    "Else the tests above show nothing."
+    kw = dict(REMEMBERING[name], neg=NONE)
+    kw |= dict(stop=None) if name == 'stop' else dict(rule=cfg)
+    assert not torch.equal(
+        LOOPS[loop](remembering(name)), LOOPS[loop](GuidedDenoiser(toy, kw.pop('neg'), **kw))
     )
-    D, own = pipeline_denoiser(pipe), run(pipe, **kw)
-    with guided(pipe, auto):
-        got = run(pipe, **kw, latents=noise(pipe))
-    sigmas, scale = ladder(pipe.scheduler)
-    assert (
-        off(
-            got,
-            sample(
-                GuidedDenoiser(D, auto),
-                noise(pipe) / scale,
-                sigmas,
-                euler,
-                cond=D.cond(kw['prompt']),
-            ),
-        )
-        < 1e-4
+
+
+def test_a_run_begins_when_sigma_rises():
+    G = GuidedDenoiser(toy, NONE, w=3.0, stop=-1.0)
+    G(X, 3.0, **C)
+    first = G.run
+    G(X, 1.0, **C)
+    assert G.run is first
+    G(X, 3.0, **C)
+    assert G.run is not first
+    assert G.run.nfe_per_sample.tolist() == [2] * 6
+
+
+def test_a_run_does_not_begin_when_churn_raises_sigma():
+    G = GuidedDenoiser(toy, NONE, w=3.0, rule=momentum)
+    first = G.start()
+    sigma = 3.0
+    for _ in range(5):
+        G(X, sigma * math.sqrt(2), **C)
+        sigma *= 0.9
+        G(X, sigma, **C)
+    assert G.run is first
+    assert first.evaluations == 10
+
+
+def test_a_run_begins_when_the_step_falls():
+    G = GuidedDenoiser(toy, NONE, w=3.0, rule=momentum)
+    G(X, 1.0, step=0, **C)
+    G(X, 1.1, step=1, **C)
+    first = G.run
+    G(X, 1.0, step=0, **C)
+    assert G.run is not first
+
+
+def test_start_gives_the_run():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    run = G.start(SIGMAS)
+    assert G.run is run
+    assert run.sigmas == tuple(SIGMAS.tolist())
+    assert run.n is None
+
+
+@pytest.mark.parametrize('name', ['stop', 'apg'])
+def test_a_check_changes_nothing(name):
+    def walk(peek):
+        G, x = remembering(name), 10 * X
+        for a, b in zip(SIGMAS[:-1].tolist(), SIGMAS[1:].tolist(), strict=True):
+            if peek:
+                G.parts(x, a, **C)
+            x = x + (x - G(x, a, **C)) / a * (b - a)
+        return x
+
+    close(walk(True), walk(False), 1e-4)
+
+
+def test_a_draw_is_not_repeated_by_chance():
+    G = remembering('draws')
+    G(X, 1.0, **C)
+    with pytest.raises(ValueError, match='same samples twice'):
+        G(X, 1.0, **C)
+
+
+@pytest.mark.parametrize('name', REMEMBERING)
+def test_what_remembers_refuses_a_preview_of_some(name):
+    G = remembering(name)
+    G(X, 1.0, **C)
+    with pytest.raises(ValueError, match='remembers 6 samples, got 1: call start'):
+        G(X[:1], 1.0, c=C['c'][:1])
+
+
+def test_what_does_not_remember_shows_a_preview():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    G(X, 1.0, **C)
+    close(G(X[:1], 1.0, c=C['c'][:1]), (NEG + 3 * (POS - NEG))[:1])
+
+
+@pytest.mark.parametrize('name', REMEMBERING)
+def test_what_remembers_begins_a_run_of_another_size(name):
+    G = remembering(name)
+    euler_loop(G, 10 * X, SIGMAS)
+    few = rows(C, slice(0, 2))
+    got = euler_loop(G, 10 * X[:2], SIGMAS, few)
+    assert torch.equal(got, euler_loop(remembering(name), 10 * X[:2], SIGMAS, few))
+
+
+def cut(G):
+    "Somebody else's micro-batches, around what is guided."
+
+    def D(x, sigma, **cond):
+        halves = [(x[s], sigma[s], rows(cond, s)) for s in (slice(0, 3), slice(3, 6))]
+        return torch.cat([G(a, s, **c) for a, s, c in halves])
+
+    return D
+
+
+@pytest.mark.parametrize('loop', ['euler loop', 'heun loop', 'euler', 'heun'])
+@pytest.mark.parametrize('name', REMEMBERING)
+def test_a_cut_batch_raises(name, loop):
+    with pytest.raises(ValueError, match='samples'):
+        LOOPS[loop](cut(remembering(name)))
+
+
+@pytest.mark.parametrize('scale', [0.3, 0.01])
+@pytest.mark.parametrize('name', REMEMBERING)
+def test_a_cut_batch_of_pictures_that_are_alike_raises(name, scale):
+    x = 5 + scale * X
+    sigmas = torch.tensor([scale, scale / 2, scale / 4, 0.0])
+    with pytest.raises(ValueError, match='samples'):
+        euler_loop(cut(remembering(name)), x, sigmas)
+
+
+@pytest.mark.parametrize('name', ['stop', 'apg'])
+def test_identical_halves_give_the_same_pictures(name):
+    x, c = X[:3].repeat(2, 1), dict(c=C['c'][:3].repeat(2))
+    close(
+        euler_loop(cut(remembering(name)), 10 * x, SIGMAS, c),
+        euler_loop(remembering(name), 10 * x, SIGMAS, c),
+        1e-4,
     )
-    assert torch.equal(run(pipe, **kw), own)
 
 
-def noise(pipe):
-    return torch.randn(2, *pipeline_denoiser(pipe).latent_shape, generator=seeded(0))
+def test_a_batch_without_memory_may_be_cut():
+    G = GuidedDenoiser(toy, NONE, w=3.0, interval=(0.3, 5.0))
+    close(euler_loop(cut(G), 10 * X, SIGMAS), euler_loop(G, 10 * X, SIGMAS), 1e-4)
 
 
-def test_passed_on():
-    "A class of yours that takes what it passes on; guided(...) is no pipeline; a list for prompts is none for steps"
+def test_a_loop_that_changes_x_in_place():
+    "A corrector at one noise level: the memory goes on."
+    G, H = (GuidedDenoiser(toy, NONE, w=3.0, rule=momentum) for _ in range(2))
+    x = X.clone()
+    G(x, 2.0, **C)
+    G(x, 1.0, **C)
+    x.mul_(1.01)
+    got = G(x, 1.0, **C)
+    for o, s in (X, 2.0), (X, 1.0):
+        H(o, s, **C)
+    close(got, H(X * 1.01, 1.0, **C))
 
-    class Mine(diffusers.StableDiffusionPipeline):
+
+def test_reading_the_run_begins_it_once():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    run = G.run
+    G(X, 1.0, **C)
+    assert G.run is run
+    assert G.nfe == 12
+
+
+def test_nothing_is_kept_alive_by_a_run():
+    G = GuidedDenoiser(toy, NONE, w=3.0, rule=momentum)
+    x = X.clone().requires_grad_()
+    G(x, 1.0, **C)
+    assert not G.run.last[0].requires_grad
+    assert not any(torch.is_tensor(o) and o.requires_grad for o in G.run.scale_sums[0])
+
+
+# --- what draws ---
+
+
+def drawn(generator, w=3.0, i=slice(0, 6), D=toy, kind=Noisy):
+    G = GuidedDenoiser(D, kind(generator), w=w)
+    return torch.stack([G(X[i], s, **rows(C, i)) for s in (3.0, 1.0, 0.5)])
+
+
+def test_a_seed_repeats_and_a_generator_goes_on():
+    def twice(generator):
+        G = GuidedDenoiser(toy, Noisy(generator), w=2.0)
+        return torch.equal(*(sample(G, X, SIGMAS, karras.euler, C) for _ in range(2)))
+
+    assert twice(5)
+    assert twice([1, 2, 3, 4, 5, 6])
+    assert not twice(torch.Generator().manual_seed(5))
+    assert not twice([torch.Generator().manual_seed(i) for i in range(6)])
+    assert not twice(None)
+
+
+def test_draws_are_new_at_each_evaluation():
+    seen = []
+
+    class Spied(Noisy):
+        def queries(self, x, sigma, cond, generators=None):
+            (q,) = super().queries(x, sigma, cond, generators)
+            seen.append(q.cond['c'])
+            return [q]
+
+    GuidedDenoiser(toy, Spied(5), w=2.0)(X, 2.0, **C)
+    G = GuidedDenoiser(toy, Spied(5), w=2.0)
+    seen.clear()
+    sample(G, X, SIGMAS, karras.euler, C)
+    assert len({tuple(o.tolist()) for o in seen}) == len(seen) == 8
+
+
+def test_draws_of_a_sample_do_not_depend_on_the_batch():
+    whole = drawn(5)
+    close(drawn(5, i=slice(0, 2)), whole[:, :2])
+    many = drawn(list(range(6)))
+    close(drawn([4, 5], i=slice(4, 6)), many[:, 4:])
+
+
+@pytest.mark.parametrize('kind', [Noisy, CalledNoisy])
+def test_draws_of_a_sample_do_not_depend_on_which_are_guided(kind):
+    w = torch.tensor([2.0, 1.0, 3.0, 2.0, 1.0, 3.0])
+    mixed = drawn(5, w, kind=kind)[:, [0, 2, 3, 5]]
+    full = drawn(5, w + (w == 1), kind=Noisy)[:, [0, 2, 3, 5]]
+    close(mixed, full)
+
+
+@pytest.mark.parametrize('size', [1, 2, 5])
+def test_draws_do_not_depend_on_micro_batches(size):
+    close(drawn(5, D=Microbatched(toy, size)), drawn(5))
+
+
+def test_terms_and_the_sampler_draw_other_numbers():
+    seen = []
+
+    class Spied(Noisy):
+        def queries(self, x, sigma, cond, generators=None):
+            (q,) = super().queries(x, sigma, cond, generators)
+            seen.append(q.cond['c'])
+            return [q]
+
+    GuidedDenoiser(toy, Term(Spied(5), 2.0), Term(Spied(5), 2.0))(X, 2.0, **C)
+    fresh = torch.cat([torch.randn(1, generator=g) for g in split_generator(5, 6)])
+    noise = torch.cat([torch.randn(1, generator=g) for g in karras._own_generators(X, 5)])
+    for a, b in (seen[0], seen[1]), (seen[0], fresh), (seen[1], fresh), (seen[0], noise):
+        assert not (a == b).any()
+
+
+def test_a_nested_guided_denoiser_that_draws_is_refused():
+    inner = GuidedDenoiser(toy, Noisy(5), w=2.0)
+    with pytest.raises(ValueError, match='outermost'):
+        GuidedDenoiser(Denoiser(toy), inner, w=2.0)
+
+
+# --- threads ---
+
+
+@pytest.mark.parametrize('name', [*REMEMBERING, 'nothing'])
+def test_threads_share_a_denoiser(name):
+    G = GuidedDenoiser(toy, NONE, w=3.0) if name == 'nothing' else remembering(name)
+    xs = [10 * randn((6, 4), i) for i in range(6)]
+    want = [sample(G, x, SIGMAS, karras.heun, C) for x in xs]
+    cost = G.run.nfe_per_sample
+    got, counts = {}, {}
+    barrier = threading.Barrier(len(xs))
+
+    def work(i):
+        barrier.wait()
+        got[i] = sample(G, xs[i], SIGMAS, karras.heun, C)
+        counts[i] = G.run.nfe_per_sample
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(xs))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i, o in enumerate(want):
+        assert torch.equal(got[i], o)
+    assert torch.equal(counts[5], cost)
+
+
+def test_a_thread_watches_its_own_evaluations():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    with G.watch() as traces:
+        thread = threading.Thread(target=lambda: G(X, 1.0, **C))
+        thread.start()
+        thread.join()
+        G(X, 1.0, **C)
+    assert len(traces) == 1
+
+
+# --- intervals ---
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('lo, hi', [(2, 6), (3, 4), (0, 8)])
+def test_intervals_of_a_samplers_own_levels(lo, hi, dtype):
+    sigmas = get_sigmas_karras(9, 0.1, 10.0)
+    interval = (sigmas[hi].item(), sigmas[lo].item())
+    G = GuidedDenoiser(toy, NONE, w=3.0, interval=interval)
+    guided_steps = []
+    for i, s in enumerate(sigmas[:-1].to(dtype)):
+        G(X.to(dtype), s, c=C['c'].to(dtype))
+        guided_steps += [i] * (G.last_nfe[0].item() == 2)
+    assert guided_steps == list(range(lo, hi))
+
+
+@pytest.mark.parametrize('digits', [4, 5, 6])
+def test_interval_bounds_that_were_printed(digits):
+    sigmas = get_sigmas_karras(9, 0.1, 10.0)
+    lo, hi = (float(f'{sigmas[i].item():.{digits + 1}g}') for i in (6, 2))
+    G = GuidedDenoiser(toy, NONE, w=3.0, interval=(lo, hi))
+    on = []
+    for s in sigmas[:-1]:
+        G(X, s, **C)
+        on.append(G.last_nfe[0].item() == 2)
+    assert on == [False, False, True, True, True, True, False, False, False]
+
+
+def test_intervals_of_tensors():
+    G = GuidedDenoiser(toy, NONE, w=3.0, interval=(SIGMAS[6], SIGMAS[2]))
+    assert G.terms[0].interval == (SIGMAS[6].item(), SIGMAS[2].item())
+
+
+def test_an_interval_is_half_open_and_per_sample():
+    G = GuidedDenoiser(toy, NONE, w=3.0, interval=(0.1, 1.6))
+    G(X, torch.tensor([0.1, 1.6, 1.7, 0.2, 5.0, 0.05]), **C)
+    assert G.run.nfe_per_sample.tolist() == [1, 2, 1, 2, 1, 1]
+
+
+def test_an_interval_in_time_steps_is_refused():
+    G = GuidedDenoiser(DiscreteDenoiser(lambda x, t: x), NONE, w=3.0, interval=(200, 800))
+    with pytest.raises(ValueError, match='interval: expected noise levels between 0.02'):
+        G.start()
+
+
+# --- where eps says nothing ---
+
+
+EPS_RULES = [base_norm, t_norm, full_norm, beta_cfg, tcfg]
+
+
+@pytest.mark.parametrize('r', EPS_RULES)
+def test_eps_rules_are_left_out_beyond_the_models_range(r):
+    D = flow_model()
+    for sigma in 1.1 * D.sigma_max, 1e4, 1e5, 1e6, 1e20:
+        G = GuidedDenoiser(D, NONE, w=3.0, rule=r)
+        x = X * sigma
+        assert torch.equal(G(x, sigma, **C), D(x, sigma, **C))
+        assert G.nfe == 6
+
+
+@pytest.mark.parametrize('r', EPS_RULES)
+def test_eps_rules_act_at_the_end_of_the_models_range(r):
+    D = flow_model()
+    G = GuidedDenoiser(D, NONE, w=3.0, rule=r)
+    G(X * D.sigma_max, D.sigma_max, **C)
+    assert G.nfe == 12
+
+
+@pytest.mark.parametrize('r', EPS_RULES)
+def test_no_result_depends_on_how_large_the_first_sigma_is(r):
+    "A flow model whose sampler begins at t = 1, for which a finite stand-in is taken."
+    G = GuidedDenoiser(flow_model(), NONE, w=0.2 if r in (t_norm, full_norm) else 1.5, rule=r)
+    noise, ends = randn((6, 4), 1), []
+    for first in 1e5, 1e6, 1e7:
+        sigmas = [first, *get_sigmas_karras(8, 0.05, 20.0).tolist()]
+        ends.append(sample(G, noise * first, sigmas, karras.euler, C))
+    close(ends[0], ends[2], 1e-2)
+    close(ends[1], ends[2], 1e-3)
+    assert ends[2].abs().max() < 100
+
+
+@pytest.mark.parametrize('r', EPS_RULES)
+def test_eps_rules_on_a_model_of_zero_terminal_snr(r):
+    abar = torch.linspace(0.999, 0.0, 50)
+
+    def net(x, t, c):
+        return torch.tanh(x + c[:, None])
+
+    D = DiscreteDenoiser(net, abar, 'v')
+    G = GuidedDenoiser(D, NONE, w=3.0, rule=r)
+    out = G(X * 1e6, 1e6, **C)
+    assert torch.equal(out, D(X * 1e6, 1e6, **C))
+
+
+def test_rules_of_other_spaces_act_at_any_level():
+    G = GuidedDenoiser(flow_model(), NONE, w=3.0, rule=apg)
+    G(X * 1e6, 1e6, **C)
+    assert G.nfe == 12
+
+
+def test_infinite_noise_is_refused_by_name():
+    with pytest.raises(ValueError, match='sigma: expected finite numbers'):
+        GuidedDenoiser(flow_model(), NONE, w=3.0, rule=t_norm)(X, torch.full((6,), math.inf), **C)
+
+
+# --- not finite ---
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_what_is_not_finite_raises_with_step_and_sigma(value):
+    def broken(x, sigma, c):
+        return torch.where(c[:, None] > 1, value, x)
+
+    with pytest.raises(FloatingPointError, match='not finite at sigma=2, step 3'):
+        GuidedDenoiser(broken, NONE, w=3.0)(X, 2.0, step=3, **C)
+
+
+def test_images_that_are_not_finite():
+    x = X.clone()
+    x[2, 1] = math.nan
+    with pytest.raises(FloatingPointError, match='not finite at sigma=2'):
+        GuidedDenoiser(toy, NONE, w=3.0)(x, 2.0, **C)
+
+
+def test_conditions_that_are_not_finite():
+    with pytest.raises(FloatingPointError, match='not finite'):
+        GuidedDenoiser(toy, dict(c=torch.full((1,), math.nan)), w=3.0)(X, 2.0, **C)
+
+
+def test_noise_levels_that_are_not_finite():
+    with pytest.raises(ValueError, match='sigma: expected finite'):
+        GuidedDenoiser(toy, NONE, w=3.0)(X, torch.full((6,), math.nan), **C)
+
+
+def test_large_finite_values_are_not_refused():
+    def large(x, sigma, c):
+        return torch.full_like(x, 3e38)
+
+    assert GuidedDenoiser(large, NONE, w=1.0)(X, 2.0, **C).isfinite().all()
+
+
+# --- micro-batches ---
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 4, 5, 7, 12, 100])
+def test_no_forward_has_more_rows(size):
+    D = Counted()
+    G = GuidedDenoiser(Microbatched(D, size), Term(NONE, 2.0), Term(OTHER, 1.5))
+    close(G(X, 1.0, **C), POS + (POS - NEG) + 0.5 * (POS - BAD), 1e-5)
+    assert max(D.rows) <= size
+    assert sum(D.rows) == G.nfe == 18
+
+
+def test_a_sample_stays_in_one_piece_if_it_fits():
+    D = Counted()
+    GuidedDenoiser(Microbatched(D, 7), Term(NONE, 2.0), Term(OTHER, 1.5))(X, 1.0, **C)
+    assert D.rows == [6, 6, 6]
+
+
+def test_micro_batches_of_a_denoiser_alone():
+    D = Counted()
+    close(Microbatched(D, 4)(X, 1.0, **C), POS, 1e-6)
+    assert D.rows == [4, 2]
+
+
+def test_micro_batches_of_parts_and_mixed_weights():
+    w = torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0, 4.0])
+    for size in 1, 2, 3, 5:
+        G, H = GuidedDenoiser(Microbatched(toy, size), NONE, w=w), GuidedDenoiser(toy, NONE, w=w)
+        close(G(X, 1.0, **C), H(X, 1.0, **C))
+        assert torch.equal(G.run.nfe_per_sample, H.run.nfe_per_sample)
+        for a, b in zip(G.parts(X, 1.0, **C)[:3], H.parts(X, 1.0, **C)[:3], strict=True):
+            close(a, b)
+
+
+class Full:
+    "A denoiser that is out of memory at some calls."
+
+    def __init__(self, fail):
+        self.fail, self.calls, self.rows = fail, 0, []
+
+    def __call__(self, x, sigma, c):
+        self.calls += 1
+        if self.fail(self.calls, len(x)):
+            raise torch.OutOfMemoryError('simulated')
+        self.rows.append(len(x))
+        return toy(x, sigma, c)
+
+
+FAILS = {
+    'above 5 rows': lambda i, b: b > 5,
+    'above 1 row': lambda i, b: b > 1,
+    'second call': lambda i, b: i == 2,
+    'fourth call': lambda i, b: i == 4,
+    'late': lambda i, b: i == 9 and b > 2,
+}
+
+
+@pytest.mark.parametrize('fail', FAILS)
+@pytest.mark.parametrize('name', [*REMEMBERING, 'two terms'])
+def test_out_of_memory_changes_nothing(name, fail):
+    def make(D):
+        if name == 'two terms':
+            return GuidedDenoiser(D, Term(NONE, 2.0), Term(Noisy(3), 1.5))
+        return remembering(name, D)
+
+    D = Full(FAILS[fail])
+    G, H = make(Microbatched(D, 100)), make(toy)
+    if name == 'called draws':
+        G, H = (make_called(o) for o in (Microbatched(D, 100), toy))
+    got, want = (sample(o, 10 * X, SIGMAS, karras.heun, C) for o in (G, H))
+    close(got, want, 1e-4)
+    assert torch.equal(G.run.nfe_per_sample, H.run.nfe_per_sample)
+    assert sum(D.rows) == G.nfe
+
+
+def make_called(D):
+    return GuidedDenoiser(D, CalledNoisy(5), w=3.0)
+
+
+def test_micro_batches_shrink_and_recover_in_the_next_run():
+    D = Full(lambda i, b: b > 5)
+    M = Microbatched(D, 100)
+    G = GuidedDenoiser(M, NONE, w=3.0)
+    G.start()
+    G(X, 2.0, **C)
+    small = M.fitting
+    assert small <= 5
+    G(X, 1.0, **C)
+    assert M.fitting == small
+    D.fail = lambda i, b: False
+    G.start()
+    D.rows.clear()
+    G(X, 2.0, **C)
+    assert D.rows == [12]
+
+
+def test_out_of_memory_for_one_row_raises():
+    M = Microbatched(Full(lambda i, b: True), 100)
+    with pytest.raises(torch.OutOfMemoryError):
+        GuidedDenoiser(M, NONE, w=3.0)(X, 1.0, **C)
+
+
+def test_micro_batches_of_a_guided_denoiser_are_refused():
+    with pytest.raises(ValueError, match='GuidedDenoiser'):
+        Microbatched(GuidedDenoiser(toy, NONE), 2)
+
+
+# --- what others have evaluated ---
+
+
+def test_known_predictions_are_not_evaluated():
+    D = Counted()
+    G = GuidedDenoiser(D, NONE, w=3.0)
+    close(G(X, 1.0, known={'pos': POS}, **C), NEG + 3 * (POS - NEG))
+    assert D.rows == [6]
+    close(G(X, 1.0, known={'pos': POS, 0: NEG}, **C), NEG + 3 * (POS - NEG))
+    assert D.rows == [6]
+    assert G.nfe == 24  # somebody has evaluated them
+
+
+def test_a_known_prediction_of_another_model():
+    def weak(x, sigma, c):
+        raise AssertionError('not evaluated')
+
+    close(GuidedDenoiser(toy, weak, w=3.0)(X, 1.0, known={0: NEG}, **C), NEG + 3 * (POS - NEG))
+
+
+# --- conditions ---
+
+
+def words(x, sigma, tokens):
+    return x / (1 + sigma[:, None]) + torch.tanh(tokens).mean((1, 2))[:, None]
+
+
+TEXT = dict(tokens=randn((6, 5, 4), 7))
+EMPTY, SHORT = dict(tokens=randn((1, 5, 4), 8)), dict(tokens=randn((1, 2, 4), 9))
+
+
+def test_conditions_of_other_lengths_have_a_forward_of_their_own():
+    D = Counted(words)
+    G = GuidedDenoiser(D, Term(SHORT, 3.0), Term(EMPTY, 2.0))
+    pos, short, empty = (words(X, S1, **o) for o in (TEXT, SHORT, EMPTY))
+    close(G(X, 1.0, **TEXT), pos + 2 * (pos - short) + (pos - empty))
+    assert D.rows == [12, 6]
+    assert G.nfe == 18
+
+
+def test_conditions_with_one_row_per_sample():
+    many = dict(c=torch.linspace(-2.0, 2.0, 6))
+    close(GuidedDenoiser(toy, many, w=3.0)(X, 1.0, **C), toy(X, S1, **many) * -2 + 3 * POS)
+
+
+def test_names_that_are_not_given_are_as_in_the_positive():
+    def two(x, sigma, c, d):
+        return toy(x, sigma, c) + d[:, None]
+
+    G = GuidedDenoiser(two, NONE, w=3.0)
+    close(G(X, 1.0, d=S1 * 5, **C), NEG + 3 * (POS - NEG) + 5)
+
+
+def test_one_row_for_the_positive():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    close(G(X, 1.0, c=torch.ones(1)), 3 * toy(X, S1, S1) - 2 * NEG)
+
+
+# --- copies and pickles ---
+
+
+def copies(o):
+    return copy.copy(o), copy.deepcopy(o), pickle.loads(pickle.dumps(o))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(1, 4)
+        for i, p in enumerate(self.parameters()):
+            p.data = randn(p.shape, i) / 2
+
+    def forward(self, x, t, c):
+        return self.a(x) + torch.tanh(self.b(c[:, None].to(x.dtype)))
+
+
+@pytest.mark.parametrize('kw', [dict(stop=0.9), dict(rule=apg), dict(post=rescale), dict()])
+def test_copies_of_a_guided_denoiser(kw):
+    G = GuidedDenoiser(DiscreteDenoiser(Net()), NONE, w=[3.0, 2.0], sigmas=[3.0, 1.0, 0.0], **kw)
+    want = sample(G, X, [3.0, 1.0, 0.0], karras.euler, C)
+    for o in copies(G):
+        assert torch.equal(sample(o, X, [3.0, 1.0, 0.0], karras.euler, C), want)
+
+
+@pytest.mark.parametrize('name', ['stop', 'apg', 'draws'])
+def test_a_copy_has_runs_of_its_own(name):
+    G = remembering(name)
+    G(X, 3.0, **C)
+    run = G.run
+    for o in copies(G):
+        assert o.run is not run
+        o(X[:2], 1.0, c=C['c'][:2])
+    assert G.run is run
+    G(X, 1.0, **C)
+    assert run.evaluations == 2
+
+
+def test_a_copy_is_not_watched():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    with G.watch() as traces:
+        for o in copies(G):
+            o(X, 1.0, **C)
+    assert traces == []
+
+
+@pytest.mark.parametrize(
+    'w', [3.0, [3.0, 2.0], torch.ones(2, 6), torch.ones(6), on_sigmas([3.0, 2.0], [3.0, 1.0, 0.0])]
+)
+def test_copies_of_weights_and_terms(w):
+    for o in copies(Weight.of(w)):
+        assert torch.equal(o(S1, 1), Weight.of(w)(S1, 1))
+    for o in copies(Term(NONE, w, apg, (0.1, 2.0), 0.9)):
+        assert torch.equal(o.w(S1, 1), Weight.of(w)(S1, 1))
+        assert (o.rule, o.interval, o.stop) == (apg, (0.1, 2.0), 0.9)
+
+
+@pytest.mark.parametrize('neg', [Conditions(NONE), Model(weaker), Noisy(5), Mean(NONE, OTHER)])
+def test_copies_of_negatives(neg):
+    want = GuidedDenoiser(toy, neg, w=3.0)(X, 1.0, **C)
+    for o in copies(neg):
+        assert torch.equal(GuidedDenoiser(toy, o, w=3.0)(X, 1.0, **C), want)
+
+
+@pytest.mark.parametrize('name', REMEMBERING)
+def test_copies_of_a_run(name):
+    G = remembering(name)
+    sample(G, X, SIGMAS, karras.euler, C)
+    for o in copies(G.run):
+        assert o.nfe_per_sample.tolist() == G.run.nfe_per_sample.tolist()
+        assert o.effective_scale() == G.run.effective_scale()
+
+
+def test_copies_of_the_others():
+    for o in (*copies(Microbatched(toy, 4)), *copies(Microbatched(Microbatched(toy, 8), 4))):
+        close(o(X, 1.0, **C), POS)
+    F = ZeroInit(FlowDenoiser(Net()), LEVELS)
+    for o in copies(F):
+        assert torch.equal(o(X, 1.0, **C), F(X, 1.0, **C))
+
+
+def test_state_dict_is_that_of_the_model():
+    D = DiscreteDenoiser(Net())
+    G = GuidedDenoiser(D, NONE, w=3.0)
+    G(X, 2.0, **C)
+    assert set(G.state_dict()) == {f'inner_model.{k}' for k in D.state_dict()}
+
+
+def test_a_guided_denoiser_shows_what_the_model_has():
+    D = DiscreteDenoiser(Net())
+    G = GuidedDenoiser(D, NONE)
+    assert G.sigma_max == D.sigma_max
+    assert G.sigmas is D.sigmas
+    assert G.takes_step
+
+
+# --- compiled, inference mode, half precision, no samples, nested ---
+
+
+def test_a_compiled_network_inside():
+    net = Net().requires_grad_(False)
+    want = GuidedDenoiser(DiscreteDenoiser(net), NONE, w=3.0)(X, 2.0, **C)
+    net = torch.compile(net, backend='eager')
+    close(GuidedDenoiser(DiscreteDenoiser(net), NONE, w=3.0)(X, 2.0, **C), want)
+
+
+@pytest.mark.parametrize('kw', [dict(w=3.0), dict(w=3.0, rule=apg), dict(w=3.0, stop=0.99)])
+def test_a_compiled_guided_denoiser(kw):
+    D = DiscreteDenoiser(Net().requires_grad_(False))
+    G = GuidedDenoiser(D, NONE, **kw)
+    want = sample(G, 10 * X, SIGMAS, karras.euler, C)
+    close(sample(torch.compile(G, backend='eager'), 10 * X, SIGMAS, karras.euler, C), want)
+
+
+@pytest.mark.parametrize('name', REMEMBERING)
+def test_inference_mode(name):
+    want = sample(remembering(name), 10 * X, SIGMAS, karras.heun, C)
+    with torch.inference_mode():
+        got = sample(remembering(name), 10 * X, SIGMAS, karras.heun, C)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    D = DiscreteDenoiser(Net().requires_grad_(False).to(dtype))
+    half = {k: v.to(dtype) for k, v in C.items()}
+    G = GuidedDenoiser(D, NONE | {'c': NONE['c'].to(dtype)}, w=4.0, rule=full_norm)
+    p = G.parts(X.to(dtype), 2.0, **half)
+    noise = [from_x0(o.float(), X.to(dtype).float(), 2.0, 'eps') for o in (p.neg, p.pos)]
+    want = to_x0(full_norm(*noise, 4.0), X.to(dtype).float(), 2.0, 'eps')
+    assert torch.equal(p.pred, want.to(dtype))
+    assert G(X.to(dtype), 2.0, **half).dtype == dtype
+
+
+@pytest.mark.parametrize('name', [*REMEMBERING, 'nothing'])
+def test_no_samples(name):
+    G = GuidedDenoiser(toy, NONE) if name == 'nothing' else remembering(name)
+    out = sample(G, X[:0], SIGMAS, karras.heun, dict(c=C['c'][:0]))
+    assert out.shape == (0, 4)
+    assert G.nfe == 0
+
+
+def test_no_samples_in_micro_batches():
+    G = GuidedDenoiser(Microbatched(toy, 2), NONE)
+    assert G(X[:0], 1.0, c=C['c'][:0]).shape == (0, 4)
+
+
+def test_one_guided_denoiser_inside_another():
+    inner = GuidedDenoiser(toy, NONE, w=2.0)
+    outer = GuidedDenoiser(inner, OTHER, w=3.0)
+    want = 3 * (2 * POS - NEG) - 2 * (2 * BAD - NEG)
+    close(outer(X, 1.0, **C), want, 1e-4)
+    assert inner.nfe == 24
+
+
+def test_a_guided_denoiser_as_the_negative():
+    weak = GuidedDenoiser(toy, OTHER, w=2.0)
+    G = GuidedDenoiser(toy, weak, w=3.0)
+    close(G(X, 1.0, **C), 3 * POS - 2 * (2 * POS - BAD), 1e-4)
+    assert G.run.nfe_per_sample.tolist() == [3] * 6
+
+
+@pytest.mark.parametrize('wrap', [lambda o: o, Denoiser])
+def test_runs_of_a_guided_negative(wrap):
+    weak = GuidedDenoiser(toy, NONE, w=torch.tensor([2.0, 1.0, 3.0, 1.0, 1.0, 1.0]))
+    G = GuidedDenoiser(Denoiser(toy), wrap(weak), w=2.0)
+    a, b = (sample(G, X, [3.0, 1.0, 0.5, 0.0], karras.euler, C) for _ in range(2))
+    assert torch.equal(a, b)
+    assert G.run.nfe_per_sample.tolist() == [9, 6, 9, 6, 6, 6]
+    assert weak.nfe == 48
+
+
+def test_the_step_reaches_a_guided_denoiser_inside():
+    w = [1.5 + i for i in range(8)]
+    outer = GuidedDenoiser(GuidedDenoiser(toy, NONE, w=w), OTHER, w=2.0)
+    with outer.inner_model.watch() as traces:
+        sample(outer, 10 * X, SIGMAS, karras.heun, C)
+    assert [round(o.scale.nanmedian().item(), 2) for o in traces] == [o for o in w for _ in '12'][
+        :-1
+    ]
+
+
+@pytest.mark.parametrize('a, b', [(toy, toy), (Denoiser(toy), Denoiser(toy))])
+def test_the_same_model_is_no_negative(a, b):
+    with pytest.raises(ValueError, match='neg: the negative model is the guided one'):
+        GuidedDenoiser(a, b, w=2.0)(X, 1.0, **C)
+
+
+def test_an_error_leaves_it_usable():
+    class Broken(Called):
         def __call__(self, *args, **kwargs):
-            return super().__call__(*args, **kwargs)
+            raise RuntimeError('in the middle')
 
-    pipe = sd_v()
-    own, mine = run(pipe), Mine(**pipe.components, requires_safety_checker=False)
-    assert off(with_terms(mine, lambda: run(mine), NegativePrompt()), own) < 1e-5
-    with pytest.raises(TypeError, match='is not a pipeline'):
-        guided(pipe, w=3.0)('a boot')
-    with (
-        pytest.raises(ValueError, match='one value a prompt is given as a tensor'),
-        guided(pipe, w=[3.0, 6.0]),
-    ):
-        run(pipe)
-    with pytest.raises(ValueError, match='Guider of cf_guidance.guiders'):
-        guided(object())
+    G = GuidedDenoiser(toy, Term(Broken(), 3.0), Term(NONE, 2.0))
+    with pytest.raises(RuntimeError, match='in the middle'):
+        G(X, 1.0, **C)
+    with pytest.raises(RuntimeError, match='in the middle'):
+        G(X, 1.0, **C)
 
 
-@pytest.mark.parametrize('name', ['StableDiffusion', 'StableDiffusion3', 'Flux'])
-def test_ladder_of(name):
-    "It is the ladder that a call walks"
-    pipe, kw = make(name)
-    with guided(pipe, NegativePrompt()) as g:
-        run(pipe, **kw)
-    assert torch.allclose(ladder_of(pipe, STEPS), torch.tensor(g.denoiser._ladder), rtol=1e-5)
+# --- negatives of one's own ---
 
 
-def test_rounded_times():
-    "Times that a pipeline rounds to bfloat16 are those of their own steps"
-    pipe, kw = make('Flux')
-    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.5)
-    pipe.to(torch.bfloat16)
-    w = [1.0 + i for i in range(50)]
-    with guided(pipe, w=w) as g, g.watch() as seen:
-        run(pipe, steps=50, **kw)
-    levels = [o.sigma[0].item() for o in seen]
-    assert len({*levels}) == 50 and levels == sorted(levels, reverse=True)
+def test_a_called_negative_gets_the_rows_that_need_it():
+    seen = []
+
+    class Spy(Called):
+        needs_pos = True
+
+        def __call__(self, D, x, sigma, cond, pos=None, rows=None, generators=None, seen_=None):
+            seen.append((x, cond['c'], pos, rows, generators))
+            return 0 * x
+
+    w = torch.tensor([0.0, 1.0, 2.0, 1.0, 3.0, 1.0])
+    G = GuidedDenoiser(toy, Spy(), w=w)
+    close(G(X, 1.0, **C), w[:, None] * POS)
+    x, c, pos, at, generators = seen[0]
+    assert at.tolist() == [0, 2, 4]
+    assert torch.equal(x, X[at])
+    assert torch.equal(c, C['c'][at])
+    assert torch.equal(pos, POS[at])
+    assert generators is None
+    assert G.run.nfe_per_sample.tolist() == [2, 1, 2, 1, 2, 1]
+
+
+def test_a_negative_of_queries_that_needs_the_positive():
+    class Between(Queries):
+        needs_pos = True
+
+        def queries(self, x, sigma, cond, generators=None):
+            return [Query(x, sigma, {**cond, 'c': 0 * cond['c']})]
+
+        def combine(self, outputs, x, sigma, pos):
+            return (outputs[0] + pos) / 2
+
+    w = torch.tensor([0.0, 1.0, 2.0, 1.0, 3.0, 1.0])
+    G = GuidedDenoiser(toy, Between(), w=w)
+    neg = (NEG + POS) / 2
+    close(G(X, 1.0, **C), neg + w[:, None] * (POS - neg))
+    assert G.run.nfe_per_sample.tolist() == [2, 1, 2, 1, 2, 1]
+
+
+def test_a_called_negative_of_two_evaluations():
+    class Two(Called):
+        nfe = 2
+
+        def __call__(self, D, x, sigma, cond, **kw):
+            return D(D(x, sigma, **cond), sigma, **cond)
+
+    G = GuidedDenoiser(toy, Two(), w=3.0)
+    G(X, 1.0, **C)
+    assert G.nfe == 18
+
+
+def test_a_query_at_another_noise_level():
+    class Higher(Queries):
+        def queries(self, x, sigma, cond, generators=None):
+            return [Query(x, 2 * sigma, cond)]
+
+    D = Counted()
+    G = GuidedDenoiser(D, Higher(), w=3.0)
+    close(G(X, 1.0, **C), 3 * POS - 2 * toy(X, 2 * S1, **C))
+    assert D.rows == [12]
+
+
+# --- watching ---
+
+
+def test_what_a_trace_says():
+    G = GuidedDenoiser(toy, NONE, w=torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0, 4.0]))
+    with G.watch() as traces:
+        G(X, 1.0, **C)
+    (t,) = traces
+    close(t.scale, torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0, 4.0]), 1e-3)
+    assert t.cosine.isnan().tolist() == [False, True, True, False, True, False]
+    assert t.ratio.isnan().tolist() == [False, True, True, False, True, False]
+    assert torch.equal(t.sigma, S1)
+    close(t.cosine[0], torch.cosine_similarity(eps(POS), eps(NEG))[0])
+    close(t.ratio[0], (eps(POS) - eps(NEG))[0].norm() / eps(NEG)[0].norm())
+
+
+def test_two_terms_are_watched_at_once():
+    G = GuidedDenoiser(toy, Term(NONE, 3.0), Term(OTHER, 2.0))
+    with G.watch() as a, G.watch(1) as b:
+        G(X, 1.0, **C)
+        G(X, 0.9, **C)
+    G(X, 0.8, **C)
+    assert len(a) == len(b) == 2
+    d = POS - BAD
+    want = ((2 * (POS - NEG) + (POS - BAD) + d) * d).sum(1) / (d * d).sum(1)
+    close(b[0].scale, want, 1e-4)
+
+
+def test_a_term_that_is_off_while_others_act_has_no_scale():
+    G = GuidedDenoiser(toy, Term(NONE, 3.0, interval=(4.0, 5.0)), Term(OTHER, 2.0))
+    with G.watch() as traces:
+        G(X, 1.0, **C)
+    assert traces[0].scale.isnan().all()
+
+
+def test_a_term_that_is_off_as_all_are_has_scale_1():
+    G = GuidedDenoiser(toy, Term(NONE, 3.0, interval=(4.0, 5.0)), Term(OTHER, 1.0))
+    with G.watch() as traces:
+        G(X, 1.0, **C)
+    assert traces[0].scale.tolist() == [1.0] * 6
+
+
+def test_equal_predictions_have_no_scale():
+    G = GuidedDenoiser(toy, dict(c=C['c']), w=3.0)
+    with G.watch() as traces:
+        G(X, 1.0, **C)
+    assert traces[0].scale.isnan().all()
+
+
+def test_watching_ends_with_an_error():
+    G = GuidedDenoiser(toy, NONE)
+    with pytest.raises(KeyError), G.watch() as traces:
+        raise KeyError
+    G(X, 1.0, **C)
+    assert traces == []
