@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    'in_interval',
     'INTERVALS',
     'get_cos_sched',
     'inv_kdecay_sched',
@@ -326,7 +325,7 @@ def _beta_density(x, a, b):
     return math.exp(c + _log_power(x, a - 1) + _log_power(1 - x, b - 1))
 
 
-# %% ../nbs/00_schedules.ipynb #3f7200b5
+# %% ../nbs/00_schedules.ipynb #c755ccc1
 def beta_sched(
     num_steps: int = 50,  # length of the list
     w: float = 7.5,  # mean weight
@@ -418,14 +417,10 @@ def points_sched(
     return make_sched(_through(pairs, slopes), num_steps)
 
 
-# %% ../nbs/00_schedules.ipynb #1ff5394a
-def _in_interval(x, lo, hi, tol=1e-5):
+# %% ../nbs/00_schedules.ipynb #9fdf7ca0
+def _in_interval(x, lo, hi, tol=1e-4):
     "Is `lo < x <= hi`, for a number or a tensor? An `x` just above an end counts as that end."
-    x = x * (1 - tol)
-    return (x > lo) & (x <= hi)
-
-
-in_interval = _in_interval  # its name until the notebooks on guidance have moved
+    return (x > lo * (1 + tol)) & (x <= hi * (1 + tol))
 
 
 # %% ../nbs/00_schedules.ipynb #6064c347
