@@ -3191,10 +3191,6 @@ d = {
                 'transforms.html#_check_facts',
                 'cf_guidance/transforms.py',
             ),
-            'cf_guidance.transforms._check_levels': (
-                'transforms.html#_check_levels',
-                'cf_guidance/transforms.py',
-            ),
             'cf_guidance.transforms._check_state_shape': (
                 'transforms.html#_check_state_shape',
                 'cf_guidance/transforms.py',
@@ -3268,10 +3264,6 @@ d = {
             ),
             'cf_guidance.transforms._ratio': (
                 'transforms.html#_ratio',
-                'cf_guidance/transforms.py',
-            ),
-            'cf_guidance.transforms._short': (
-                'transforms.html#_short',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._std': ('transforms.html#_std', 'cf_guidance/transforms.py'),
