@@ -266,16 +266,14 @@ def _at_weight(at, w, end, pred):
     return end.clone() if w == at else pred
 
 
-# %% ../nbs/01_transforms.ipynb #6ce57146
+# %% ../nbs/01_transforms.ipynb #9c3232f5
 @dataclass(frozen=True, repr=False)
 class Rule(_Formula):
     "How a negative and a positive prediction become one: `rule(neg, pos, w) -> pred`."
 
-    # weight at which the result is exactly `pos`, and weight at which it is exactly `neg`
-    pos_at: float | None = field(default=1.0, kw_only=True)
-    neg_at: float | None = field(default=None, kw_only=True)
-    # does it remember: `rule(neg, pos, w, state) -> (pred, state)`
-    stateful: bool = field(default=False, kw_only=True)
+    pos_at: float | None = field(default=1.0, kw_only=True)  # weight that gives exactly `pos`
+    neg_at: float | None = field(default=None, kw_only=True)  # weight that gives exactly `neg`
+    stateful: bool = field(default=False, kw_only=True)  # does it take and return a state?
 
     def _args(self):
         return ('neg', 'pos', 'w', 'state') if self.stateful else ('neg', 'pos', 'w')
