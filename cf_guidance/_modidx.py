@@ -10,27 +10,33 @@ d = {
     },
     'syms': {
         'cf_guidance.attention': {
-            'cf_guidance.attention.Layers': ('attention.html#layers', 'cf_guidance/attention.py'),
-            'cf_guidance.attention.Layers.__init__': (
-                'attention.html#layers.__init__',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Layers.__repr__': (
-                'attention.html#layers.__repr__',
-                'cf_guidance/attention.py',
-            ),
             'cf_guidance.attention.PAG': ('attention.html#pag', 'cf_guidance/attention.py'),
-            'cf_guidance.attention.Prefix': ('attention.html#prefix', 'cf_guidance/attention.py'),
-            'cf_guidance.attention.Prefix.__init__': (
-                'attention.html#prefix.__init__',
+            'cf_guidance.attention.PAG.__init__': (
+                'attention.html#pag.__init__',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention.Prefix.record': (
-                'attention.html#prefix.record',
+            'cf_guidance.attention.Perturbation': (
+                'attention.html#perturbation',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention.Prefix.replay': (
-                'attention.html#prefix.replay',
+            'cf_guidance.attention.Perturbation.__init__': (
+                'attention.html#perturbation.__init__',
+                'cf_guidance/attention.py',
+            ),
+            'cf_guidance.attention.Perturbation.__repr__': (
+                'attention.html#perturbation.__repr__',
+                'cf_guidance/attention.py',
+            ),
+            'cf_guidance.attention.Perturbation.check': (
+                'attention.html#perturbation.check',
+                'cf_guidance/attention.py',
+            ),
+            'cf_guidance.attention.Perturbation.layers': (
+                'attention.html#perturbation.layers',
+                'cf_guidance/attention.py',
+            ),
+            'cf_guidance.attention.Perturbation.queries': (
+                'attention.html#perturbation.queries',
                 'cf_guidance/attention.py',
             ),
             'cf_guidance.attention.SAG': ('attention.html#sag', 'cf_guidance/attention.py'),
@@ -42,20 +48,16 @@ d = {
                 'attention.html#sag.__init__',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention.SAG._look': (
-                'attention.html#sag._look',
+            'cf_guidance.attention.SAG.__repr__': (
+                'attention.html#sag.__repr__',
                 'cf_guidance/attention.py',
             ),
             'cf_guidance.attention.SAG.check': (
                 'attention.html#sag.check',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention.SAG.take': (
-                'attention.html#sag.take',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.SAG.watch': (
-                'attention.html#sag.watch',
+            'cf_guidance.attention.SAG.observe': (
+                'attention.html#sag.observe',
                 'cf_guidance/attention.py',
             ),
             'cf_guidance.attention.SEG': ('attention.html#seg', 'cf_guidance/attention.py'),
@@ -64,241 +66,68 @@ d = {
                 'cf_guidance/attention.py',
             ),
             'cf_guidance.attention.SLG': ('attention.html#slg', 'cf_guidance/attention.py'),
-            'cf_guidance.attention.SLG.usual': (
-                'attention.html#slg.usual',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Site': ('attention.html#site', 'cf_guidance/attention.py'),
-            'cf_guidance.attention.Site.__init__': (
-                'attention.html#site.__init__',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Site.grid': (
-                'attention.html#site.grid',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Site.image': (
-                'attention.html#site.image',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Site.own': (
-                'attention.html#site.own',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Surgery': ('attention.html#surgery', 'cf_guidance/attention.py'),
-            'cf_guidance.attention.Surgery.__call__': (
-                'attention.html#surgery.__call__',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Surgery.__init__': (
-                'attention.html#surgery.__init__',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Surgery.__repr__': (
-                'attention.html#surgery.__repr__',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Surgery.check': (
-                'attention.html#surgery.check',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Surgery.take': (
-                'attention.html#surgery.take',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Surgery.usual': (
-                'attention.html#surgery.usual',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.Surgery.watch': (
-                'attention.html#surgery.watch',
+            'cf_guidance.attention.SLG.__init__': (
+                'attention.html#slg.__init__',
                 'cf_guidance/attention.py',
             ),
             'cf_guidance.attention.TPG': ('attention.html#tpg', 'cf_guidance/attention.py'),
-            'cf_guidance.attention.TPG.__call__': (
-                'attention.html#tpg.__call__',
-                'cf_guidance/attention.py',
-            ),
             'cf_guidance.attention.TPG.__init__': (
                 'attention.html#tpg.__init__',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention.TPG.draw': (
-                'attention.html#tpg.draw',
+            'cf_guidance.attention.TPG.queries': (
+                'attention.html#tpg.queries',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention.TPG.usual': (
-                'attention.html#tpg.usual',
+            'cf_guidance.attention._AttentionMap': (
+                'attention.html#_attentionmap',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._Frozen': ('attention.html#_frozen', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._Frozen.__init__': (
-                'attention.html#_frozen.__init__',
+            'cf_guidance.attention._AttentionMap.look': (
+                'attention.html#_attentionmap.look',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._Frozen._versions': (
-                'attention.html#_frozen._versions',
+            'cf_guidance.attention._AttentionMap.of': (
+                'attention.html#_attentionmap.of',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._Frozen.whole': (
-                'attention.html#_frozen.whole',
+            'cf_guidance.attention._Blurred': (
+                'attention.html#_blurred',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._Gate': ('attention.html#_gate', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._Gate.__enter__': (
-                'attention.html#_gate.__enter__',
+            'cf_guidance.attention._Blurred.__call__': (
+                'attention.html#_blurred.__call__',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._Gate.__exit__': (
-                'attention.html#_gate.__exit__',
+            'cf_guidance.attention._Permuted': (
+                'attention.html#_permuted',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._Gate.__init__': (
-                'attention.html#_gate.__init__',
+            'cf_guidance.attention._Permuted.__call__': (
+                'attention.html#_permuted.__call__',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._Gate.__torch_function__': (
-                'attention.html#_gate.__torch_function__',
+            'cf_guidance.attention._Permuted.seed_of': (
+                'attention.html#_permuted.seed_of',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._Kept': ('attention.html#_kept', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._Kept.__init__': (
-                'attention.html#_kept.__init__',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._Kept.add': (
-                'attention.html#_kept.add',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._Kept.cut': (
-                'attention.html#_kept.cut',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._Kept.fits': (
-                'attention.html#_kept.fits',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._Kept.learn': (
-                'attention.html#_kept.learn',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._Open': ('attention.html#_open', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._Open.__init__': (
-                'attention.html#_open.__init__',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._Seen': ('attention.html#_seen', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._Seen.__init__': (
-                'attention.html#_seen.__init__',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._Seen._wrap': (
-                'attention.html#_seen._wrap',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._Seen.wraps': (
-                'attention.html#_seen.wraps',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._and': ('attention.html#_and', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._attend': ('attention.html#_attend', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._attention_wrap': (
-                'attention.html#_attention_wrap',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._attentions': (
-                'attention.html#_attentions',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._batched': (
-                'attention.html#_batched',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._beside': ('attention.html#_beside', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._block_wrap': (
-                'attention.html#_block_wrap',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._blocks': ('attention.html#_blocks', 'cf_guidance/attention.py'),
             'cf_guidance.attention._blur_matrix': (
                 'attention.html#_blur_matrix',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._called': ('attention.html#_called', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._checked_blur': (
-                'attention.html#_checked_blur',
+            'cf_guidance.attention._check_inside': (
+                'attention.html#_check_inside',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._checked_generator': (
-                'attention.html#_checked_generator',
+            'cf_guidance.attention._checked_width': (
+                'attention.html#_checked_width',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._counted': (
-                'attention.html#_counted',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._counting': (
-                'attention.html#_counting',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._first': ('attention.html#_first', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._form': ('attention.html#_form', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._grid': ('attention.html#_grid', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._image': ('attention.html#_image', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._keeping': (
-                'attention.html#_keeping',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._many_heads': (
-                'attention.html#_many_heads',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._match': ('attention.html#_match', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._names': ('attention.html#_names', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._nth': ('attention.html#_nth', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._operable': (
-                'attention.html#_operable',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._other': ('attention.html#_other', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._picked': ('attention.html#_picked', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._put': ('attention.html#_put', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._replaying': (
-                'attention.html#_replaying',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._run': ('attention.html#_run', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._same': ('attention.html#_same', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._self_only': (
-                'attention.html#_self_only',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._skipped': (
-                'attention.html#_skipped',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._starting': (
-                'attention.html#_starting',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._stopping': (
-                'attention.html#_stopping',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._unfused': (
-                'attention.html#_unfused',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention._usual': ('attention.html#_usual', 'cf_guidance/attention.py'),
-            'cf_guidance.attention._with_first': (
-                'attention.html#_with_first',
+            'cf_guidance.attention._refuse_cross_attention': (
+                'attention.html#_refuse_cross_attention',
                 'cf_guidance/attention.py',
             ),
             'cf_guidance.attention.blurred': ('attention.html#blurred', 'cf_guidance/attention.py'),
-            'cf_guidance.attention.find_layers': (
-                'attention.html#find_layers',
-                'cf_guidance/attention.py',
-            ),
             'cf_guidance.attention.gaussian_blur': (
                 'attention.html#gaussian_blur',
                 'cf_guidance/attention.py',
@@ -309,10 +138,6 @@ d = {
             ),
             'cf_guidance.attention.permuted': (
                 'attention.html#permuted',
-                'cf_guidance/attention.py',
-            ),
-            'cf_guidance.attention.perturbed': (
-                'attention.html#perturbed',
                 'cf_guidance/attention.py',
             ),
             'cf_guidance.attention.skip': ('attention.html#skip', 'cf_guidance/attention.py'),
