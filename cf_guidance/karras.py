@@ -13,30 +13,6 @@ __all__ = [
     'heun_ancestral',
     'dpm2_ancestral',
     'dpmpp_2s_ancestral',
-    'get_sigmas_karras',
-    'get_sigmas_exponential',
-    'get_sigmas_polyexponential',
-    'get_sigmas_vp',
-    'get_premature_sigma_min',
-    'SigmaSchedule',
-    'on_sigmas',
-    'toward',
-    'State',
-    'churned',
-    'samples',
-    'sample',
-    'get_ancestral_step',
-    'ancestral',
-    'ddim',
-    'ddpm',
-    'lms',
-    'dpmpp_2s',
-    'dpmpp_2m',
-    'brownian_noise',
-    'dpmpp_sde',
-    'dpmpp_2m_sde',
-    'dpmpp_3m_sde',
-    'cfgpp',
     'sample_euler',
     'sample_heun',
     'sample_dpm_2',
@@ -52,45 +28,76 @@ __all__ = [
     'sample_ddim',
     'sample_ddpm',
     'sample_euler_cfg_pp',
+    'get_sigmas_karras',
+    'get_sigmas_exponential',
+    'get_sigmas_polyexponential',
+    'get_sigmas_vp',
+    'get_premature_sigma_min',
+    'SigmaSchedule',
+    'on_sigmas',
+    'State',
+    'churned',
+    'samples',
+    'sample',
+    'get_ancestral_step',
+    'ancestral',
+    'ddim_step',
+    'ddpm_step',
+    'lms',
+    'dpmpp_2s',
+    'dpmpp_2m',
+    'brownian_noise',
+    'dpmpp_sde',
+    'dpmpp_2m_sde',
+    'dpmpp_3m_sde',
+    'euler_cfg_pp',
     'make_quantizer',
 ]
 
 # %% ../nbs/04_karras.ipynb #3
-import math
 import inspect
+import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
+
 import numpy as np
 import torch
-from fastcore.basics import patch
-from .noise import randn, split_generator
-from .denoisers import Denoiser, make_quantizer, per_sample
 
-_all_ = [
-    'make_quantizer'
-]  # the call that the k-diffusion discussion ended with imports it from here
+from ._extras import needs
+from .denoisers import Denoiser, _check_number, _check_whole, _per_sample, make_quantizer
+from .noise import _as_device, _check_generators, randn, split_generator
+
+_all_ = ['make_quantizer']  # the k-diffusion discussion uses it beside `get_sigmas_karras`
 
 
 # %% ../nbs/04_karras.ipynb #6
-def _ladder(ramp, n, sigma_min, sigma_max, device, concat_zero):
-    "Noise levels `ramp(o)` for `n` evenly spaced `o` from 0 to 1, in float32."
-    _check_ladder_args(n, sigma_min, sigma_max)
-    sigmas = ramp(torch.linspace(0, 1, n, dtype=torch.float64))
-    return torch.cat([sigmas, sigmas.new_zeros(int(concat_zero))]).float().to(device)
+def _sigmas_of(ramp, n, sigma_min, sigma_max, device, concat_zero):
+    "Noise levels `ramp(o, lo, hi)` for `n` evenly spaced `o` from 0 to 1, in float32."
+    lo, hi = _checked_schedule(n, sigma_min, sigma_max)
+    sigmas = ramp(torch.linspace(0, 1, n, dtype=torch.float64), lo, hi)
+    return torch.cat([sigmas, sigmas.new_zeros(int(concat_zero))]).float().to(_as_device(device))
 
 
-def _check_ladder_args(n, sigma_min, sigma_max):
-    if not n >= 1 or n != n // 1:
-        raise ValueError(f'n={n}: allowed are whole numbers from 1')
-    if not 0 < sigma_min < math.inf:
-        raise ValueError(f'sigma_min={sigma_min}: allowed are finite numbers above 0')
-    if not sigma_min < sigma_max < math.inf:
-        raise ValueError(
-            f'sigma_max={sigma_max}: allowed are finite numbers above sigma_min={sigma_min}'
-        )
+def _checked_schedule(n, sigma_min, sigma_max):
+    "The ends of a schedule as floats, or an error that names what is wrong."
+    _check_whole('n', n, 'a whole number of noise levels from 1 up', 1)
+    lo = _check_number('sigma_min', sigma_min, 'a finite noise level above 0', _is_positive)
+    hi = _check_number('sigma_max', sigma_max, 'a finite noise level above 0', _is_positive)
+    if hi <= lo:
+        raise ValueError(f'sigma_max: expected more than sigma_min={lo:g}, got {hi:g}')
+    return lo, hi
+
+
+def _is_positive(value):
+    return 0 < value < math.inf
+
+
+def _checked_rho(rho):
+    return _check_number('rho', rho, 'a number from 0.01 to 1e6', lambda v: 0.01 <= v <= 1e6)
 
 
 # %% ../nbs/04_karras.ipynb #7
@@ -103,15 +110,12 @@ def get_sigmas_karras(
     concat_zero: bool = True,  # end in a 0?
 ) -> torch.Tensor:  # (n+1,) or (n,) float32, decreasing
     "Noise levels of Karras et al. (2022, arXiv:2206.00364), eq. 5."
-    if not 0 < rho < math.inf:
-        raise ValueError(f'rho={rho}: allowed are finite numbers above 0')
+    rho = _checked_rho(rho)
 
-    def ramp(o):
-        return (
-            sigma_max ** (1 / rho) + o * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
-        ) ** rho
+    def ramp(o, lo, hi):
+        return (hi ** (1 / rho) + o * (lo ** (1 / rho) - hi ** (1 / rho))) ** rho
 
-    return _ladder(ramp, n, sigma_min, sigma_max, device, concat_zero)
+    return _sigmas_of(ramp, n, sigma_min, sigma_max, device, concat_zero)
 
 
 # %% ../nbs/04_karras.ipynb #9
@@ -135,13 +139,12 @@ def get_sigmas_polyexponential(
     concat_zero: bool = True,  # end in a 0?
 ) -> torch.Tensor:  # (n+1,) or (n,) float32, decreasing
     "Noise levels whose logarithm is a power of the step, as in k-diffusion."
-    if not 0 < rho < math.inf:
-        raise ValueError(f'rho={rho}: allowed are finite numbers above 0')
+    rho = _checked_rho(rho)
 
-    def ramp(o):
-        return (math.log(sigma_min) + (1 - o) ** rho * math.log(sigma_max / sigma_min)).exp()
+    def ramp(o, lo, hi):
+        return (math.log(lo) + (1 - o) ** rho * math.log(hi / lo)).exp()
 
-    return _ladder(ramp, n, sigma_min, sigma_max, device, concat_zero)
+    return _sigmas_of(ramp, n, sigma_min, sigma_max, device, concat_zero)
 
 
 # %% ../nbs/04_karras.ipynb #10
@@ -153,88 +156,80 @@ def get_sigmas_vp(
     device='cpu',  # where the tensor is
     concat_zero: bool = True,  # end in a 0?
 ) -> torch.Tensor:  # (n+1,) or (n,) float32, decreasing
-    "Noise levels of the variance-preserving SDE (arXiv:2206.00364, table 1): `sqrt(exp(beta_d t²/2 + beta_min t) - 1)`, t from 1 to `eps_s`."
-    if not 0 < eps_s < 1:
-        raise ValueError(f'eps_s={eps_s}: allowed are numbers between 0 and 1')
+    """Noise levels of the variance-preserving SDE (arXiv:2206.00364, table 1).
+
+    They are `sqrt(exp(beta_d t²/2 + beta_min t) - 1)`, for t from 1 to `eps_s`.
+    """
+    d = _check_number('beta_d', beta_d, 'a number above 0, at most 150', lambda v: 0 < v <= 150)
+    b = _check_number('beta_min', beta_min, 'a number from 0 to 80', lambda v: 0 <= v <= 80)
+    s = _check_number('eps_s', eps_s, 'a time between 0 and 1', lambda v: 0 < v < 1)
 
     def sigma(t):
-        return torch.expm1(beta_d * t**2 / 2 + beta_min * t) ** 0.5
+        return torch.expm1(d * t**2 / 2 + b * t) ** 0.5
 
-    lo, hi = (sigma(torch.tensor(t, dtype=torch.float64)).item() for t in (eps_s, 1.0))
-    return _ladder(lambda o: sigma(1 + o * (eps_s - 1)), n, lo, hi, device, concat_zero)
+    lo, hi = sigma(torch.tensor([s, 1.0], dtype=torch.float64)).tolist()
+    return _sigmas_of(lambda o, *_: sigma(1 + o * (s - 1)), n, lo, hi, device, concat_zero)
 
 
 # %% ../nbs/04_karras.ipynb #15
-def _quantized(D, sigmas):
-    return torch.unique_consecutive(D.quantize_sigma(sigmas))
-
-
-@patch
-def get_sigmas_karras(
+def _model_sigmas_karras(
     self: Denoiser,
     n: int,  # number of noise levels
     sigma_min: float = None,  # smallest; None: the model's
     sigma_max: float = None,  # largest; None: the model's
     rho: float = 7.0,  # see `get_sigmas_karras`
     device='cpu',  # where the tensor is
-) -> (
-    torch.Tensor
-):  # (n+1,) float32, decreasing, ends in 0; shorter where rounding makes levels equal
+) -> torch.Tensor:  # (n+1,) float32, decreasing to 0; shorter if rounding makes levels equal
     "Karras's noise levels among those of the model."
-    lo, hi = (
-        self.sigma_min if sigma_min is None else sigma_min,
-        self.sigma_max if sigma_max is None else sigma_max,
-    )
-    return _quantized(self, get_sigmas_karras(n, lo, hi, rho)).to(device)
+    lo = self.sigma_min if sigma_min is None else sigma_min
+    hi = self.sigma_max if sigma_max is None else sigma_max
+    return _quantized(self, get_sigmas_karras(n, lo, hi, rho)).to(_as_device(device))
 
 
-# %% ../nbs/04_karras.ipynb #16
-@patch
-def get_sigmas(
+def _model_sigmas(
     self: Denoiser,
     n: int = None,  # number of noise levels; None: all, for a model that has a list of them
     device='cpu',  # where the tensor is
-) -> (
-    torch.Tensor
-):  # (n+1,) float32, decreasing, ends in 0; shorter where rounding makes levels equal
+) -> torch.Tensor:  # (n+1,) float32, decreasing to 0; shorter if rounding makes levels equal
     "Noise levels evenly spaced in the model's time, from its largest to its smallest."
-    if n is None:
-        n = len(getattr(self, 'sigmas', ()))
-    _check_ladder_args(n, self.sigma_min, self.sigma_max)
-    hi, lo = self.sigma_to_t(torch.tensor([self.sigma_max, self.sigma_min])).double()
+    n = len(getattr(self, 'sigmas', ())) if n is None else n
+    ends = _checked_schedule(n, self.sigma_min, self.sigma_max)
+    lo, hi = self.sigma_to_t(torch.tensor(ends)).double()
     sigmas = self.t_to_sigma(hi + torch.linspace(0, 1, n, dtype=torch.float64) * (lo - hi)).float()
-    return _quantized(self, torch.cat([sigmas, sigmas.new_zeros(1)])).to(device)
+    return _quantized(self, torch.cat([sigmas, sigmas.new_zeros(1)])).to(_as_device(device))
+
+
+def _quantized(D, sigmas):
+    return torch.unique_consecutive(D.quantize_sigma(sigmas))
+
+
+# %% ../nbs/04_karras.ipynb #93a23625
+def _named(f, name, doc=None):
+    f.__name__ = f.__qualname__ = name
+    f.__doc__ = doc or f.__doc__
+    return f
+
+
+Denoiser.get_sigmas_karras = _named(_model_sigmas_karras, 'get_sigmas_karras')
+Denoiser.get_sigmas = _named(_model_sigmas, 'get_sigmas')
 
 
 # %% ../nbs/04_karras.ipynb #20
 def get_premature_sigma_min(
-    steps: int,  # levels of the ladder that one would have had, at least 2
+    steps: int,  # levels of the schedule that you would have had, at least 2
     sigma_max: float,  # its largest
     sigma_min_nominal: float,  # its smallest: the model's
     rho: float = 7.0,  # see `get_sigmas_karras`
 ) -> float:
-    "Last-but-one level of Karras's ladder: a better `sigma_min` for few steps."
-    if steps < 2:
-        raise ValueError(f'steps={steps}: allowed are whole numbers from 2')
+    "The last but one level of Karras's schedule: a better `sigma_min` for few steps."
+    _check_whole('steps', steps, 'a whole number of levels from 2 up', 2)
     return get_sigmas_karras(steps, sigma_min_nominal, sigma_max, rho, concat_zero=False)[-2].item()
 
 
 # %% ../nbs/04_karras.ipynb #27
 def _checked_sigmas(sigmas):
-    "The noise levels as a list of floats, or an error: finite, decreasing, above 0 but for the last."
-    try:
-        s = torch.as_tensor(sigmas).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f'sigmas: expected a tensor or list of noise levels, got {type(sigmas).__name__}'
-        ) from None
-    if s.is_complex() or s.dtype == torch.bool:
-        raise TypeError(f'sigmas: expected real numbers, got {s.dtype}')
-    if s.ndim != 1 or len(s) < 2:
-        raise ValueError(
-            f'sigmas: expected at least two noise levels in one row, got shape {tuple(s.shape)}'
-        )
-    levels = s.tolist()
+    "The noise levels as floats, or an error: finite, decreasing, above 0 but for the last."
+    levels = _sigmas_tensor(sigmas).tolist()
     for i, (a, b) in enumerate(pairwise(levels)):
         if not (math.inf > a > b >= 0):
             raise ValueError(
@@ -242,6 +237,22 @@ def _checked_sigmas(sigmas):
                 f'got {a:.6g} and {b:.6g} at {i} and {i + 1}'
             )
     return levels
+
+
+def _sigmas_tensor(sigmas):
+    try:
+        s = torch.as_tensor(sigmas).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f'sigmas: expected a tensor or list of noise levels, got {sigmas!r:.40}'
+        ) from None
+    if s.is_complex() or s.dtype == torch.bool:
+        raise TypeError(f'sigmas: expected real numbers, got {s.dtype}')
+    if s.ndim != 1 or len(s) < 2:
+        raise ValueError(
+            f'sigmas: expected at least two noise levels in one row, got shape {tuple(s.shape)}'
+        )
+    return s
 
 
 # %% ../nbs/04_karras.ipynb #29
@@ -279,7 +290,7 @@ class SigmaSchedule:
         return self.values[step]
 
 
-# %% ../nbs/04_karras.ipynb #28a3307b
+# %% ../nbs/04_karras.ipynb #2def117c
 def on_sigmas(
     values,  # one number per step, such as `get_cos_sched` gives; or (steps, B): one per sample
     sigmas,  # (steps+1,) noise levels of the sampler, decreasing
@@ -289,15 +300,13 @@ def on_sigmas(
     try:
         v = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f'values: expected one number per step, got {type(values).__name__}'
-        ) from None
+        raise TypeError(f'values: expected one number per step, got {values!r:.40}') from None
     if v.is_complex() or v.dtype == torch.bool:
         raise TypeError(f'values: expected real numbers, got {v.dtype}')
-    if v.ndim not in (1, 2) or len(v) != len(levels) - 1:
+    n = len(levels) - 1
+    if v.ndim not in (1, 2) or len(v) != n:
         raise ValueError(
-            f'values: expected one per step, shape ({len(levels) - 1},) or ({len(levels) - 1}, B), '
-            f'got shape {tuple(v.shape)}'
+            f'values: expected one per step, shape ({n},) or ({n}, B), got shape {tuple(v.shape)}'
         )
     if not v.isfinite().all():
         raise ValueError('values: expected finite numbers, got NaN or infinity')
@@ -309,7 +318,7 @@ check_ladder, on_ladder = _checked_sigmas, on_sigmas  # until nothing uses these
 
 
 # %% ../nbs/04_karras.ipynb #35
-def toward(x, x0, sigma, sigma_next):
+def _toward(x, x0, sigma, sigma_next):
     "`x` moved towards the estimate `x0`, from noise level `sigma` to `sigma_next`."
     return torch.lerp(x0, x, sigma_next / sigma)
 
@@ -318,9 +327,10 @@ def toward(x, x0, sigma, sigma_next):
 class State(NamedTuple):
     "What a step knows besides `x`."
 
-    n: int  # steps of the ladder
-    i: int  # number of this step, from 0
-    noise: object  # function of two noise levels that gives noise (B, ...) of variance 1 for the way between them
+    steps: int  # how many steps the run has
+    step: int  # number of this step, from 0
+    # function of two noise levels: noise (B, ...) of variance 1 for the way between them
+    noise: object
     x: torch.Tensor = None  # (B, ...) where the step evaluated first
     sigma: float = None  # at which noise level
     x0: torch.Tensor = None  # (B, ...) the estimate there
@@ -333,32 +343,37 @@ class State(NamedTuple):
 
 # %% ../nbs/04_karras.ipynb #39
 def _euler(D, x, sigma, sigma_next, state):
-    "Euler's method for the probability-flow equation; with `s_churn`, algorithm 2 of arXiv:2206.00364 without its correction. One evaluation a step, order 1."
+    "Euler's method for the probability-flow equation. One evaluation per step, order 1."
     state = state.evaluate(D, x, sigma)
-    return toward(x, state.x0, sigma, sigma_next), state
+    return _toward(x, state.x0, sigma, sigma_next), state
 
 
 # %% ../nbs/04_karras.ipynb #40
 def _heun(D, x, sigma, sigma_next, state):
-    "Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2). Two evaluations a step (one to 0), order 2."
+    """Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithms 1 and 2).
+
+    Two evaluations per step (one to 0), order 2.
+    """
     state = state.evaluate(D, x, sigma)
-    end = toward(x, state.x0, sigma, sigma_next)
+    end = _toward(x, state.x0, sigma, sigma_next)
     if sigma_next == 0:
         return end, state
-    slope = (end - D(end, sigma_next)).div_(sigma_next)
-    return slope.add_(x, alpha=1 / sigma).sub_(state.x0, alpha=1 / sigma).mul_(
-        (sigma_next - sigma) / 2
-    ).add_(x), state
+    slopes = (end - D(end, sigma_next)).div_(sigma_next)
+    slopes.add_(x, alpha=1 / sigma).sub_(state.x0, alpha=1 / sigma)
+    return slopes.mul_((sigma_next - sigma) / 2).add_(x), state
 
 
 # %% ../nbs/04_karras.ipynb #41
 def _dpm2(D, x, sigma, sigma_next, state):
-    "DPM-Solver-2 (arXiv:2206.00927, algorithm 4) as in k-diffusion: the slope in the middle of the logarithm. Two evaluations a step (one to 0), order 2."
+    """DPM-Solver-2 (arXiv:2206.00927, algorithm 4) as in k-diffusion.
+
+    It takes the slope in the middle of the logarithm. Two evaluations per step (one to 0), order 2.
+    """
     state = state.evaluate(D, x, sigma)
     if sigma_next == 0:
-        return toward(x, state.x0, sigma, sigma_next), state
+        return _toward(x, state.x0, sigma, sigma_next), state
     mid = (sigma * sigma_next) ** 0.5
-    x_mid = toward(x, state.x0, sigma, mid)
+    x_mid = _toward(x, state.x0, sigma, mid)
     return (x_mid - D(x_mid, mid)).mul_((sigma_next - sigma) / mid).add_(x), state
 
 
@@ -380,32 +395,24 @@ def churned(
         s_noise: float = 1.0,  # factor on the noise
         quantize=None,  # rounding of the raised noise level; None: the model's `quantize_sigma`
     ):
-        if not s_churn >= 0:
-            raise ValueError(f's_churn={s_churn}: allowed are numbers from 0')
-        gamma = min(s_churn / state.n, 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
-        sigma_hat = (
-            max(sigma, _number(quantize or D.quantize_sigma, sigma * (1 + gamma)))
-            if gamma > 0
-            else sigma
-        )
+        gamma = min(s_churn / state.steps, 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        sigma_hat = sigma
+        if gamma > 0:
+            raised = torch.tensor(sigma * (1 + gamma), dtype=torch.float64)
+            sigma_hat = max(sigma, float((quantize or D.quantize_sigma)(raised)))
         if sigma_hat > sigma:
-            x = torch.add(
-                x, state.noise(sigma, sigma_hat), alpha=s_noise * (sigma_hat**2 - sigma**2) ** 0.5
-            )
+            added = s_noise * (sigma_hat**2 - sigma**2) ** 0.5
+            x = torch.add(x, state.noise(sigma, sigma_hat), alpha=added)
         return step(D, x, sigma_hat, sigma_next, state)
 
-    return _named(_step, step.__name__.strip('_'), step.__doc__)
+    return _named(_step, _check_step(step).__name__.strip('_'), step.__doc__)
 
 
-# %% ../nbs/04_karras.ipynb #44
-def _number(f, sigma):
-    return float(f(torch.tensor(sigma, dtype=torch.float64)))
-
-
-def _named(f, name, doc):
-    f.__name__ = f.__qualname__ = name
-    f.__doc__ = doc
-    return f
+# %% ../nbs/04_karras.ipynb #d56f15f4
+def _check_step(step):
+    if not callable(step):
+        raise TypeError(f'step: expected a step such as euler, heun or dpmpp_2m, got {step!r:.40}')
+    return step
 
 
 # %% ../nbs/04_karras.ipynb #45
@@ -413,21 +420,36 @@ euler, heun, dpm2 = churned(_euler), churned(_heun), churned(_dpm2)
 
 
 # %% ../nbs/04_karras.ipynb #48
-def _own_generators(x, generator):
-    "Generators for the noise of a run: others than those of its start, also where they have the same seeds."
+def _run_generators(x, generator):
+    "Generators for the noise of a run, which differ from those of its start even for equal seeds."
     return [split_generator(g, 1)[0] for g in split_generator(generator, len(x))]
 
 
 def _fresh_noise(x, sigmas, generator):
-    gs = None
+    "Noise that ignores the noise levels. Its generators are made when the first noise is drawn."
+    gs, like = None, x.new_empty(()).expand(x.shape)
 
     def noise(sigma, sigma_next):
         nonlocal gs
-        gs = _own_generators(like, generator) if gs is None else gs
+        gs = _run_generators(like, generator) if gs is None else gs
         return randn(like.shape, gs, like.device, like.dtype)
 
-    like = x.new_empty(()).expand(x.shape)
     return noise
+
+
+def _checked_noise(noise, x):
+    "The user's noise, with an error if it does not fit."
+    shape = x.shape
+
+    def _noise(sigma, sigma_next):
+        z = noise(sigma, sigma_next)
+        if not isinstance(z, torch.Tensor) or z.shape != shape:
+            raise ValueError(f'noise: expected it to return {tuple(shape)}, got {z!r:.40}')
+        if not math.isfinite(z.sum(dtype=torch.promote_types(z.dtype, torch.float32)).item()):
+            raise FloatingPointError(f'noise: not finite between {sigma:.6g} and {sigma_next:.6g}')
+        return z
+
+    return _noise
 
 
 # %% ../nbs/04_karras.ipynb #49
@@ -444,9 +466,7 @@ class _BoundDenoiser:
     def parts(self, x, sigma):
         "The guided, the positive and the negative estimate."
         if not hasattr(self.D, 'parts'):
-            raise TypeError(
-                'D: this sampler needs a guided denoiser with `parts`, such as GuidedDenoiser'
-            )
+            raise TypeError('D: this sampler needs a guided denoiser, such as GuidedDenoiser')
         return [self._checked(o, x, sigma) for o in self._query(self.D.parts, x, sigma)[:3]]
 
     def quantize_sigma(self, sigma):
@@ -454,75 +474,114 @@ class _BoundDenoiser:
 
     def _query(self, f, x, sigma):
         step = dict(step=self.step) if self.takes_step else {}
-        return f(x, per_sample(sigma, x), **step, **self.cond)
+        return f(x, _per_sample(sigma, x), **step, **self.cond)
 
     def _checked(self, x0, x, sigma):
         "The estimate in the type of `x`, which autocast may have changed."
         if not isinstance(x0, torch.Tensor):
-            raise TypeError(f'D: expected a tensor as its estimate, got {type(x0).__name__}')
+            raise TypeError(f'the model returned {type(x0).__name__}, expected a tensor')
         if x0.shape != x.shape:
             raise ValueError(
-                f'D: expected an estimate of shape {tuple(x.shape)} as x, got {tuple(x0.shape)}'
+                f'the model returned shape {tuple(x0.shape)}, expected {tuple(x.shape)} as x'
             )
         total = x0.sum(dtype=torch.promote_types(x0.dtype, torch.float32))
         if not math.isfinite(total.item()):
             raise FloatingPointError(
-                f'the estimate of D at step {self.step} (sigma={sigma:.6g}) is not finite'
+                f"the model's estimate at step {self.step} (sigma={sigma:.6g}) is not finite"
             )
         return x0.to(x.dtype)
 
 
 # %% ../nbs/04_karras.ipynb #51
-def _checked_run(D, x, sigmas, step, cond, options):
-    "Check what a run is given, and begin it: the noise levels, and `D` bound to its conditions."
+def _start_run(D, x, sigmas, step, cond, generator, noise, options):
+    "Check what a run is given and begin it: its noise levels, the bound denoiser and the state."
     levels, cond = _checked_sigmas(sigmas), {} if cond is None else cond
-    if not callable(step):
-        raise TypeError(f'step: expected a step such as euler, heun or dpmpp_2m, got {step!r}')
-    if not callable(D):
-        raise TypeError(f'D: expected a denoiser D(x, sigma, **cond), got {D!r}')
-    if not isinstance(cond, Mapping):
-        raise TypeError(f'cond: expected a dict of conditions by name, got {type(cond).__name__}')
+    _check_options(_check_step(step), options)
+    _check_callable('D', D, 'a denoiser D(x, sigma, **cond)')
+    _check_mapping('cond', cond)
     if not isinstance(x, torch.Tensor) or not x.ndim:
-        raise TypeError(f'x: expected a tensor (B, ...), got {x!r:.60}')
+        raise TypeError(f'x: expected a tensor (B, ...), got {x!r:.40}')
     if not x.isfinite().all():
         raise ValueError('x: expected finite values, got NaN or infinity')
-    _check_options(step, options)
-    start = getattr(D, 'start', None) or getattr(D, 'check_ladder', None)
+    _check_generators(generator, len(x))
+    if noise is not None:
+        _check_callable('noise', noise, 'a function of two noise levels')
+        noise = _checked_noise(noise, x)
+    start = getattr(D, 'start', None)
     if start is not None:
         start(sigmas)
-    return levels, _BoundDenoiser(D, cond)
+    make = brownian_noise if getattr(step, 'brownian', False) else _fresh_noise
+    state = State(len(levels) - 1, 0, noise or make(x, sigmas, generator))
+    return levels, _BoundDenoiser(D, cond), state
+
+
+def _check_callable(name, value, what):
+    if not callable(value):
+        raise TypeError(f'{name}: expected {what}, got {value!r:.40}')
+
+
+def _check_mapping(name, value):
+    if not isinstance(value, Mapping):
+        raise TypeError(f'{name}: expected a dict of conditions, got {type(value).__name__}')
+
+
+# %% ../nbs/04_karras.ipynb #c4ecca8f
+_OPTION_RANGES = dict(
+    eta=('a finite number from 0 up', lambda v: 0 <= v < math.inf),
+    s_noise=('a finite number from 0 up', lambda v: 0 <= v < math.inf),
+    s_churn=('a finite number from 0 up', lambda v: 0 <= v < math.inf),
+    s_tmin=('a number from 0 up', lambda v: v >= 0),
+    s_tmax=('a number from 0 up', lambda v: v >= 0),
+    r=('a number above 0, at most 1', lambda v: 0 < v <= 1),
+)
+_OPTION_CHOICES = dict(variance=('fixed_small', 'fixed_large'), solver_type=('midpoint', 'heun'))
 
 
 def _check_options(step, options):
-    "An error for options that the step does not have."
-    params = [p for p in inspect.signature(step).parameters.values()][5:]
-    known = [p.name for p in params if p.kind is not p.VAR_KEYWORD]
-    for name in options:
-        if name not in known and len(known) == len(params):
-            raise TypeError(
-                f'{name}: not an option of {step.__name__}, which has {", ".join(known) or "none"}'
+    "An error for an option that the step does not have, or for a value that it does not take."
+    params = list(inspect.signature(step).parameters.values())[5:]
+    known = [p.name for p in params]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in params)
+    ours = getattr(step, '__module__', None) == __name__
+    for name, value in options.items():
+        if name not in known and not takes_any:
+            has = ', '.join(known) or 'none'
+            raise TypeError(f'{name}: not an option of {step.__name__}, whose options are: {has}')
+        if ours and name in _OPTION_RANGES:
+            _check_number(name, value, *_OPTION_RANGES[name])
+        if ours and name in _OPTION_CHOICES and value not in _OPTION_CHOICES[name]:
+            raise ValueError(
+                f'{name}: expected {" or ".join(_OPTION_CHOICES[name])}, got {value!r}'
             )
+        if ours and name == 'order':
+            _check_whole(name, value, 'a whole number from 1 up', 1)
+        if ours and name == 'quantize' and value is not None:
+            _check_callable(name, value, 'a function of noise levels')
 
 
-# %% ../nbs/04_karras.ipynb #083da268
+# %% ../nbs/04_karras.ipynb #f5908f00
 def _run_steps(D, x, sigmas, step, cond, generator, noise, options):
     "Yield `x` and the state after each step; neither is kept here while the next one runs."
-    levels, D = _checked_run(D, x, sigmas, step, cond, options)
-    make = brownian_noise if getattr(step, 'brownian', False) else _fresh_noise
-    state = State(len(levels) - 1, 0, noise or make(x, sigmas, generator))
+    levels, D, state = _start_run(D, x, sigmas, step, cond, generator, noise, options)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         D.step = i
         with torch.no_grad():
-            x, state = step(D, x, sigma, sigma_next, state._replace(i=i), **options)
+            x, state = _pair(step(D, x, sigma, sigma_next, state._replace(step=i), **options))
         yield x, state
         state = state._replace(x=None, x0=None)
+
+
+def _pair(out):
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(f'step: expected it to return (x, state), got {out!r:.40}')
+    return out
 
 
 # %% ../nbs/04_karras.ipynb #52
 def samples(
     D,  # `D(x, sigma, **cond) -> x0`, sigma (B,)
-    x: torch.Tensor,  # (B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise
-    sigmas,  # (n+1,) decreasing noise levels, see above
+    x: torch.Tensor,  # (B, ...) noise of standard deviation `sigmas[0]`, or images with that noise
+    sigmas,  # (steps+1,) decreasing noise levels, see above
     step=heun,  # such as `euler`, `dpmpp_2m`, `ancestral(heun)`
     cond: dict = None,  # what `D` is conditioned on, by name
     generator=None,  # for steps that draw noise: see `split_generator`
@@ -531,17 +590,18 @@ def samples(
 ):  # yields `x` (B, ...) and the first estimate (B, ...) of each step
     """Sample one step at a time. Nothing runs, and nothing is checked, before the first `next`.
 
-    If `D` has a method `start`, it is called with `sigmas` first: a guided denoiser begins a run there.
+    If `D` has a method `start`, it is called with `sigmas` first: a guided denoiser begins a run.
     If `D.takes_step` is true, each call of `D` gets `step=i`, the number of the sampler's step.
     """
-    for x, state in _run_steps(D, x, sigmas, step, cond, generator, noise, options):
+    run = _run_steps(D, x, sigmas, step, cond, generator, noise, options)
+    for x, state in run:
         yield x, state.x0
         state = None
 
 
 # %% ../nbs/04_karras.ipynb #53
 def sample(
-    D,
+    D,  # this and the following: see `samples`
     x,
     sigmas,
     step=heun,
@@ -551,43 +611,66 @@ def sample(
     progress: bool = False,  # show a bar
     **options,  # of the step
 ) -> torch.Tensor:  # (B, ...) at the last noise level
-    "Run a sampler to its end; the arguments are those of `samples`."
+    "Run a sampler to its end."
     return _run_to_end(step, D, x, sigmas, cond, None, not progress, generator, noise, **options)
 
 
 # %% ../nbs/04_karras.ipynb #54
-def _run_to_end(
-    step, model, x, sigmas, extra_args, callback, disable, generator=None, noise=None, **options
-):
-    from tqdm.auto import tqdm
-
-    with tqdm(total=len(_checked_sigmas(sigmas)) - 1, disable=disable) as bar:
-        for x, state in _run_steps(model, x, sigmas, step, extra_args, generator, noise, options):
+def _run_to_end(step, D, x, sigmas, cond, callback, disable, generator=None, noise=None, **options):
+    run = _run_steps(D, x, sigmas, step, cond, generator, noise, options)
+    with _progress_bar(sigmas, disable) as bar:
+        for x, state in run:
+            end = x
             if callback:
                 callback(
                     dict(
                         x=state.x,
-                        i=state.i,
-                        sigma=sigmas[state.i],
+                        i=state.step,
+                        sigma=sigmas[state.step],
                         sigma_hat=torch.as_tensor(state.sigma),
                         denoised=state.x0,
                     )
                 )
             state = None
-            bar.update()
-    return x
+            if bar is not None:
+                bar.update()
+    return end
+
+
+def _progress_bar(sigmas, disable):
+    "A bar of tqdm, which is loaded only to show one; with `disable=None`, only if it is installed."
+    if disable:
+        return nullcontext()
+    try:
+        with needs('diffusers', 'a progress bar'):
+            from tqdm.auto import tqdm
+    except ImportError:
+        if disable is None:
+            return nullcontext()
+        raise
+    return tqdm(total=len(_sigmas_tensor(sigmas)) - 1, disable=disable)
 
 
 # %% ../nbs/04_karras.ipynb #63
 def get_ancestral_step(
     sigma_from: float,  # from this noise level
-    sigma_to: float,  # to this
+    sigma_to: float,  # to this one
     eta: float = 1.0,  # share of the fresh noise
-) -> tuple:  # noise level to walk to, and standard deviation of the noise to add
-    "How far down an ancestral step walks, and how much noise it adds: the posterior of DDPM (arXiv:2006.11239, eq. 7) in terms of sigma."
-    _check_eta(eta)
-    up = min(sigma_to, eta * sigma_to * (sigma_from**2 - sigma_to**2) ** 0.5 / sigma_from)
-    return (sigma_to**2 - up**2) ** 0.5, up
+) -> tuple:  # noise level to step to, and standard deviation of the noise to add
+    """How far down an ancestral step goes, and how much noise it then adds.
+
+    It is the posterior of DDPM (arXiv:2006.11239, eq. 7) in terms of sigma.
+    """
+    a = _check_number('sigma_from', sigma_from, 'a finite noise level above 0', _is_positive)
+    b = _check_number(
+        'sigma_to', sigma_to, f'a noise level from 0 to sigma_from={a:g}', lambda v: 0 <= v <= a
+    )
+    return _ancestral_step(a, b, _check_number('eta', eta, *_OPTION_RANGES['eta']))
+
+
+def _ancestral_step(sigma, sigma_next, eta=1.0):
+    up = min(sigma_next, eta * sigma_next * (sigma**2 - sigma_next**2) ** 0.5 / sigma)
+    return (sigma_next**2 - up**2) ** 0.5, up
 
 
 # %% ../nbs/04_karras.ipynb #64
@@ -595,8 +678,8 @@ def ancestral(
     step,  # a deterministic step
 ):  # the step with the options `eta` and `s_noise`
     "The ancestral form of a step."
-    if getattr(step, 'stochastic', False):
-        raise ValueError(f'step={step.__name__}: allowed are steps that draw no noise of their own')
+    if getattr(_check_step(step), 'stochastic', False):
+        raise ValueError(f'step: expected one that draws no noise of its own, got {step.__name__}')
 
     def _step(
         D,
@@ -607,18 +690,13 @@ def ancestral(
         eta: float = 1.0,  # share of the fresh noise; 0 is none
         s_noise: float = 1.0,  # factor on the noise
     ):
-        down, up = get_ancestral_step(sigma, sigma_next, eta)
+        down, up = _ancestral_step(sigma, sigma_next, eta)
         x, state = step(D, x, sigma, down, state)
         return _renoised(x, up * s_noise, sigma, sigma_next, state), state
 
     name = step.__name__.strip('_')
-    return _stochastic(
-        _named(
-            _step,
-            f'{name}_ancestral',
-            f'The ancestral form of `{name}`: a step further down, and noise.',
-        )
-    )
+    doc = f'The ancestral form of `{name}`: a step further down, then fresh noise.'
+    return _stochastic(_named(_step, f'{name}_ancestral', doc))
 
 
 def _stochastic(step):
@@ -626,25 +704,19 @@ def _stochastic(step):
     return step
 
 
-def _check_eta(eta):
-    if not eta >= 0:
-        raise ValueError(f'eta={eta}: allowed are numbers from 0')
-
-
 def _renoised(x, up, sigma, sigma_next, state):
     return torch.add(x, state.noise(sigma, sigma_next), alpha=up) if up else x
 
 
 # %% ../nbs/04_karras.ipynb #65
-euler_ancestral, heun_ancestral, dpm2_ancestral = (
-    ancestral(_euler),
-    ancestral(_heun),
-    ancestral(_dpm2),
-)
+euler_ancestral = ancestral(_euler)
+heun_ancestral = ancestral(_heun)
+dpm2_ancestral = ancestral(_dpm2)
 
 
 # %% ../nbs/04_karras.ipynb #67
-def ddim(
+@_stochastic
+def ddim_step(
     D,
     x,
     sigma,
@@ -657,19 +729,18 @@ def ddim(
 
 
 @_stochastic
-def ddpm(
+def ddpm_step(
     D,
     x,
     sigma,
     sigma_next,
     state,
-    variance: str = 'fixed_small',  # of the noise: 'fixed_small' is that of the posterior, 'fixed_large' that of the forward step
+    # of the noise: that of the posterior ('fixed_small') or of the forward step ('fixed_large')
+    variance: str = 'fixed_small',
     s_noise: float = 1.0,  # factor on the noise
 ):
     "DDPM (arXiv:2006.11239, algorithm 2 and section 3.2)."
-    if variance not in ('fixed_small', 'fixed_large'):
-        raise ValueError(f"variance={variance!r}: allowed are 'fixed_small' and 'fixed_large'")
-    down, up = get_ancestral_step(sigma, sigma_next)
+    down, up = _ancestral_step(sigma, sigma_next)
     if variance == 'fixed_large' and sigma_next:
         up = ((sigma**2 - sigma_next**2) * (1 + sigma_next**2) / (1 + sigma**2)) ** 0.5
     x, state = _euler(D, x, sigma, down, state)
@@ -685,50 +756,62 @@ def lms(
     state,
     order: int = 4,  # slopes that are used, the new one included
 ):
-    "Linear multistep (Adams-Bashforth on uneven levels), as in k-diffusion. One evaluation a step."
-    if order < 1:
-        raise ValueError(f'order={order}: allowed are whole numbers from 1')
+    """Linear multistep (Adams-Bashforth on uneven levels), as in k-diffusion.
+
+    One evaluation per step.
+    """
     state = state.evaluate(D, x, sigma)
     slopes = ((sigma, (x - state.x0).div_(sigma)), *state.past)[:order]
+    coefficients = _lms_coefficients([s for s, _ in slopes], sigma, sigma_next)
     x = x.clone()
-    for c, (_, d) in zip(_lms_coeffs([s for s, _ in slopes], sigma, sigma_next), slopes):
-        x.add_(d, alpha=c)
+    for c, (_, slope) in zip(coefficients, slopes, strict=True):
+        x.add_(slope, alpha=c)
     return x, state._replace(past=slopes[: order - 1])
 
 
-def _lms_coeffs(levels, sigma, sigma_next):
-    "Integrals from `sigma` to `sigma_next` of the Lagrange polynomials at `levels`, by Gauss-Legendre quadrature, which is exact for them."
+# %% ../nbs/04_karras.ipynb #d469913f
+def _lms_coefficients(levels, sigma, sigma_next):
+    """Integrals from `sigma` to `sigma_next` of the Lagrange polynomials at `levels`.
+
+    Gauss-Legendre quadrature is exact for them.
+    """
     half = (sigma_next - sigma) / 2
     points = [(sigma + half * (o + 1), half * w) for o, w in _leggauss(len(levels) // 2 + 1)]
-    return [
-        sum(w * math.prod((s - o) / (l - o) for o in levels if o != l) for s, w in points)
-        for l in levels
-    ]
+
+    def lagrange(k, at):
+        others = [o for o in levels if o != levels[k]]
+        return math.prod((at - o) / (levels[k] - o) for o in others)
+
+    return [sum(w * lagrange(k, at) for at, w in points) for k in range(len(levels))]
 
 
 @cache
 def _leggauss(n):
-    return [*zip(*(o.tolist() for o in np.polynomial.legendre.leggauss(n)))]
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    return list(zip(nodes.tolist(), weights.tolist(), strict=True))
 
 
 # %% ../nbs/04_karras.ipynb #74
 def dpmpp_2s(D, x, sigma, sigma_next, state):
-    "DPM-Solver++(2S) (arXiv:2211.01095, algorithm 1, with the middle of the logarithm). Two evaluations a step (one to 0), order 2."
+    """DPM-Solver++(2S) (arXiv:2211.01095, algorithm 1, with the middle of the logarithm).
+
+    Two evaluations per step (one to 0), order 2.
+    """
     state = state.evaluate(D, x, sigma)
     if sigma_next == 0:
-        return toward(x, state.x0, sigma, sigma_next), state
+        return _toward(x, state.x0, sigma, sigma_next), state
     mid = (sigma * sigma_next) ** 0.5
-    return toward(x, D(toward(x, state.x0, sigma, mid), mid), sigma, sigma_next), state
+    return _toward(x, D(_toward(x, state.x0, sigma, mid), mid), sigma, sigma_next), state
 
 
 def dpmpp_2m(D, x, sigma, sigma_next, state):
-    "DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2). One evaluation a step, order 2."
+    "DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2). One evaluation per step, order 2."
     state = state.evaluate(D, x, sigma)
     x0 = state.x0
     if state.past and sigma_next > 0:
         ((before, old),) = state.past
         x0 = torch.lerp(old, x0, 1 + math.log(sigma / sigma_next) / math.log(before / sigma) / 2)
-    return toward(x, x0, sigma, sigma_next), state._replace(past=((sigma, state.x0),))
+    return _toward(x, x0, sigma, sigma_next), state._replace(past=((sigma, state.x0),))
 
 
 # %% ../nbs/04_karras.ipynb #75
@@ -738,14 +821,17 @@ dpmpp_2s_ancestral = ancestral(dpmpp_2s)
 # %% ../nbs/04_karras.ipynb #78
 def brownian_noise(
     x: torch.Tensor,  # (B, ...) for shape, type and device
-    sigmas,  # the ladder
+    sigmas,  # (steps+1,) noise levels of the sampler
     generator=None,  # see `split_generator`
-    tree: bool = False,  # the same paths for all ladders from `sigmas[0]` to the same smallest level? Slow
+    # the same paths for all noise schedules with the same largest and smallest level? Slow
+    tree: bool = False,
 ):  # a function of two noise levels that gives (B, ...) of variance 1
-    "Noise from Brownian paths in sigma, one a sample."
-    from torchsde import BrownianInterval, BrownianTree
+    "Noise from Brownian paths in sigma, one per sample."
+    with needs('sde', 'brownian_noise'):
+        from torchsde import BrownianInterval, BrownianTree
 
-    lo, hi = _margin(min(o for o in _checked_sigmas(sigmas) if o > 0), float(sigmas[0]))
+    positive = [o for o in _checked_sigmas(sigmas) if o > 0]
+    lo, hi = positive[-1] * (1 - 1e-4), positive[0] * (1 + 1e-4)
     shape, device, dtype = x.shape[1:], x.device, x.dtype
 
     def path(seed):
@@ -753,25 +839,22 @@ def brownian_noise(
             return BrownianTree(lo, torch.zeros(shape), hi, entropy=seed)
         return BrownianInterval(lo, hi, size=tuple(shape), entropy=seed, cache_size=4)
 
-    paths = [path(g.initial_seed()) for g in _own_generators(x, generator)]
+    paths = [path(g.initial_seed()) for g in _run_generators(x, generator)]
 
     def noise(sigma, sigma_next):
         a, b = sorted((float(sigma), float(sigma_next)))
         if not lo <= a < b <= hi:
             raise ValueError(
-                f'sigma={sigma:.6g}, sigma_next={sigma_next:.6g}: allowed are two different noise levels of the ladder, {lo:.6g} to {hi:.6g}'
+                f'sigma_next: expected two different noise levels from {lo:.6g} to {hi:.6g}, '
+                f'got {sigma:.6g} and {sigma_next:.6g}'
             )
-        return (
-            torch.stack([p(a, b) for p in paths] or [torch.zeros(shape)])[: len(paths)]
-            .mul_((b - a) ** -0.5 if sigma < sigma_next else -((b - a) ** -0.5))
-            .to(device, dtype)
-        )
+        if not paths:
+            return torch.zeros(x.shape, device=device, dtype=dtype)
+        sign = 1 if sigma < sigma_next else -1
+        increments = torch.stack([p(a, b) for p in paths])
+        return increments.mul_(sign * (b - a) ** -0.5).to(device, dtype)
 
     return noise
-
-
-def _margin(lo, hi):
-    return lo * (1 - 1e-4), hi * (1 + 1e-4)
 
 
 # %% ../nbs/04_karras.ipynb #81
@@ -793,17 +876,20 @@ def dpmpp_sde(
     s_noise: float = 1.0,  # factor on the noise
     r: float = 0.5,  # where the second evaluation is, as a share of the step in the logarithm
 ):
-    "DPM-Solver++(SDE), singlestep of second order, as in k-diffusion. Two evaluations a step (one to 0)."
-    if not 0 < r <= 1:
-        raise ValueError(f'r={r}: allowed are numbers above 0, up to 1')
+    """DPM-Solver++(SDE), singlestep of second order, as in k-diffusion.
+
+    Two evaluations per step (one to 0).
+    """
     state = state.evaluate(D, x, sigma)
     if sigma_next == 0:
-        return toward(x, state.x0, sigma, sigma_next), state
+        return _toward(x, state.x0, sigma, sigma_next), state
     mid = sigma ** (1 - r) * sigma_next**r
-    down, up = get_ancestral_step(sigma, mid, eta)
-    x0 = D(_renoised(toward(x, state.x0, sigma, down), up * s_noise, sigma, mid, state), mid)
-    down, up = get_ancestral_step(sigma, sigma_next, eta)
-    x = toward(x, torch.lerp(state.x0, x0, 1 / (2 * r)), sigma, down)
+    down, up = _ancestral_step(sigma, mid, eta)
+    x_mid = _renoised(_toward(x, state.x0, sigma, down), up * s_noise, sigma, mid, state)
+    x0 = torch.lerp(state.x0, D(x_mid, mid), 1 / (2 * r))
+    del x_mid
+    down, up = _ancestral_step(sigma, sigma_next, eta)
+    x = _toward(x, x0, sigma, down)
     return _renoised(x, up * s_noise, sigma, sigma_next, state), state
 
 
@@ -819,28 +905,23 @@ def dpmpp_2m_sde(
     s_noise: float = 1.0,  # factor on the noise
     solver_type: str = 'midpoint',  # or 'heun'
 ):
-    "DPM-Solver++(2M SDE) (arXiv:2211.01095, section 5). One evaluation a step."
-    _check_eta(eta)
-    if solver_type not in ('midpoint', 'heun'):
-        raise ValueError(f"solver_type={solver_type!r}: allowed are 'midpoint' and 'heun'")
+    "DPM-Solver++(2M SDE) (arXiv:2211.01095, section 5). One evaluation per step."
     state = state.evaluate(D, x, sigma)
     if sigma_next == 0:
         return state.x0.clone(), state
-    h, past = math.log(sigma / sigma_next), state.past[:1]
+    h = math.log(sigma / sigma_next)
     u = h * (1 + eta)
     x = torch.lerp(state.x0, x, math.exp(-u))
-    for before, old in past:
+    for before, old in state.past[:1]:
         phi = -math.expm1(-u) / 2 if solver_type == 'midpoint' else 1 + math.expm1(-u) / u
         x = x.add_(state.x0 - old, alpha=phi * h / math.log(before / sigma))
-    return _sde_noise(x, h, eta, s_noise, sigma, sigma_next, state), state._replace(
-        past=((sigma, state.x0),)
-    )
+    x = _add_sde_noise(x, h, eta, s_noise, sigma, sigma_next, state)
+    return x, state._replace(past=((sigma, state.x0),))
 
 
-def _sde_noise(x, h, eta, s_noise, sigma, sigma_next, state):
-    return _renoised(
-        x, s_noise * sigma_next * (-math.expm1(-2 * eta * h)) ** 0.5, sigma, sigma_next, state
-    )
+def _add_sde_noise(x, h, eta, s_noise, sigma, sigma_next, state):
+    up = s_noise * sigma_next * (-math.expm1(-2 * eta * h)) ** 0.5
+    return _renoised(x, up, sigma, sigma_next, state)
 
 
 # %% ../nbs/04_karras.ipynb #85
@@ -854,8 +935,10 @@ def dpmpp_3m_sde(
     eta: float = 1.0,  # share of the fresh noise
     s_noise: float = 1.0,  # factor on the noise
 ):
-    "DPM-Solver++(3M SDE), the third-order relative of `dpmpp_2m_sde` in k-diffusion. One evaluation a step."
-    _check_eta(eta)
+    """DPM-Solver++(3M SDE), the third-order relative of `dpmpp_2m_sde` in k-diffusion.
+
+    One evaluation per step.
+    """
     state = state.evaluate(D, x, sigma)
     if sigma_next == 0:
         return state.x0.clone(), state
@@ -865,384 +948,114 @@ def dpmpp_3m_sde(
     phi = 1 + math.expm1(-u) / u
     r = [math.log(b / a) / h for (a, _), (b, _) in pairwise(past)]
     second = (phi * r[0] + 0.5 - phi / u) / sum(r) if len(r) == 2 else 0.0
-    for c, k in zip((phi + second, -second), range(len(r))):
+    for k, c in zip(range(len(r)), (phi + second, -second), strict=False):
         x.add_(past[k][1], alpha=c / r[k]).sub_(past[k + 1][1], alpha=c / r[k])
-    return _sde_noise(x, h, eta, s_noise, sigma, sigma_next, state), state._replace(past=past[:2])
+    x = _add_sde_noise(x, h, eta, s_noise, sigma, sigma_next, state)
+    return x, state._replace(past=past[:2])
 
 
 # %% ../nbs/04_karras.ipynb #87
-def cfgpp(D, x, sigma, sigma_next, state):
-    "CFG++ (arXiv:2406.08070, algorithm 2) in terms of sigma. `D` has `parts`, as `GuidedDenoiser` has, with the weight lambda."
+def euler_cfg_pp(D, x, sigma, sigma_next, state):
+    """CFG++ (arXiv:2406.08070, algorithm 2) in terms of sigma.
+
+    `D` has `parts`, as `GuidedDenoiser` has; its weight is lambda.
+    """
     pred, _, neg = D.parts(x, sigma)
     state = state._replace(x=x, sigma=sigma, x0=pred)
     return torch.lerp(neg, x, sigma_next / sigma).add_(pred).sub_(neg), state
 
 
 # %% ../nbs/04_karras.ipynb #106
-def _shell(step, model, x, sigmas, *args, **kwargs):
-    return _run_to_end(
-        step, model, x, torch.unique_consecutive(torch.as_tensor(sigmas)), *args, **kwargs
-    )
+_PARAMETER = inspect.Parameter
+_SHARED = [
+    *(_PARAMETER(k, _PARAMETER.POSITIONAL_OR_KEYWORD) for k in ('model', 'x', 'sigmas')),
+    *(
+        _PARAMETER(k, _PARAMETER.POSITIONAL_OR_KEYWORD, default=None)
+        for k in ('extra_args', 'callback', 'disable')
+    ),
+]
+_PARAMETER_DOCS = dict(
+    model='called as `model(x, sigma, **extra_args) -> x0`, sigma (B,)',
+    x='(B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise',
+    sigmas='(steps+1,) decreasing noise levels',
+    extra_args='dict of what the model is conditioned on, by name',
+    callback='called after each step with a dict: x, i, sigma, sigma_hat, denoised',
+    disable='no progress bar? None: only in a terminal',
+    s_churn='amount of churn over all steps; 0 is none',
+    s_tmin='lowest noise level with churn',
+    s_tmax='highest noise level with churn',
+    s_noise='factor on the noise',
+    decorate_sigma_hat='rounding of the raised noise level; None: that of the model',
+    eta='share of the fresh noise',
+    noise_sampler='function of two noise levels that gives noise (B, ...) of variance 1',
+    generator='a seed or torch.Generator for the batch, or a list with one per sample',
+    order='slopes that are used, the new one included',
+    r='where the second evaluation is, as a share of the step in the logarithm',
+    solver_type="'midpoint' or 'heun'",
+    variance="that of the posterior ('fixed_small') or of the forward step ('fixed_large')",
+)
+
+
+# %% ../nbs/04_karras.ipynb #a6611861
+def _signature_of(step):
+    "k-diffusion's signature for a step: its options, where noise comes from, and `generator`."
+    params = []
+    for p in list(inspect.signature(step).parameters.values())[5:]:
+        name = 'decorate_sigma_hat' if p.name == 'quantize' else p.name
+        params.append(_PARAMETER(name, _PARAMETER.POSITIONAL_OR_KEYWORD, default=p.default))
+    names = [p.name for p in params]
+    none = dict(kind=_PARAMETER.POSITIONAL_OR_KEYWORD, default=None)
+    if getattr(step, 'stochastic', False):
+        place = names.index('s_noise') + 1 if 's_noise' in names else len(names)
+        params.insert(place, _PARAMETER('noise_sampler', **none))
+    if getattr(step, 'stochastic', False) or 's_churn' in names:
+        params.append(_PARAMETER('generator', **none))
+    return inspect.Signature(_SHARED + params)
 
 
 # %% ../nbs/04_karras.ipynb #107
-def sample_euler(
-    model,  # `model(x, sigma, **extra_args) -> x0`, sigma (B,)
-    x: torch.Tensor,  # (B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise
-    sigmas,  # (n+1,) noise levels
-    extra_args: dict = None,  # what the model is conditioned on, by name
-    callback=None,  # called after each step with a dict: x (where it began, with its churn), i, sigma, sigma_hat, denoised
-    disable: bool = None,  # no progress bar? None: only in a terminal
-    s_churn: float = 0.0,  # amount of churn over all steps
-    s_tmin: float = 0.0,  # lowest noise level with churn
-    s_tmax: float = math.inf,  # highest
-    s_noise: float = 1.0,  # factor on the noise
-    decorate_sigma_hat=None,  # rounding of the raised noise level; None: the model's `quantize_sigma`
-    generator=None,  # see `split_generator`
-) -> torch.Tensor:  # (B, ...) at the last noise level
-    "`euler` with k-diffusion's signature."
-    return _shell(
-        euler,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
-        quantize=decorate_sigma_hat,
-    )
+def _as_k_diffusion(step, name):
+    "A step as a function with the signature of k-diffusion's samplers."
+    signature = _signature_of(step)
+
+    def sampler(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        options = dict(given.arguments)
+        model, x, sigmas, extra_args, callback, disable = (options.pop(p.name) for p in _SHARED)
+        noise, generator = options.pop('noise_sampler', None), options.pop('generator', None)
+        if 'decorate_sigma_hat' in options:
+            options['quantize'] = options.pop('decorate_sigma_hat')
+        _check_callable('model', model, 'a denoiser model(x, sigma, **extra_args)')
+        _check_mapping('extra_args', extra_args or {})
+        if callback is not None:
+            _check_callable('callback', callback, 'a function of a dict')
+        if noise is not None:
+            _check_callable('noise_sampler', noise, 'a function of two noise levels')
+        sigmas = torch.unique_consecutive(_sigmas_tensor(sigmas))
+        args = step, model, x, sigmas, extra_args, callback, disable, generator, noise
+        return _run_to_end(*args, **options)
+
+    first = step.__doc__.split('\n')[0]
+    lines = [f'{k}: {_PARAMETER_DOCS[k]}' for k in signature.parameters]
+    doc = f"{first}\n\nWith k-diffusion's signature.\n\n" + '\n'.join(lines)
+    sampler.__signature__, sampler.__module__ = signature, __name__
+    return _named(sampler, name, doc)
 
 
 # %% ../nbs/04_karras.ipynb #108
-def sample_heun(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    s_churn=0.0,
-    s_tmin=0.0,
-    s_tmax=math.inf,
-    s_noise=1.0,
-    decorate_sigma_hat=None,
-    generator=None,
-):
-    "`heun` with k-diffusion's signature; see `sample_euler`."
-    return _shell(
-        heun,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
-        quantize=decorate_sigma_hat,
-    )
-
-
-def sample_dpm_2(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    s_churn=0.0,
-    s_tmin=0.0,
-    s_tmax=math.inf,
-    s_noise=1.0,
-    decorate_sigma_hat=None,
-    generator=None,
-):
-    "`dpm2` with k-diffusion's signature; see `sample_euler`."
-    return _shell(
-        dpm2,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
-        quantize=decorate_sigma_hat,
-    )
-
-
-# %% ../nbs/04_karras.ipynb #109
-def sample_euler_ancestral(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    eta: float = 1.0,  # share of the fresh noise
-    s_noise: float = 1.0,  # factor on the noise
-    noise_sampler=None,  # function of two noise levels that gives noise (B, ...) of variance 1; None: drawn with `generator`
-    generator=None,  # see `split_generator`
-) -> torch.Tensor:  # (B, ...) at the last noise level
-    "`euler_ancestral` with k-diffusion's signature; the first arguments are those of `sample_euler`."
-    return _shell(
-        euler_ancestral,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        noise_sampler,
-        eta=eta,
-        s_noise=s_noise,
-    )
-
-
-# %% ../nbs/04_karras.ipynb #110
-def sample_heun_ancestral(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    eta=1.0,
-    s_noise=1.0,
-    noise_sampler=None,
-    generator=None,
-):
-    "`heun_ancestral` with the signature of k-diffusion's ancestral samplers; see `sample_euler_ancestral`."
-    return _shell(
-        heun_ancestral,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        noise_sampler,
-        eta=eta,
-        s_noise=s_noise,
-    )
-
-
-def sample_dpm_2_ancestral(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    eta=1.0,
-    s_noise=1.0,
-    noise_sampler=None,
-    generator=None,
-):
-    "`dpm2_ancestral` with k-diffusion's signature; see `sample_euler_ancestral`."
-    return _shell(
-        dpm2_ancestral,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        noise_sampler,
-        eta=eta,
-        s_noise=s_noise,
-    )
-
-
-def sample_dpmpp_2s_ancestral(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    eta=1.0,
-    s_noise=1.0,
-    noise_sampler=None,
-    generator=None,
-):
-    "`dpmpp_2s_ancestral` with k-diffusion's signature; see `sample_euler_ancestral`."
-    return _shell(
-        dpmpp_2s_ancestral,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        noise_sampler,
-        eta=eta,
-        s_noise=s_noise,
-    )
-
-
-# %% ../nbs/04_karras.ipynb #111
-def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None, order=4):
-    "`lms` with k-diffusion's signature; see `sample_euler`."
-    return _shell(lms, model, x, sigmas, extra_args, callback, disable, order=order)
-
-
-def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    "`dpmpp_2m` with k-diffusion's signature; see `sample_euler`."
-    return _shell(dpmpp_2m, model, x, sigmas, extra_args, callback, disable)
-
-
-# %% ../nbs/04_karras.ipynb #112
-def sample_dpmpp_sde(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    eta=1.0,
-    s_noise=1.0,
-    noise_sampler=None,
-    r=1 / 2,
-    generator=None,
-):
-    "`dpmpp_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_sde`."
-    return _shell(
-        dpmpp_sde,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        noise_sampler,
-        eta=eta,
-        s_noise=s_noise,
-        r=r,
-    )
-
-
-def sample_dpmpp_2m_sde(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    eta=1.0,
-    s_noise=1.0,
-    noise_sampler=None,
-    solver_type='midpoint',
-    generator=None,
-):
-    "`dpmpp_2m_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_2m_sde`."
-    return _shell(
-        dpmpp_2m_sde,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        noise_sampler,
-        eta=eta,
-        s_noise=s_noise,
-        solver_type=solver_type,
-    )
-
-
-def sample_dpmpp_3m_sde(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    eta=1.0,
-    s_noise=1.0,
-    noise_sampler=None,
-    generator=None,
-):
-    "`dpmpp_3m_sde` with k-diffusion's signature; see `sample_euler_ancestral` and the options of `dpmpp_3m_sde`."
-    return _shell(
-        dpmpp_3m_sde,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        noise_sampler,
-        eta=eta,
-        s_noise=s_noise,
-    )
-
-
-# %% ../nbs/04_karras.ipynb #113
-def sample_ddim(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    eta=0.0,
-    noise_sampler=None,
-    generator=None,
-):
-    "`ddim` with a signature in k-diffusion's manner; see `sample_euler_ancestral` and the options of `ddim`."
-    return _shell(
-        ddim, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler, eta=eta
-    )
-
-
-def sample_ddpm(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    variance='fixed_small',
-    s_noise=1.0,
-    noise_sampler=None,
-    generator=None,
-):
-    "`ddpm` with a signature in k-diffusion's manner; see `sample_euler_ancestral` and the options of `ddpm`."
-    return _shell(
-        ddpm,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        generator,
-        noise_sampler,
-        variance=variance,
-        s_noise=s_noise,
-    )
-
-
-def sample_euler_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    "`cfgpp` with a signature in k-diffusion's manner; see `sample_euler`."
-    return _shell(cfgpp, model, x, sigmas, extra_args, callback, disable)
+sample_euler = _as_k_diffusion(euler, 'sample_euler')
+sample_heun = _as_k_diffusion(heun, 'sample_heun')
+sample_dpm_2 = _as_k_diffusion(dpm2, 'sample_dpm_2')
+sample_euler_ancestral = _as_k_diffusion(euler_ancestral, 'sample_euler_ancestral')
+sample_heun_ancestral = _as_k_diffusion(heun_ancestral, 'sample_heun_ancestral')
+sample_dpm_2_ancestral = _as_k_diffusion(dpm2_ancestral, 'sample_dpm_2_ancestral')
+sample_dpmpp_2s_ancestral = _as_k_diffusion(dpmpp_2s_ancestral, 'sample_dpmpp_2s_ancestral')
+sample_lms = _as_k_diffusion(lms, 'sample_lms')
+sample_dpmpp_2m = _as_k_diffusion(dpmpp_2m, 'sample_dpmpp_2m')
+sample_dpmpp_sde = _as_k_diffusion(dpmpp_sde, 'sample_dpmpp_sde')
+sample_dpmpp_2m_sde = _as_k_diffusion(dpmpp_2m_sde, 'sample_dpmpp_2m_sde')
+sample_dpmpp_3m_sde = _as_k_diffusion(dpmpp_3m_sde, 'sample_dpmpp_3m_sde')
+sample_ddim = _as_k_diffusion(ddim_step, 'sample_ddim')
+sample_ddpm = _as_k_diffusion(ddpm_step, 'sample_ddpm')
+sample_euler_cfg_pp = _as_k_diffusion(euler_cfg_pp, 'sample_euler_cfg_pp')

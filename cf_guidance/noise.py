@@ -22,36 +22,53 @@ def split_generator(
 ) -> list:  # n generators
     "One generator per sample. The first generators do not depend on `n`."
     _check_whole('n', n, 'the number of samples, 0 or more')
+    _check_generators(generator, n)
     if isinstance(generator, (list, tuple, range)):
-        if len(generator) != n:
-            raise ValueError(
-                f'generator: expected one, or a list of {n}, got a list of {len(generator)}'
-            )
-        return [_as_generator(g, in_list=True) for g in generator]
+        return [_as_generator(g) for g in generator]
     g = _as_generator(generator)
     seeds = [torch.randint(2**62, (), generator=g, device=g.device).item() for _ in range(n)]
     return [torch.Generator(g.device).manual_seed(s) for s in seeds]
 
 
 # %% ../nbs/02_noise.ipynb #35802166
-def _as_generator(g, device='cpu', in_list=False):
-    "A `torch.Generator` from what a user gives: a generator, a seed, or None for a fresh seed."
-    if isinstance(g, torch.Generator):
-        return g
-    if g is None and not in_list:
-        new = torch.Generator(device)
-        new.seed()
-        return new
+def _check_generators(generator, n):
+    "An error unless `generator` is what `split_generator` takes for `n` samples. Draws nothing."
+    if not isinstance(generator, (list, tuple, range)):
+        return _check_seed(generator)
+    if len(generator) != n:
+        raise ValueError(
+            f'generator: expected one, or a list of {n}, got a list of {len(generator)}'
+        )
+    for g in generator:
+        if g is None:
+            raise TypeError('generator: expected a seed or torch.Generator in the list, got None')
+        _check_seed(g)
+
+
+def _check_seed(g):
+    if g is None or isinstance(g, torch.Generator):
+        return
     if not isinstance(g, Integral) or isinstance(g, bool):
-        where, none = ('in the list', '') if in_list else ('or a list of them', ', or None')
         raise TypeError(
-            f'generator: expected a torch.Generator or a whole number {where}{none}, got {g!r}'
+            f'generator: expected a seed, a torch.Generator, a list of them or None, got {g!r:.40}'
         )
     if not 0 <= g < 2**64:
         raise ValueError(f'generator: expected a seed from 0 to 2**64-1, got {g}')
-    return torch.Generator(device).manual_seed(int(g))
 
 
+def _as_generator(g, device='cpu'):
+    "A `torch.Generator` from a generator, a seed, or None for a fresh seed."
+    _check_seed(g)
+    if isinstance(g, torch.Generator):
+        return g
+    new = torch.Generator(device)
+    if g is None:
+        new.seed()
+        return new
+    return new.manual_seed(int(g))
+
+
+# %% ../nbs/02_noise.ipynb #ce215715
 def _check_whole(name, value, what, low=0):
     "An error unless `value` is a whole number from `low` up."
     if not isinstance(value, Integral) or isinstance(value, bool):

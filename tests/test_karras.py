@@ -1,0 +1,1082 @@
+"Noise schedules, steps and the loop: special cases, what a run is told, and bad input."
+
+import inspect
+import math
+import pickle
+import sys
+import weakref
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cf_guidance import karras
+from cf_guidance.denoisers import Denoiser, DiscreteDenoiser, NetDenoiser, Parts
+from cf_guidance.karras import (
+    SigmaSchedule,
+    State,
+    ancestral,
+    brownian_noise,
+    churned,
+    ddim_step,
+    ddpm_step,
+    dpm2,
+    dpm2_ancestral,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2s,
+    dpmpp_2s_ancestral,
+    dpmpp_3m_sde,
+    dpmpp_sde,
+    euler,
+    euler_ancestral,
+    euler_cfg_pp,
+    get_ancestral_step,
+    get_premature_sigma_min,
+    get_sigmas_exponential,
+    get_sigmas_karras,
+    get_sigmas_polyexponential,
+    get_sigmas_vp,
+    heun,
+    heun_ancestral,
+    lms,
+    make_quantizer,
+    on_sigmas,
+    sample,
+    samples,
+)
+from cf_guidance.noise import randn
+
+nan, inf = float('nan'), math.inf
+S = 0.5
+
+
+def each(name, values):
+    return pytest.mark.parametrize(name, values)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def exact(x, sigma, mean=0.0):
+    "The best estimate for Gaussian data with standard deviation S"
+    return mean + (x - mean) * (S**2 / (S**2 + sigma**2)).view(-1, *(1,) * (x.ndim - 1))
+
+
+def net(x, t):
+    "The best eps at the levels of Stable Diffusion"
+    sigma = SD.sigmas[t].view(-1, 1, 1, 1)
+    return x * sigma * (1 + sigma**2) ** 0.5 / (S**2 + sigma**2)
+
+
+SD, Q, D = DiscreteDenoiser(None), DiscreteDenoiser(net), Denoiser(exact)
+SIGMAS = get_sigmas_karras(20, 0.03, 14.6)
+X = randn((4, 3, 8, 8), 0) * 14.6
+END = X * S / (S**2 + 14.6**2) ** 0.5
+MEAN = torch.full((4, 1, 1, 1), 2.0)
+
+
+# noise schedules
+
+THREE = get_sigmas_karras, get_sigmas_exponential, get_sigmas_polyexponential
+
+
+def test_exponential_has_equal_ratios():
+    got = get_sigmas_exponential(3, 0.01, 1.0, concat_zero=False)
+    assert_close(got, torch.tensor([1.0, 0.1, 0.01]))
+
+
+def test_karras_formula():
+    def middle(i):
+        return (14 ** (1 / 7) + i / 4 * (0.03 ** (1 / 7) - 14 ** (1 / 7))) ** 7
+
+    want = torch.tensor([14.0, middle(1), middle(2), middle(3), 0.03, 0])
+    assert_close(get_sigmas_karras(5, 0.03, 14.0), want)
+
+
+def test_karras_with_large_rho_is_exponential():
+    a, b = get_sigmas_karras(9, 0.1, 10.0, rho=1e6), get_sigmas_exponential(9, 0.1, 10.0)
+    assert_close(a, b, rtol=1e-4, atol=0)
+
+
+def test_polyexponential_formula():
+    want = torch.tensor([math.e**4, math.e, 1.0, 0.0])
+    assert_close(get_sigmas_polyexponential(3, 1.0, math.e**4, 2.0), want)
+
+
+PUBLISHED = {1: 66.9309, 2: 55.7362, 12: 6.4637, 13: 4.9991, 14: 3.8287, 16: 2.1739, 17: 1.6086}
+PUBLISHED |= {19: 0.8446, 22: 0.2830, 31: 0.0020}
+
+
+@each('i', PUBLISHED)
+def test_published_bounds_of_guidance_intervals(i):
+    "arXiv:2404.07724"
+    assert round(get_sigmas_karras(32, 0.002, 80)[i].item(), 4) == PUBLISHED[i]
+
+
+def test_vp_begins_at_its_largest():
+    want = math.expm1(19.9 / 2 + 0.1) ** 0.5
+    assert get_sigmas_vp(10)[0].item() == pytest.approx(want, abs=1e-3)
+
+
+def test_vp_decreases_to_zero():
+    sigmas = get_sigmas_vp(10)
+    assert (sigmas.diff() < 0).all()
+    assert sigmas[-1] == 0
+
+
+@each('f', THREE)
+def test_one_level(f):
+    assert f(1, 0.1, 10.0).tolist() == [10.0, 0.0]
+
+
+@each('f', THREE)
+def test_without_zero(f):
+    assert f(4, 0.1, 10.0, concat_zero=False).shape == (4,)
+
+
+@each('f', THREE)
+def test_ends_as_tensors(f):
+    assert torch.equal(f(4, torch.tensor(0.1), torch.tensor(10.0)), f(4, 0.1, 10.0))
+
+
+# those of a model
+
+
+def test_even_in_time():
+    steps = torch.linspace(999, 0, 10).round().long()
+    assert torch.equal(SD.get_sigmas(10)[:-1], SD.sigmas[steps])
+
+
+def test_all_levels():
+    want = torch.cat([SD.sigmas.flip(0), torch.zeros(1)])
+    assert torch.equal(SD.get_sigmas(1000), want)
+    assert torch.equal(SD.get_sigmas(), want)
+
+
+def test_equal_levels_are_one():
+    assert len(SD.get_sigmas_karras(50)) == 50
+    assert (SD.get_sigmas_karras(1000).diff() < 0).all()
+
+
+def test_free_model_takes_every_level():
+    got = DiscreteDenoiser(None, quantize=False).get_sigmas_karras(50)
+    assert_close(got, get_sigmas_karras(50, SD.sigma_min, SD.sigma_max))
+
+
+def test_time_of_its_own_is_sigma():
+    got = NetDenoiser(None, sigma_min=1, sigma_max=5).get_sigmas(5)
+    assert_close(got, torch.tensor([5.0, 4, 3, 2, 1, 0]))
+
+
+def test_own_minimum():
+    got = SD.get_sigmas_karras(7, sigma_min=0.1072)[-2]
+    assert got == SD.quantize_sigma(torch.tensor(0.1072))
+
+
+# one value per step
+
+W = on_sigmas([7.0, 5.0, 1.0], [16.0, 4.0, 1.0, 0.0])
+
+
+def test_nearest_in_the_logarithm():
+    got = W(torch.tensor([20.0, 16.0, 8.0, 7.9, 4.0, 2.0, 1.9, 0.01]))
+    assert got.tolist() == [7.0, 7.0, 7.0, 5.0, 5.0, 5.0, 1.0, 1.0]
+
+
+@each('ladder', [torch.float32, torch.float64])
+@each('dtype', [torch.float32, torch.float64])
+def test_each_level_has_its_value(ladder, dtype):
+    sigmas = torch.linspace(10, 0, 21, dtype=ladder) ** 1.3
+    got = on_sigmas(torch.arange(20.0), sigmas)(sigmas[:-1].to(dtype))
+    assert torch.equal(got, torch.arange(20.0, dtype=dtype))
+
+
+def test_one_value_per_sample():
+    w = on_sigmas([[7.0, 1.0], [5.0, 2.0]], [4.0, 1.0, 0.0])
+    assert w(torch.tensor([4.0, 1.0])).tolist() == [7.0, 2.0]
+    assert w.at_step(1).tolist() == [5.0, 2.0]
+
+
+def test_one_step():
+    assert on_sigmas([3.0], [1.0, 0.0])(torch.tensor([2.0, 0.5])).tolist() == [3.0, 3.0]
+
+
+def test_at_step():
+    assert [W.at_step(i).item() for i in range(3)] == [7.0, 5.0, 1.0]
+
+
+def test_schedule_knows_its_sigmas():
+    assert W.sigmas == (16.0, 4.0, 1.0, 0.0)
+    assert W.values.tolist() == [7.0, 5.0, 1.0]
+
+
+def test_schedule_takes_a_number():
+    assert W(16.0).item() == 7.0
+
+
+def test_schedule_is_frozen():
+    with pytest.raises(AttributeError):
+        W.values = None
+
+
+def test_schedule_pickles():
+    again = pickle.loads(pickle.dumps(W))
+    assert isinstance(again, SigmaSchedule)
+    assert again.at_step(1) == 5.0
+
+
+# what a run tells the denoiser
+
+
+class Told:
+    "Notes how it is called"
+
+    takes_step = True
+
+    def __init__(self):
+        self.calls, self.started = [], []
+
+    def start(self, sigmas=None):
+        self.started.append(sigmas)
+
+    def __call__(self, x, sigma, step=None):
+        self.calls.append(step)
+        return exact(x, sigma)
+
+    def parts(self, x, sigma, step=None):
+        return Parts(*[self(x, sigma, step)] * 3)
+
+
+STEPS = {
+    euler: [0, 1, 2],
+    heun: [0, 0, 1, 1, 2],
+    dpm2: [0, 0, 1, 1, 2],
+    dpmpp_2m: [0, 1, 2],
+    dpmpp_sde: [0, 0, 1, 1, 2],
+    euler_cfg_pp: [0, 1, 2],
+}
+
+
+@pytest.mark.parametrize('step,want', STEPS.items(), ids=lambda o: getattr(o, '__name__', ''))
+@each('wrap', [lambda D: D, Denoiser, lambda D: Denoiser(Denoiser(D))])
+def test_step_is_told(step, want, wrap):
+    D = Told()
+    sample(wrap(D), X, [4.0, 2.0, 1.0, 0.0], step)
+    assert D.calls == want
+
+
+@each('wrap', [lambda D: D, Denoiser])
+def test_start_gets_the_sigmas_once(wrap):
+    D, sigmas = Told(), [4.0, 2.0, 1.0, 0.0]
+    sample(wrap(D), X, sigmas)
+    assert D.started == [sigmas]
+
+
+def test_shells_start_a_run():
+    D = Told()
+    karras.sample_euler(D, X, SIGMAS, disable=True)
+    assert len(D.started) == 1
+    assert D.calls == list(range(20))
+
+
+def test_no_step_for_others():
+    seen = []
+    sample(lambda x, sigma, **kw: seen.append(kw) or exact(x, sigma), X, [4.0, 0.0])
+    assert seen == [{}]
+
+
+def test_errors_of_start_come_through():
+    class Refuses(Denoiser):
+        def start(self, sigmas):
+            raise ValueError(f'{len(sigmas)} levels')
+
+    with pytest.raises(ValueError, match='21 levels'):
+        sample(Refuses(exact), X, SIGMAS)
+
+
+# the loop
+
+
+def off(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@each('step', [heun, dpm2, dpmpp_2s, dpmpp_2m])
+def test_second_order_is_near(step):
+    assert off(sample(D, X, SIGMAS, step), END) < 0.02
+
+
+def test_euler_is_farther():
+    assert 0.02 < off(sample(D, X, SIGMAS, euler), END) < 0.1
+
+
+def test_ddim_is_euler():
+    assert torch.equal(sample(D, X, SIGMAS, ddim_step), sample(D, X, SIGMAS, euler))
+
+
+def test_the_condition_reaches_the_model():
+    got = sample(D, X + 2, SIGMAS, heun, dict(mean=MEAN))
+    assert_close(got, sample(D, X, SIGMAS) + 2, atol=1e-4, rtol=1e-4)
+
+
+def test_one_yield_per_step():
+    assert len(list(samples(D, X, SIGMAS))) == 20
+
+
+def test_first_estimate():
+    _, x0 = next(samples(D, X, SIGMAS, euler))
+    assert_close(x0, exact(X, torch.full((4,), 14.6)))
+
+
+@each('dtype,tol', [(torch.float64, 1e-5), (torch.float16, 5e-3)])
+def test_types(dtype, tol):
+    got = sample(D, X.to(dtype), SIGMAS)
+    assert got.dtype == dtype
+    assert_close(got.float(), sample(D, X, SIGMAS), atol=tol, rtol=tol)
+
+
+@each('step', [euler, heun, dpm2, lms, dpmpp_2m, dpmpp_3m_sde])
+def test_x_is_left_alone(step):
+    x = X.clone()
+    sample(D, x, SIGMAS, step)
+    assert torch.equal(x, X)
+
+
+def test_no_gradients():
+    conv = torch.nn.Conv2d(3, 3, 1)
+    assert not sample(lambda x, sigma: conv(x), X, SIGMAS).requires_grad
+
+
+def test_an_empty_batch():
+    assert sample(D, X[:0], SIGMAS, dpmpp_sde).shape == (0, 3, 8, 8)
+
+
+def test_a_step_of_ones_own():
+    def halve(D, x, sigma, sigma_next, state, share=0.5):
+        state = state.evaluate(D, x, sigma)
+        return x * share, state
+
+    assert torch.equal(sample(D, X, [2.0, 1.0], halve, share=0.25), X / 4)
+
+
+def test_progress_bar(capsys):
+    sample(D, X, [2.0, 1.0], progress=True)
+    assert '1/1' in capsys.readouterr().err
+
+
+def test_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tqdm.auto', None)
+    assert torch.equal(karras.sample_euler(D, X, SIGMAS), sample(D, X, SIGMAS, euler))
+
+
+def test_a_bar_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tqdm.auto', None)
+    with pytest.raises(ImportError, match='progress bar needs tqdm'):
+        sample(D, X, SIGMAS, progress=True)
+
+
+# steps
+
+
+@each(
+    'step,other',
+    [
+        (lms, euler),
+        (dpmpp_2m_sde, dpmpp_2m),
+        (euler_ancestral, euler),
+        (heun_ancestral, heun),
+        (dpm2_ancestral, dpm2),
+        (dpmpp_2s_ancestral, dpmpp_2s),
+    ],
+)
+def test_the_same_without_its_own(step, other):
+    options = dict(order=1) if step is lms else dict(eta=0.0)
+    a, b = sample(D, X, SIGMAS, step, **options), sample(D, X, SIGMAS, other)
+    assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_ddpm_is_ancestral_euler():
+    a, b = (sample(D, X, SIGMAS, f, generator=seeded(3)) for f in (ddpm_step, euler_ancestral))
+    assert torch.equal(a, b)
+
+
+@each('power', range(4))
+def test_lms_integrates_cubics_exactly(power):
+    levels = [3.0, 2.5, 1.7, 1.2]
+    coefficients = karras._lms_coefficients(levels, 1.2, 0.4)
+    got = sum(c * o**power for c, o in zip(coefficients, levels, strict=True))
+    assert got == pytest.approx((0.4 ** (power + 1) - 1.2 ** (power + 1)) / (power + 1), abs=1e-12)
+
+
+LONG, MANY = get_sigmas_karras(80, 0.01, 14.6), randn((64, 3, 8, 8), 1, dtype=torch.float64) * 14.6
+
+
+@pytest.fixture(scope='module')
+def long_error():
+    end = MANY * S / (S**2 + 14.6**2) ** 0.5
+
+    def error(step, **options):
+        return off(sample(D, MANY, LONG, step, generator=seeded(2), **options), end)
+
+    return error
+
+
+def test_third_order(long_error):
+    assert long_error(dpmpp_3m_sde, eta=0.0) < long_error(dpmpp_2m) / 2
+
+
+def test_sde_without_noise(long_error):
+    assert long_error(dpmpp_sde, eta=0.0) < long_error(dpmpp_2m)
+
+
+def test_heun_form_of_the_sde(long_error):
+    assert long_error(dpmpp_2m_sde, eta=0.0, solver_type='heun') < 2 * long_error(dpmpp_2m)
+
+
+SPREAD = {
+    ddpm_step: 0.08,
+    euler_ancestral: 0.08,
+    heun_ancestral: 0.03,
+    dpm2_ancestral: 0.03,
+    dpmpp_2s_ancestral: 0.03,
+    dpmpp_sde: 0.03,
+    dpmpp_2m_sde: 0.03,
+    dpmpp_3m_sde: 0.03,
+}
+
+
+@each('step', SPREAD)
+def test_spread_of_the_data(step):
+    got = sample(D, MANY, LONG, step, generator=seeded(2)).std() / S
+    assert abs(got - 1) < SPREAD[step]
+
+
+class Counter(Denoiser):
+    n = 0
+
+    def forward(self, x, sigma, **cond):
+        self.n += 1
+        return self.inner_model(x, sigma, **cond)
+
+
+ONE = euler, lms, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, ddim_step, ddpm_step, euler_ancestral
+TWO = heun, dpm2, dpmpp_2s, dpmpp_sde, heun_ancestral, dpm2_ancestral, dpmpp_2s_ancestral
+
+
+@each('step', ONE + TWO)
+def test_evaluations(step):
+    C = Counter(exact)
+    sample(C, X, get_sigmas_karras(10, 0.03, 14.6), step)
+    assert C.n == (10 if step in ONE else 19)
+
+
+# DDIM and DDPM of diffusers
+
+
+def scheduler(cls, t, t_next, **kw):
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear')
+    sched = cls(clip_sample=False, prediction_type='sample', **betas, **kw)
+    if cls is DDPMScheduler:
+        sched.set_timesteps(timesteps=[t, t_next])
+    else:
+        sched.set_timesteps(1000 // (t - t_next))
+    return sched
+
+
+@pytest.fixture(params=[(900, 800), (500, 400), (150, 50)], ids=str)
+def vp(request):
+    "A step between two times: latents of variance 1, the estimate, noise, and our step's result"
+    t, t_next = request.param
+    z, x0 = torch.randn(2, 2, 3, 4, 4, generator=seeded(0), dtype=torch.float64)
+    a, b = (SD.sigmas[o].double().item() for o in (t, t_next))
+
+    def ours(step, noise, **options):
+        x, state = z * (1 + a**2) ** 0.5, State(1, 0, lambda a, b: noise)
+        return step(lambda x, s: x0, x, a, b, state, **options)[0] / (1 + b**2) ** 0.5
+
+    return t, t_next, z, x0, ours
+
+
+@each('eta', [0.0, 0.5, 1.0])
+def test_ddim_of_diffusers(vp, eta):
+    t, t_next, z, x0, ours = vp
+    noise = randn(z.shape, seeded(4), dtype=torch.float64)
+    sched = scheduler(DDIMScheduler, t, t_next, set_alpha_to_one=False)
+    want = sched.step(x0, t, z, eta=eta, variance_noise=noise).prev_sample
+    assert_close(ours(ddim_step, noise, eta=eta), want, atol=1e-5, rtol=1e-5)
+
+
+@each('variance', ['fixed_small', 'fixed_large'])
+def test_ddpm_of_diffusers(vp, variance):
+    t, t_next, z, x0, ours = vp
+    noise = torch.randn(z.shape, generator=seeded(4), dtype=torch.float64)
+    sched = scheduler(DDPMScheduler, t, t_next, variance_type=variance)
+    want = sched.step(x0, t, z, generator=seeded(4)).prev_sample
+    assert_close(ours(ddpm_step, noise, variance=variance), want, atol=2e-5, rtol=2e-5)
+
+
+# noise
+
+NOISY = {
+    'churn': (heun, dict(s_churn=8)),
+    'ancestral': (euler_ancestral, {}),
+    'sde': (dpmpp_sde, {}),
+    '3m sde': (dpmpp_3m_sde, {}),
+}
+noisy = pytest.mark.parametrize('step,options', NOISY.values(), ids=NOISY)
+
+
+def run(x, step, options, seed=5):
+    return sample(D, x, SIGMAS, step, generator=seeded(seed), **options)
+
+
+@noisy
+def test_a_sample_does_not_depend_on_the_batch(step, options):
+    assert torch.equal(run(X, step, options)[:2], run(X[:2], step, options))
+
+
+@noisy
+def test_a_batch_in_pieces(step, options):
+    g = seeded(5)
+    pieces = [sample(D, o, SIGMAS, step, generator=g, **options) for o in X.split([1, 3])]
+    assert torch.equal(torch.cat(pieces), run(X, step, options))
+
+
+@noisy
+def test_seeds_matter(step, options):
+    assert not torch.equal(run(X, step, options), run(X, step, options, seed=6))
+
+
+@noisy
+def test_the_global_generator_is_left_alone(step, options):
+    before = torch.get_rng_state()
+    run(X, step, options)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_list_of_generators():
+    together = sample(D, X, SIGMAS, euler_ancestral, generator=[seeded(i) for i in range(4)])
+    alone = sample(D, X[2:3], SIGMAS, euler_ancestral, generator=[seeded(2)])
+    assert torch.equal(together[2:3], alone)
+
+
+def test_a_generator_that_is_not_needed_is_not_used():
+    g = seeded(0)
+    before = g.get_state()
+    sample(D, X, SIGMAS, heun, generator=g)
+    assert torch.equal(before, g.get_state())
+
+
+def test_fresh_noise_without_a_generator():
+    a, b = (sample(D, X, SIGMAS, euler_ancestral) for _ in range(2))
+    assert not torch.equal(a, b)
+
+
+@each(
+    'generator',
+    [3, list(range(500))],
+)
+@each(
+    'step,options',
+    [(euler_ancestral, {}), (ddpm_step, {}), (dpmpp_sde, {}), (heun, dict(s_churn=1))],
+)
+def test_noise_of_a_run_is_not_that_of_its_start(step, options, generator):
+    z = randn((500, 9), generator) * 14.6
+    got = sample(D, z, [14.6, 7.0], step, generator=generator, **options).std()
+    assert abs(got / (0.25 + 49) ** 0.5 - 1) < 0.06
+
+
+# churn
+
+
+class Seen(Denoiser):
+    "Notes x and sigma of each call"
+
+    def __init__(self, D):
+        super().__init__(D)
+        self.seen = []
+
+    def forward(self, x, sigma):
+        self.seen.append((x.clone(), sigma[0].item()))
+        return self.inner_model(x, sigma)
+
+
+def test_churned_levels_are_those_of_the_model():
+    V, sigmas, z = Seen(Q), Q.get_sigmas_karras(7), randn(X.shape, 9)
+    ends = [y for y, _ in samples(V, X, sigmas, euler, noise=lambda a, b: z, s_churn=2.0)]
+    for (y, hat), sigma, x in zip(V.seen, sigmas.tolist(), [X, *ends], strict=False):
+        assert hat in SD.sigmas.tolist()
+        assert hat > sigma or sigma == sigmas[0]
+        assert_close(y, x + z * (hat**2 - sigma**2) ** 0.5, atol=1e-5, rtol=1e-5)
+
+
+def test_churned_is_public():
+    step = churned(lambda D, x, sigma, sigma_next, state: (x, state.evaluate(D, x, sigma)))
+    assert torch.equal(sample(D, X, [2.0, 1.0], step), X)
+
+
+def test_where_to_round():
+    def rounded_at(quantize, s_churn):
+        kw = dict(generator=seeded(0), s_churn=s_churn, quantize=quantize)
+        return sample(Q, X, Q.get_sigmas_karras(7), heun, **kw)
+
+    assert torch.equal(rounded_at(None, 0.0), rounded_at(lambda o: o, 0.0))
+    assert (rounded_at(None, 2.0) - rounded_at(lambda o: o, 2.0)).abs().max() > 1e-3
+
+
+# Brownian paths
+
+BLANK, FOUR = torch.zeros(2000, 2), [4.0, 2.0, 1.0, 0.0]
+
+
+@pytest.fixture(scope='module')
+def path():
+    noise = brownian_noise(BLANK, FOUR, seeded(0))
+    return noise, noise(4.0, 1.0), noise(4.0, 2.0), noise(2.0, 1.0)
+
+
+def test_path_has_variance_one(path):
+    assert abs(path[1].var() - 1) < 4 * (2 / 4000) ** 0.5
+    assert abs(path[2].var() - 1) < 4 * (2 / 4000) ** 0.5
+
+
+def test_increments_are_independent(path):
+    assert abs((path[2] * path[3]).mean()) < 4 / 4000**0.5
+
+
+def test_increments_add_up(path):
+    _, whole, a, b = path
+    assert_close(whole * 3**0.5, a * 2**0.5 + b, atol=1e-5, rtol=1e-5)
+
+
+def test_the_way_back(path):
+    assert_close(path[0](1.0, 4.0), -path[1])
+
+
+def test_a_path_repeats(path):
+    assert torch.equal(path[0](4.0, 2.0), path[2])
+
+
+def test_a_path_does_not_depend_on_the_batch(path):
+    few = brownian_noise(BLANK[:3], FOUR, seeded(0))
+    assert torch.equal(few(4.0, 1.0), path[1][:3])
+    assert torch.equal(few(4.0, 2.0), path[2][:3])
+    assert torch.equal(few(2.0, 1.0), path[3][:3])
+
+
+def test_a_tree_is_the_same_for_all_schedules():
+    few, more = [4.0, 1.0, 0.0], [4.0, 3.0, 2.0, 1.0, 0.0]
+    coarse, fine = (brownian_noise(BLANK[:3], o, seeded(0), tree=True) for o in (few, more))
+    parts = fine(4.0, 3.0) + fine(3.0, 2.0) + fine(2.0, 1.0)
+    assert_close(coarse(4.0, 1.0) * 3**0.5, parts, atol=1e-4, rtol=1e-4)
+
+
+def test_without_torchsde(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchsde', None)
+    with pytest.raises(ImportError, match=r'brownian_noise needs torchsde: pip install'):
+        brownian_noise(BLANK, FOUR)
+
+
+# CFG++
+
+
+class Guided(Denoiser):
+    def __init__(self, D, neg, w):
+        super().__init__(D)
+        self.neg, self.w = neg, w
+
+    def parts(self, x, sigma, mean):
+        neg, pos = (self.inner_model(x, sigma, mean=o) for o in (self.neg, mean))
+        return Parts(neg + self.w * (pos - neg), pos, neg)
+
+
+GUIDED, POS = Guided(D, torch.full((4, 1, 1, 1), -1.0), 0.6), dict(mean=torch.ones(4, 1, 1, 1))
+TEN = get_sigmas_karras(10, 0.0292, 14.6146)
+
+
+def test_weights_of_cfg_pp_on_karras():
+    "Computed independently"
+    want = [1.591, 1.507, 1.423, 1.340, 1.257, 1.174, 1.092, 1.012, 0.932, 0.600]
+    assert (0.6 * TEN[:-1] / (TEN[:-1] - TEN[1:]) - torch.tensor(want)).abs().max() < 1e-3
+
+
+def test_ancestral_cfg_pp():
+    a = sample(GUIDED, X, TEN, ancestral(euler_cfg_pp), POS, eta=0.0)
+    assert_close(a, sample(GUIDED, X, TEN, euler_cfg_pp, POS), atol=1e-5, rtol=1e-5)
+
+
+# as in k-diffusion
+
+SHELLS = {
+    'euler': euler,
+    'heun': heun,
+    'dpm_2': dpm2,
+    'euler_ancestral': euler_ancestral,
+    'heun_ancestral': heun_ancestral,
+    'dpm_2_ancestral': dpm2_ancestral,
+    'dpmpp_2s_ancestral': dpmpp_2s_ancestral,
+    'lms': lms,
+    'dpmpp_2m': dpmpp_2m,
+    'dpmpp_sde': dpmpp_sde,
+    'dpmpp_2m_sde': dpmpp_2m_sde,
+    'dpmpp_3m_sde': dpmpp_3m_sde,
+    'ddim': ddim_step,
+    'ddpm': ddpm_step,
+}
+CHURN = ['s_churn', 's_tmin', 's_tmax', 's_noise', 'decorate_sigma_hat', 'generator']
+ANCESTRAL = ['eta', 's_noise', 'noise_sampler', 'generator']
+OPTIONS = {
+    **{k: CHURN for k in ('euler', 'heun', 'dpm_2')},
+    **{k: ANCESTRAL for k in SHELLS if k.endswith('ancestral')},
+    'lms': ['order'],
+    'dpmpp_2m': [],
+    'dpmpp_sde': ['eta', 's_noise', 'noise_sampler', 'r', 'generator'],
+    'dpmpp_2m_sde': ['eta', 's_noise', 'noise_sampler', 'solver_type', 'generator'],
+    'dpmpp_3m_sde': ANCESTRAL,
+    'ddim': ['eta', 'noise_sampler', 'generator'],
+    'ddpm': ['variance', 's_noise', 'noise_sampler', 'generator'],
+    'euler_cfg_pp': [],
+}
+
+
+def shell_of(name):
+    return getattr(karras, f'sample_{name}')
+
+
+@each('name', OPTIONS)
+def test_signature(name):
+    shared = ['model', 'x', 'sigmas', 'extra_args', 'callback', 'disable']
+    assert list(inspect.signature(shell_of(name)).parameters) == shared + OPTIONS[name]
+
+
+@each('name', OPTIONS)
+def test_docs_name_each_parameter(name):
+    f = shell_of(name)
+    assert all(f'\n{k}: ' in f.__doc__ for k in inspect.signature(f).parameters)
+
+
+@each('name', OPTIONS)
+def test_shells_pickle(name):
+    f = shell_of(name)
+    assert pickle.loads(pickle.dumps(f)) is f
+
+
+@each('name', SHELLS)
+def test_a_shell_is_its_step(name):
+    draws = 'generator' in inspect.signature(shell_of(name)).parameters
+    kw = dict(generator=seeded(0)) if draws else {}
+    got = shell_of(name)(D, X, SIGMAS, {'mean': MEAN}, disable=True, **kw)
+    want = sample(D, X, SIGMAS, SHELLS[name], {'mean': MEAN}, seeded(0))
+    assert torch.equal(got, want)
+
+
+def test_shell_of_cfg_pp():
+    got = karras.sample_euler_cfg_pp(GUIDED, X, TEN, POS, disable=True)
+    assert torch.equal(got, sample(GUIDED, X, TEN, euler_cfg_pp, POS))
+
+
+def test_positional_as_in_k_diffusion():
+    got = karras.sample_heun(D, X, SIGMAS, None, None, True, 0.0, 0.0, inf, 1.0)
+    assert torch.equal(got, sample(D, X, SIGMAS))
+
+
+@each('options', [dict(eta=0.5, s_noise=0.9, r=0.4), dict(eta=0.0, r=0.4)])
+def test_options_of_sde(options):
+    got = karras.sample_dpmpp_sde(D, X, SIGMAS, disable=True, generator=seeded(0), **options)
+    want = sample(D, X, SIGMAS, dpmpp_sde, generator=seeded(0), **options)
+    assert torch.equal(got, want)
+
+
+def test_options_of_2m_sde():
+    kw = dict(solver_type='heun', generator=0)
+    got = karras.sample_dpmpp_2m_sde(D, X, SIGMAS, disable=True, **kw)
+    assert torch.equal(got, sample(D, X, SIGMAS, dpmpp_2m_sde, **kw))
+
+
+def test_own_noise():
+    def own(a, b):
+        return torch.ones_like(X)
+
+    got = karras.sample_euler_ancestral(D, X, SIGMAS, disable=True, noise_sampler=own)
+    assert torch.equal(got, sample(D, X, SIGMAS, euler_ancestral, noise=own))
+
+
+def test_the_call_of_the_discussion():
+    quantizer, sigmas = make_quantizer(Q.sigmas), get_sigmas_karras(7, 0.1072, 14.6146)
+    kw = dict(s_churn=0.3, decorate_sigma_hat=quantizer, disable=True, generator=seeded(1))
+    got = karras.sample_heun(Q, X, quantizer(sigmas), extra_args={}, **kw)
+    want = sample(Q, X, quantizer(sigmas), heun, generator=seeded(1), s_churn=0.3)
+    assert torch.equal(got, want)
+
+
+def test_levels_that_rounding_made_equal():
+    sigmas = SD.quantize_sigma(get_sigmas_karras(50, SD.sigma_min, SD.sigma_max))
+    assert len(sigmas.unique()) < len(sigmas)
+    got = karras.sample_heun(Q, X, sigmas, disable=True)
+    assert torch.equal(got, sample(Q, X, sigmas.unique_consecutive()))
+
+
+@pytest.fixture(scope='module')
+def called():
+    seen = []
+    karras.sample_euler(D, X, SIGMAS, callback=seen.append, disable=True, s_churn=4.0)
+    return seen
+
+
+def test_callback_counts(called):
+    assert [o['i'] for o in called] == list(range(20))
+
+
+def test_callback_keys(called):
+    assert sorted(called[0]) == ['denoised', 'i', 'sigma', 'sigma_hat', 'x']
+
+
+def test_callback_sigma(called):
+    assert called[3]['sigma'] == SIGMAS[3]
+
+
+def test_callback_sigma_hat(called):
+    assert all(o['sigma_hat'] / o['sigma'].item() == pytest.approx(1.2, abs=1e-5) for o in called)
+
+
+def test_callback_denoised(called):
+    for o in called:
+        assert_close(o['denoised'], exact(o['x'], torch.full((4,), o['sigma_hat'].item())))
+
+
+def test_callback_x_has_its_churn(called):
+    assert called[0]['x'].std() > X.std()
+
+
+# memory
+
+
+class Alive(TorchDispatchMode):
+    "Bytes that are alive among tensors made inside"
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.seen = 0, set()
+
+    def _free(self, key, n):
+        self.seen.discard(key)
+        self.now -= n
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for st in {t.untyped_storage() for t in tree_leaves(out) if torch.is_tensor(t)}:
+            if st._cdata in self.seen:
+                continue
+            self.seen.add(st._cdata)
+            self.now += st.nbytes()
+            weakref.finalize(st, self._free, st._cdata, st.nbytes())
+        return out
+
+
+def copies(step, **options):
+    "Most tensors of the size of x alive while the model runs, beyond its input and the caller's"
+    big, seen = randn((2, 4, 128, 128), 0) * 14.6, []
+
+    def model(x, sigma):
+        seen.append(alive.now / big.nbytes - (x is not big))
+        return x.clone()
+
+    sigmas = get_sigmas_karras(8, 0.03, 14.6)
+    with Alive() as alive:
+        sample(model, big, sigmas, step, noise=lambda a, b: torch.zeros_like(big), **options)
+    return round(max(seen), 1)
+
+
+REMEMBERS = {dpmpp_2m: 2, dpmpp_2m_sde: 2, dpmpp_3m_sde: 3, lms: 4}
+
+
+@each('step', [*ONE, *TWO])
+def test_memory(step):
+    assert copies(step) <= 3 + REMEMBERS.get(step, 0)
+
+
+def test_memory_of_lms():
+    assert copies(lms) == 3.0
+
+
+def test_memory_of_churn():
+    assert copies(heun, s_churn=4.0) <= 3
+
+
+# bad input
+
+
+def broken(x, sigma):
+    return x / (sigma > 1).view(-1, 1, 1, 1) * 0 + x
+
+
+def run_with(step=heun, **kw):
+    return lambda: sample(D, X, SIGMAS, step, **kw)
+
+
+def of(f, *args, **kw):
+    return lambda: f(*args, **kw)
+
+
+BAD_SIGMAS = {
+    'none': [],
+    'one': [1.0],
+    'matrix': [[1.0, 0.0]],
+    'rising': [1.0, 2.0, 0.0],
+    'nan first': [nan, 1.0],
+    'nan': [2.0, nan, 0.0],
+    'zero inside': [2.0, 0.0, 0.0],
+    'negative': [2.0, -1.0],
+    'infinite': [inf, 1.0],
+    'zeros': [0.0, 0.0],
+    'repeated': [2.0, 1.0, 1.0, 0.0],
+}
+
+
+@pytest.mark.parametrize('sigmas', BAD_SIGMAS.values(), ids=BAD_SIGMAS)
+@each('f', [lambda o: sample(D, X, o), lambda o: brownian_noise(X, o), lambda o: on_sigmas([1], o)])
+def test_bad_sigmas(sigmas, f):
+    with pytest.raises(ValueError, match='^sigmas: '):
+        f(sigmas)
+
+
+@each('f', [lambda o: sample(D, X, o), lambda o: karras.sample_euler(D, X, o, disable=True)])
+@each('sigmas', [None, 'a', ['a'], [1j, 0.0]])
+def test_sigmas_of_a_wrong_kind(f, sigmas):
+    with pytest.raises(TypeError, match='^sigmas: '):
+        f(sigmas)
+
+
+@each('f', THREE)
+@each(
+    'lo,hi', [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, 1.0), (nan, 1.0), (0.1, nan), (0.1, inf)]
+)
+def test_bad_ends(f, lo, hi):
+    with pytest.raises(ValueError, match='sigma_m'):
+        f(5, lo, hi)
+
+
+@each('n', [0, -1])
+def test_bad_n(n):
+    with pytest.raises(ValueError, match=f'^n: .* got {n}'):
+        get_sigmas_karras(n, 0.1, 1.0)
+
+
+@each('n', [1.5, nan, inf, '5', None, True])
+def test_n_of_a_wrong_kind(n):
+    with pytest.raises(TypeError, match='^n: '):
+        get_sigmas_karras(n, 0.1, 1.0)
+
+
+@each('rho', [0.0, -7.0, nan, 1e-9, 1e9])
+@each('f', [get_sigmas_karras, get_sigmas_polyexponential])
+def test_bad_rho(f, rho):
+    with pytest.raises(ValueError, match='^rho: '):
+        f(5, 0.1, 1.0, rho)
+
+
+BAD = {
+    'sigma_min text': (of(get_sigmas_karras, 5, 'a', 10), TypeError, "sigma_min: .* got 'a'"),
+    'sigma_max text': (of(get_sigmas_karras, 5, 0.1, 'b'), TypeError, "sigma_max: .* got 'b'"),
+    'sigma_min None': (of(get_sigmas_karras, 5, None, 10), TypeError, 'sigma_min: .* got None'),
+    'device': (of(get_sigmas_karras, 5, 0.1, 1.0, device='foo'), ValueError, "device: .* 'foo'"),
+    'beta_d': (of(get_sigmas_vp, 5, beta_d=nan), ValueError, 'beta_d: .* got nan'),
+    'beta_d large': (of(get_sigmas_vp, 5, beta_d=1e9), ValueError, 'beta_d: .* got 1e'),
+    'beta_min': (of(get_sigmas_vp, 5, beta_min='a'), TypeError, "beta_min: .* got 'a'"),
+    'eps_s': (of(get_sigmas_vp, 5, eps_s=0.0), ValueError, 'eps_s: .* got 0'),
+    'steps': (of(get_premature_sigma_min, 1, 14.0, 0.03), ValueError, 'steps: .* got 1'),
+    'no range': (
+        of(Denoiser(exact).get_sigmas_karras, 5),
+        NotImplementedError,
+        'get_sigmas_karras',
+    ),
+    'no list': (of(NetDenoiser(len, 'eps', 1, 5).get_sigmas), ValueError, 'n: .* got 0'),
+    'n of a model': (of(SD.get_sigmas, 'a'), TypeError, "n: .* got 'a'"),
+    'values few': (of(on_sigmas, [1.0] * 2, FOUR), ValueError, r'values: .* got shape \(2,\)'),
+    'values many': (of(on_sigmas, [1.0] * 4, FOUR), ValueError, r'values: .* got shape \(4,\)'),
+    'values text': (of(on_sigmas, ['a'], [1.0, 0.0]), TypeError, 'values: '),
+    'values bool': (of(on_sigmas, [True], [1.0, 0.0]), TypeError, 'values: '),
+    'values nan': (of(on_sigmas, [nan], [1.0, 0.0]), ValueError, 'values: .* NaN'),
+    'at_step': (of(W.at_step, 3), IndexError, 'step: expected 0 to 2, got 3'),
+    'at_step negative': (of(W.at_step, -1), IndexError, 'step: .* got -1'),
+    'step text': (run_with('euler'), TypeError, "step: .* got 'euler'"),
+    'step print': (run_with(lambda *a: None), TypeError, 'step: .* got None'),
+    'D None': (of(sample, None, X, SIGMAS), TypeError, 'D: .* got None'),
+    'x None': (of(sample, D, None, SIGMAS), TypeError, 'x: .* got None'),
+    'x 0-d': (of(sample, D, torch.tensor(1.0), SIGMAS), TypeError, 'x: '),
+    'x nan': (of(sample, D, X * nan, SIGMAS), ValueError, 'x: .*NaN'),
+    'cond': (run_with(cond=['a']), TypeError, 'cond: .* got list'),
+    'option': (run_with(foo=1), TypeError, 'foo: not an option of heun'),
+    'option of another': (run_with(euler, eta=1.0), TypeError, 'eta: not an option of euler'),
+    'no options': (run_with(dpmpp_2m, eta=1.0), TypeError, 'are: none'),
+    'generator': (run_with(generator='a'), TypeError, "generator: .* got 'a'"),
+    'generator list': (run_with(generator=[1, 2, 3]), ValueError, 'generator: .* list of 3'),
+    'generator None': (run_with(generator=[None] * 4), TypeError, 'generator: .* got None'),
+    'noise': (run_with(euler_ancestral, noise=5), TypeError, 'noise: .* got 5'),
+    'noise nan': (
+        run_with(euler_ancestral, noise=lambda a, b: X * nan),
+        FloatingPointError,
+        'noise: not finite',
+    ),
+    'noise shape': (
+        run_with(euler_ancestral, noise=lambda a, b: X[:1]),
+        ValueError,
+        r'noise: expected it to return \(4, 3, 8, 8\)',
+    ),
+    's_churn': (run_with(s_churn=-1.0), ValueError, 's_churn: .* got -1'),
+    's_churn nan': (run_with(s_churn=nan), ValueError, 's_churn: .* got nan'),
+    's_churn text': (run_with(s_churn='a'), TypeError, "s_churn: .* got 'a'"),
+    's_tmin nan': (run_with(s_churn=1, s_tmin=nan), ValueError, 's_tmin: .* got nan'),
+    's_noise nan': (run_with(s_noise=nan), ValueError, 's_noise: .* got nan'),
+    's_noise ancestral': (run_with(euler_ancestral, s_noise=nan), ValueError, 's_noise: '),
+    'quantize': (run_with(quantize=5), TypeError, 'quantize: .* got 5'),
+    'eta inf': (run_with(euler_ancestral, eta=inf), ValueError, 'eta: .* got inf'),
+    'eta text': (run_with(euler_ancestral, eta='a'), TypeError, "eta: .* got 'a'"),
+    'eta ancestral': (run_with(euler_ancestral, eta=-0.5), ValueError, 'eta: .* got -0.5'),
+    'eta 2m': (run_with(dpmpp_2m_sde, eta=-0.5), ValueError, 'eta: .* got -0.5'),
+    'eta 3m': (run_with(dpmpp_3m_sde, eta=-0.5), ValueError, 'eta: .* got -0.5'),
+    'eta ddim': (run_with(ddim_step, eta=-0.5), ValueError, 'eta: .* got -0.5'),
+    'variance': (run_with(ddpm_step, variance='learned'), ValueError, "variance: .* got 'learned'"),
+    'solver': (run_with(dpmpp_2m_sde, solver_type='x'), ValueError, "solver_type: .* got 'x'"),
+    'r': (run_with(dpmpp_sde, r=0.0), ValueError, 'r: .* got 0'),
+    'r text': (run_with(dpmpp_sde, r='a'), TypeError, "r: .* got 'a'"),
+    'order': (run_with(lms, order=0), ValueError, 'order: .* got 0'),
+    'order float': (run_with(lms, order=2.5), TypeError, 'order: .* got 2.5'),
+    'ancestral twice': (of(ancestral, euler_ancestral), ValueError, 'got euler_ancestral'),
+    'ancestral sde': (of(ancestral, dpmpp_sde), ValueError, 'got dpmpp_sde'),
+    'ancestral number': (of(ancestral, 5), TypeError, 'step: .* got 5'),
+    'churned number': (of(churned, 5), TypeError, 'step: .* got 5'),
+    'upwards': (of(get_ancestral_step, 1, 2), ValueError, 'sigma_to: .* got 2'),
+    'from 0': (of(get_ancestral_step, 0, 0), ValueError, 'sigma_from: .* got 0'),
+    'own eta': (of(get_ancestral_step, 2, 1, -1), ValueError, 'eta: .* got -1'),
+    'no parts': (run_with(euler_cfg_pp), TypeError, 'guided denoiser'),
+    'beyond the path': (of(brownian_noise(X, FOUR), 4.0, 0.5), ValueError, 'sigma_next: '),
+    'estimate shape': (of(sample, lambda x, s: x[:1], X, SIGMAS), ValueError, r'shape \(1, 3'),
+    'estimate None': (of(sample, lambda x, s: None, X, SIGMAS), TypeError, 'returned NoneType'),
+    'model': (of(karras.sample_euler, None, X, SIGMAS), TypeError, 'model: .* got None'),
+    'extra_args': (of(karras.sample_euler, D, X, SIGMAS, [1]), TypeError, 'extra_args: .* list'),
+    'callback': (of(karras.sample_euler, D, X, SIGMAS, None, 5), TypeError, 'callback: .* got 5'),
+    'noise_sampler': (
+        of(karras.sample_euler_ancestral, D, X, SIGMAS, noise_sampler=5),
+        TypeError,
+        'noise_sampler: .* got 5',
+    ),
+}
+
+
+@pytest.mark.parametrize('call,error,message', BAD.values(), ids=BAD)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message) as e:
+        call()
+    assert len(str(e.value)) < 160
+
+
+def test_not_finite_names_step_and_sigma():
+    step = int((SIGMAS > 1).sum()) - 1
+    with pytest.raises(FloatingPointError, match=rf'at step {step} \(sigma='):
+        sample(broken, X, SIGMAS)
