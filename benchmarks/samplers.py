@@ -1,18 +1,33 @@
-"""What do samplers cost beside the network? Both sides of every ratio are timed in one run, alternating, and the medians compared.
+"""What do samplers cost beside the network?
+
+Both sides of every ratio are timed in one run, alternating, and the medians compared.
 
     python benchmarks/samplers.py         # the embedded model on the CPU
-    python benchmarks/samplers.py --busy  # on a machine that does other work: time of the processor instead of that of the day, one thread
+    python benchmarks/samplers.py --busy  # on a busy machine: one thread, only its own time counts
 
-k-diffusion is the other side where it is installed: `pip install --no-deps k-diffusion` is enough, for its `sampling.py` and `external.py`
-are read as files. Without it, its rows are absent. The table is printed and kept as JSON beside this file.
+k-diffusion is the other side if it is installed: `pip install --no-deps k-diffusion` is enough,
+since only its `sampling.py` and `external.py` are read. Without it, its rows are absent.
+The table is printed and kept as JSON beside this file.
 """
 
-import argparse, importlib.metadata, importlib.util, itertools, platform, statistics, sys, time, types, warnings, weakref
+import argparse
+import importlib.metadata
+import importlib.util
+import itertools
+import platform
+import statistics
+import sys
+import time
+import types
+import warnings
+import weakref
 from functools import partial
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from sweep import report
+
+from cf_guidance import denoisers, karras
 
 SAMPLERS = dict(
     euler=0,
@@ -33,7 +48,10 @@ clock = time.perf_counter
 
 
 def k_diffusion():
-    "k-diffusion's `sampling` and `external`, read as files: its package imports much that they do not need. None where it is not installed."
+    """k-diffusion's `sampling` and `external`, read as files; None if it is not installed.
+
+    Its package imports much that these two do not need.
+    """
     spec = importlib.util.find_spec('k_diffusion')
     if spec is None:
         return None
@@ -66,7 +84,7 @@ def alternate(fs, repeats):
     for _ in range(repeats):
         for k, f in fs.items():
             runs[k].append(f())
-    return {k: [statistics.median(o) for o in zip(*v)] for k, v in runs.items()}
+    return {k: [statistics.median(o) for o in zip(*v, strict=True)] for k, v in runs.items()}
 
 
 def seconds(fs, calls, repeats):
@@ -88,7 +106,7 @@ def normal(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def ladder(n):
+def sigmas_of(n):
     return karras.get_sigmas_karras(n, 0.0292, 14.6146)
 
 
@@ -101,7 +119,7 @@ def run(side, name, model, x, sigmas, **kw):
 
 
 def matrix(sigmas):
-    "Rounding as k-diffusion does it, `t_to_sigma(sigma_to_t(sigma))` through all distances; for where it is not installed."
+    "Rounding through a matrix of all distances, as k-diffusion does it, if that is not installed."
     logs = sigmas.log()
 
     def quantize(sigma):
@@ -120,13 +138,14 @@ def quantizing(repeats):
         if kd
         else None
     )
+    by_distances = matrix(D.sigmas)
     fs = dict(
         ours=lambda: D.quantize_sigma(sigma),
         there_and_back=lambda: D.t_to_sigma(D.sigma_to_t(sigma)),
-        matrix=(lambda: theirs.t_to_sigma(theirs.sigma_to_t(sigma)))
-        if kd
-        else lambda f=matrix(D.sigmas): f(sigma),
+        matrix=lambda: by_distances(sigma),
     )
+    if kd:
+        fs['matrix'] = lambda: theirs.t_to_sigma(theirs.sigma_to_t(sigma))
     assert all(torch.allclose(f(), D.quantize_sigma(sigma), rtol=1e-5) for f in fs.values())
     t = seconds(fs, 100, repeats)
     return {
@@ -164,24 +183,18 @@ def guided(net, neg, w):
 
 
 def embedded(repeats, steps):
-    "Share of the time outside the network, and that time a step, with the embedded model and guidance."
-    from cf_guidance.lab.fashion import quiet
-    from cf_guidance.guided import GuidedDenoiser
-    from cf_guidance.pipelines import MinimalDiffusion
+    "Share of the time outside the network, and that time per step, with the guided model."
+    from diffusers import StableDiffusionPipeline
 
-    quiet()
-    m = MinimalDiffusion(progress=False).load()
-    emb, x, sigmas = (
-        m.encode(['a red sneaker on a blue background', '']),
-        normal(BATCH, 4, 8, 8) * 14.6146,
-        ladder(steps),
-    )
+    from cf_guidance.guided import GuidedDenoiser
+    from cf_guidance.lab.fashion import fashion_path
+
+    m = StableDiffusionPipeline.from_pretrained(fashion_path())
+    emb = m.encode_prompt(['a red sneaker on a blue background', ''], 'cpu', 1, False)[0].detach()
+    x, sigmas = normal(BATCH, 4, 8, 8) * 14.6146, sigmas_of(steps)
     cond, neg = dict(encoder_hidden_states=emb[:1].expand(BATCH, -1, -1)), emb[1:]
-    models = dict(
-        ours=GuidedDenoiser(
-            denoisers.DiscreteDenoiser(m.unet), dict(encoder_hidden_states=neg), w=4.0
-        )
-    )
+    D = denoisers.DiscreteDenoiser(m.unet)
+    models = dict(ours=GuidedDenoiser(D, dict(encoder_hidden_states=neg), w=4.0))
     if kd:
         models['theirs'] = guided(m.unet, neg, 4.0)
     m.unet.forward = inside = stopwatch(m.unet.forward)
@@ -212,7 +225,7 @@ def embedded(repeats, steps):
 
 def free(repeats, steps):
     "The loop alone: a model that returns a tensor it has, and noise that is ready."
-    x, x0, sigmas = normal(BATCH, 4, 8, 8) * 14.6146, normal(BATCH, 4, 8, 8) / 2, ladder(steps)
+    x, x0, sigmas = normal(BATCH, 4, 8, 8) * 14.6146, normal(BATCH, 4, 8, 8) / 2, sigmas_of(steps)
 
     def model(x, sigma):
         return x0
@@ -235,31 +248,34 @@ def free(repeats, steps):
 
 
 def noises(repeats, steps):
-    "Noise for a whole ladder, one seed a sample."
-    rows, sigmas = {}, ladder(steps)
-    for size in (8, 64):
-        x = normal(BATCH, 4, size, size)
+    "Noise for all steps, one seed per sample."
+    return {k: v for size in (8, 64) for k, v in noises_of(size, repeats, steps).items()}
 
-        def gens():
-            return [torch.Generator().manual_seed(i) for i in range(BATCH)]
 
-        def walk(noise):
-            for a, b in itertools.pairwise(sigmas[:-1]):
-                noise(a, b)
+def noises_of(size, repeats, steps):
+    x, sigmas = normal(BATCH, 4, size, size), sigmas_of(steps)
 
-        fs = {
-            'fresh noise': lambda: walk(lambda a, b, gs=gens(): karras.randn(x.shape, gs)),
-            'Brownian interval': lambda: walk(karras.brownian_noise(x, sigmas, gens())),
-            'Brownian tree': lambda: walk(karras.brownian_noise(x, sigmas, gens(), tree=True)),
-        }
-        if kd:
-            fs["Brownian tree, k-diffusion's"] = lambda: walk(
-                kd.sampling.BrownianTreeNoiseSampler(x, sigmas[-2], sigmas[0], list(range(BATCH)))
-            )
-        t = seconds(fs, 1, max(3, repeats // 3))
-        for k, v in t.items():
-            rows[f'{k}, {BATCH} x 4 x {size} x {size}, ms a step'] = v / (steps - 1) * 1e3, ''
-    return rows
+    def gens():
+        return [torch.Generator().manual_seed(i) for i in range(BATCH)]
+
+    def draw(noise):
+        for a, b in itertools.pairwise(sigmas[:-1]):
+            noise(a, b)
+
+    def fresh():
+        gs = gens()
+        draw(lambda a, b: karras.randn(x.shape, gs))
+
+    fs = {
+        'fresh noise': fresh,
+        'Brownian interval': lambda: draw(karras.brownian_noise(x, sigmas, gens())),
+        'Brownian tree': lambda: draw(karras.brownian_noise(x, sigmas, gens(), tree=True)),
+    }
+    if kd:
+        tree, seeds = kd.sampling.BrownianTreeNoiseSampler, list(range(BATCH))
+        fs["Brownian tree, k-diffusion's"] = lambda: draw(tree(x, sigmas[-2], sigmas[0], seeds))
+    t, of = seconds(fs, 1, max(3, repeats // 3)), f'{BATCH} x 4 x {size} x {size}, ms a step'
+    return {f'{k}, {of}': (v / (steps - 1) * 1e3, '') for k, v in t.items()}
 
 
 class Alive(TorchDispatchMode):
@@ -286,8 +302,11 @@ class Alive(TorchDispatchMode):
 
 
 def copies(side, name):
-    "Tensors of the size of x that a sampler keeps while the model runs, beyond the model's input; and all that are alive at any time, beyond the caller's. Evaluations a step."
-    x, sigmas, kept = normal(2, 4, 128, 128) * 14.6146, ladder(8), []
+    """Tensors of the size of x that are alive, beyond the caller's; evaluations per step.
+
+    First those while the model runs, beyond the model's input, then those at any time.
+    """
+    x, sigmas, kept = normal(2, 4, 128, 128) * 14.6146, sigmas_of(8), []
 
     def model(z, sigma):
         kept.append(alive.now / x.nbytes - (z is not x))
@@ -322,6 +341,8 @@ def memory():
 
 
 def main():
+    from sweep import report
+
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -362,7 +383,5 @@ def main():
 
 
 if __name__ == '__main__':
-    from cf_guidance import denoisers, karras
-
     kd = k_diffusion()
     main()

@@ -1,16 +1,18 @@
-"""Against k-diffusion: the same x from the same noise, its samplers on our denoisers and ours on its.
+"""Against k-diffusion: the same x from the same noise, its samplers on ours and ours on its.
 
-Optional: `pip install --no-deps k-diffusion`. Of it, `sampling.py` and `external.py` are read as files.
+Optional: `pip install --no-deps k-diffusion`. Only its `sampling.py` and `external.py` are read.
 """
 
-import math, sys
+import importlib.util
+import math
+from itertools import pairwise
 from types import SimpleNamespace
-import pytest, torch
-from torch import nn
-from conftest import ROOT
 
-sys.path.append(str(ROOT / 'benchmarks'))
-from samplers import k_diffusion
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
 from cf_guidance import karras
 from cf_guidance.denoisers import (
     CosineDenoiser,
@@ -21,9 +23,19 @@ from cf_guidance.denoisers import (
     NetDenoiser,
     scaled_linear,
 )
-from cf_guidance.guided import GuidedDenoiser
+from cf_guidance.guided import GuidedDenoiser, Term
+from cf_guidance.transforms import apg
 
-kd = k_diffusion()
+
+def benchmark(name):
+    "A file of benchmarks/ as a module"
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'benchmarks' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kd = benchmark('samplers').k_diffusion()
 if kd is None:
     pytest.skip(
         'k-diffusion is not installed: pip install --no-deps k-diffusion', allow_module_level=True
@@ -133,7 +145,7 @@ def same_walk(got, want, tol=1e-5):
     (seen, x), (wanted, x_wanted) = got, want
     close(x, x_wanted, tol)
     assert len(seen) == len(wanted)
-    for a, b in zip(seen, wanted):
+    for a, b in zip(seen, wanted, strict=True):
         assert a.keys() == b.keys() and a['i'] == b['i']
         assert all(
             float(a[k]) == pytest.approx(float(b[k]), rel=1e-6) for k in ('sigma', 'sigma_hat')
@@ -153,13 +165,13 @@ def agree(name, D, x, sigmas, cond=None, other=None, tol=1e-5, **options):
 
 # the same x
 
-LADDERS = {f'n={n}': karras.get_sigmas_karras(n, 0.03, 14.6) for n in (3, 5, 12)} | {
+SCHEDULES = {f'n={n}': karras.get_sigmas_karras(n, 0.03, 14.6) for n in (3, 5, 12)} | {
     'no 0': karras.get_sigmas_karras(6, 0.03, 14.6, concat_zero=False)
 }
 
 
 @samplers(CASES + PARTLY)
-@each('sigmas', LADDERS)
+@each('sigmas', SCHEDULES)
 def test_mixture(name, options, sigmas):
     for dtype, tol in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
         x, shift = normal(3, 1, 8, 8) * sigmas[0], torch.tensor([0.0, 0.5, -1.0])
@@ -177,14 +189,15 @@ def test_mixture(name, options, sigmas):
 @pytest.fixture(scope='module')
 def fashion():
     "The network of fashion-sd, what it is conditioned on, and x"
-    from cf_guidance.lab.fashion import quiet
-    from cf_guidance.pipelines import MinimalDiffusion
+    from diffusers import StableDiffusionPipeline
 
-    quiet()
-    m = MinimalDiffusion(progress=False).load()
-    emb = m.encode(['a red sneaker on a blue background', 'a green bag on a white background', ''])
+    from cf_guidance.lab.fashion import fashion_path
+
+    pipe = StableDiffusionPipeline.from_pretrained(fashion_path())
+    prompts = ['a red sneaker on a blue background', 'a green bag on a white background', '']
+    emb = pipe.encode_prompt(prompts, 'cpu', 1, False)[0].detach()
     return (
-        m.unet,
+        pipe.unet,
         dict(encoder_hidden_states=emb[:2]),
         dict(encoder_hidden_states=emb[2:]),
         normal(2, 4, 8, 8) * 14.6,
@@ -267,7 +280,45 @@ def test_guided_fashion(name, fashion):
     agree(name, GuidedDenoiser(D, neg, w=4.0), x, D.get_sigmas_karras(6), cond, guided)
 
 
-# the same denoisers, the same ladders
+# guided, in its loops: what remembers begins anew with each run
+
+REMEMBERING = {
+    'stop': dict(stop=0.9),
+    'momentum': dict(rule=apg.of(beta=-0.5)),
+    'interval': dict(interval=(0.5, 5.0)),
+    'weights': dict(w=[5.0 - i / 3 for i in range(12)]),
+}
+
+
+IN_ITS_LOOP = pytest.mark.parametrize('name', ['euler', 'heun', 'dpm_2', 'dpmpp_2m'])
+
+
+def remembering(settings):
+    "A guided mixture, noise levels, and what to call a sampler with"
+    sigmas = karras.get_sigmas_karras(12, 0.05, 10.0)
+    kw = dict(sigmas=sigmas) if isinstance(settings.get('w'), list) else {}
+    term = Term(dict(shift=torch.zeros(1)), **{'w': 4.0, **settings})
+    return GuidedDenoiser(Mixture(), term, **kw), X * 10, sigmas, dict(shift=SHIFT)
+
+
+@IN_ITS_LOOP
+@each('settings', REMEMBERING)
+def test_a_second_run_equals_the_first(name, settings):
+    args = remembering(settings)
+    first, second = (walk(kd.sampling, name, *args) for _ in range(2))
+    assert torch.equal(first[1], second[1])
+    assert apart(first, walk(kd.sampling, name, Mixture(), *args[1:])) > 1e-3
+
+
+@IN_ITS_LOOP
+@each('settings', REMEMBERING)
+def test_a_run_in_its_loop_equals_ours(name, settings):
+    if name == 'heun' and 'w' in settings:
+        pytest.skip('our loop names the step, and both evaluations of a step have one weight')
+    agree(name, *remembering(settings))
+
+
+# the same denoisers, the same noise schedules
 
 
 @each('kind', {k: k for k in THEIRS})
@@ -312,7 +363,7 @@ def test_discrete_times(quantize):
 
 
 @each(
-    'ladder',
+    'schedule',
     dict(
         karras=('karras', 0.03, 14.6),
         rho=('karras', 0.002, 80.0, 5.0),
@@ -322,8 +373,8 @@ def test_discrete_times(quantize):
         vp_more=('vp', 15.0, 0.2, 1e-4),
     ),
 )
-def test_ladders(ladder):
-    kind, *args = ladder
+def test_schedules(schedule):
+    kind, *args = schedule
     for n in (1, 2, 7, 50):
         got = getattr(karras, f'get_sigmas_{kind}')(n, *args)
         torch.set_default_dtype(torch.float64)
@@ -337,7 +388,7 @@ def test_ladders(ladder):
 def test_ancestral_step():
     sigmas = torch.tensor([14.6, 3.0, 0.5, 0.03, 0.0], dtype=torch.float64)
     for eta in (0.0, 0.5, 1.0, 2.0):
-        for a, b in zip(sigmas, sigmas[1:]):
+        for a, b in pairwise(sigmas):
             assert karras.get_ancestral_step(a.item(), b.item(), eta) == pytest.approx(
                 [float(o) for o in kd.sampling.get_ancestral_step(a, b, eta)], rel=1e-9
             )
@@ -353,7 +404,7 @@ def test_brownian_tree():
         [torch.randint(2**62, (), generator=seeded(i)).item() for i in range(2)],
     )
     ours = karras.brownian_noise(X[:2], sigmas, gs, tree=True)
-    for a, b in zip(sigmas, sigmas[1:-1]):
+    for a, b in pairwise(sigmas[:-1]):
         close(ours(a, b), theirs(a, b), 1e-4)
 
 
@@ -370,7 +421,7 @@ def churned(monkeypatch):
         def gens():
             return [seeded(i) for i in range(len(X))]
 
-        gs = karras._own_generators(X, gens())
+        gs = karras._run_generators(X, gens())
         monkeypatch.setattr(
             kd.sampling,
             'torch',
@@ -411,7 +462,10 @@ def hats(walk):
 
 @pytest.mark.parametrize('name', CHURN)
 def test_quantized_at_ingress(name, churned):
-    "k-diffusion's `quantize=True` rounds what the network is told; ours rounds the level before x gets its noise. Not the same x, unless there is nothing to round"
+    """k-diffusion's `quantize=True` rounds what the network is told, ours before x gets its noise.
+
+    Not the same x, unless there is nothing to round.
+    """
     D, other = OURS['eps'], THEIRS['eps']
     sigmas = D.get_sigmas_karras(6)
     same_walk(*churned(name, D, sigmas, other))
