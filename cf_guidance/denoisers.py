@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    'apply_rule',
     'per_sample',
-    'SCALINGS',
     'Denoiser',
     'scalings',
     'to_x0',
@@ -595,15 +593,6 @@ class Parts(NamedTuple):
     negs: tuple = ()  # if there are several negatives, all of them; `neg` is the first
 
 
-# %% ../nbs/03_denoisers.ipynb #d7bf909f
-def _apply_rule(rule, neg, pos, w, x, sigma):
-    "A rule applied to estimates of the image, in the space that it is made for."
-    space = getattr(rule, 'space', 'any')
-    if space in ('any', 'x0'):
-        return rule(neg, pos, w)
-    return to_x0(rule(*(from_x0(o, x, sigma, space) for o in (neg, pos)), w), x, sigma, space)
-
-
-# %% ../nbs/03_denoisers.ipynb #6f6a7d7f
-# until nothing uses these names
-apply_rule, per_sample, SCALINGS = _apply_rule, _per_sample, _SCALINGS
+# %% ../nbs/03_denoisers.ipynb #500ed46b
+# until nothing uses this name
+per_sample = _per_sample

@@ -283,7 +283,7 @@ def test_guided_fashion(name, fashion):
 # guided, in its loops: what remembers begins anew with each run
 
 REMEMBERING = {
-    'stop': dict(stop=0.9),
+    'stop': dict(stop=0.99),
     'momentum': dict(rule=apg.of(beta=-0.5)),
     'interval': dict(interval=(0.5, 5.0)),
     'weights': dict(w=[5.0 - i / 3 for i in range(12)]),
@@ -297,7 +297,7 @@ def remembering(settings):
     "A guided mixture, noise levels, and what to call a sampler with"
     sigmas = karras.get_sigmas_karras(12, 0.05, 10.0)
     kw = dict(sigmas=sigmas) if isinstance(settings.get('w'), list) else {}
-    term = Term(dict(shift=torch.zeros(1)), **{'w': 4.0, **settings})
+    term = Term(dict(shift=torch.zeros(1)), **{'w': 2.0, **settings})
     return GuidedDenoiser(Mixture(), term, **kw), X * 10, sigmas, dict(shift=SHIFT)
 
 
@@ -315,7 +315,7 @@ def test_a_second_run_equals_the_first(name, settings):
 def test_a_run_in_its_loop_equals_ours(name, settings):
     if name == 'heun' and 'w' in settings:
         pytest.skip('our loop names the step, and both evaluations of a step have one weight')
-    agree(name, *remembering(settings))
+    agree(name, *remembering(settings), tol=1e-4)
 
 
 # the same denoisers, the same noise schedules
