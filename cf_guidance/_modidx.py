@@ -476,10 +476,6 @@ d = {
                 'denoisers.html#_add_noise',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers._apply_rule': (
-                'denoisers.html#_apply_rule',
-                'cf_guidance/denoisers.py',
-            ),
             'cf_guidance.denoisers._as_sigma': (
                 'denoisers.html#_as_sigma',
                 'cf_guidance/denoisers.py',
@@ -1038,14 +1034,6 @@ d = {
             ),
         },
         'cf_guidance.karras': {
-            'cf_guidance.karras.Denoiser.get_sigmas': (
-                'karras.html#denoiser.get_sigmas',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.Denoiser.get_sigmas_karras': (
-                'karras.html#denoiser.get_sigmas_karras',
-                'cf_guidance/karras.py',
-            ),
             'cf_guidance.karras.SigmaSchedule': (
                 'karras.html#sigmaschedule',
                 'cf_guidance/karras.py',
@@ -1095,17 +1083,41 @@ d = {
                 'karras.html#_bounddenoiser.quantize_sigma',
                 'cf_guidance/karras.py',
             ),
-            'cf_guidance.karras._check_eta': ('karras.html#_check_eta', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._check_ladder_args': (
-                'karras.html#_check_ladder_args',
+            'cf_guidance.karras._add_sde_noise': (
+                'karras.html#_add_sde_noise',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._ancestral_step': (
+                'karras.html#_ancestral_step',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._as_k_diffusion': (
+                'karras.html#_as_k_diffusion',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._check_callable': (
+                'karras.html#_check_callable',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._check_mapping': (
+                'karras.html#_check_mapping',
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras._check_options': (
                 'karras.html#_check_options',
                 'cf_guidance/karras.py',
             ),
-            'cf_guidance.karras._checked_run': (
-                'karras.html#_checked_run',
+            'cf_guidance.karras._check_step': ('karras.html#_check_step', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._checked_noise': (
+                'karras.html#_checked_noise',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._checked_rho': (
+                'karras.html#_checked_rho',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._checked_schedule': (
+                'karras.html#_checked_schedule',
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras._checked_sigmas': (
@@ -1119,36 +1131,61 @@ d = {
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras._heun': ('karras.html#_heun', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._ladder': ('karras.html#_ladder', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._is_positive': (
+                'karras.html#_is_positive',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._leggauss': ('karras.html#_leggauss', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._lms_coeffs': ('karras.html#_lms_coeffs', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._margin': ('karras.html#_margin', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._lms_coefficients': (
+                'karras.html#_lms_coefficients',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._model_sigmas': (
+                'karras.html#_model_sigmas',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._model_sigmas_karras': (
+                'karras.html#_model_sigmas_karras',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._named': ('karras.html#_named', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._number': ('karras.html#_number', 'cf_guidance/karras.py'),
             'cf_guidance.karras._on_brownian_path': (
                 'karras.html#_on_brownian_path',
                 'cf_guidance/karras.py',
             ),
-            'cf_guidance.karras._own_generators': (
-                'karras.html#_own_generators',
+            'cf_guidance.karras._pair': ('karras.html#_pair', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._progress_bar': (
+                'karras.html#_progress_bar',
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras._quantized': ('karras.html#_quantized', 'cf_guidance/karras.py'),
             'cf_guidance.karras._renoised': ('karras.html#_renoised', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._run_generators': (
+                'karras.html#_run_generators',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._run_steps': ('karras.html#_run_steps', 'cf_guidance/karras.py'),
             'cf_guidance.karras._run_to_end': ('karras.html#_run_to_end', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._sde_noise': ('karras.html#_sde_noise', 'cf_guidance/karras.py'),
-            'cf_guidance.karras._shell': ('karras.html#_shell', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._sigmas_of': ('karras.html#_sigmas_of', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._sigmas_tensor': (
+                'karras.html#_sigmas_tensor',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._signature_of': (
+                'karras.html#_signature_of',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._start_run': ('karras.html#_start_run', 'cf_guidance/karras.py'),
             'cf_guidance.karras._stochastic': ('karras.html#_stochastic', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._toward': ('karras.html#_toward', 'cf_guidance/karras.py'),
             'cf_guidance.karras.ancestral': ('karras.html#ancestral', 'cf_guidance/karras.py'),
             'cf_guidance.karras.brownian_noise': (
                 'karras.html#brownian_noise',
                 'cf_guidance/karras.py',
             ),
-            'cf_guidance.karras.cfgpp': ('karras.html#cfgpp', 'cf_guidance/karras.py'),
             'cf_guidance.karras.churned': ('karras.html#churned', 'cf_guidance/karras.py'),
-            'cf_guidance.karras.ddim': ('karras.html#ddim', 'cf_guidance/karras.py'),
-            'cf_guidance.karras.ddpm': ('karras.html#ddpm', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.ddim_step': ('karras.html#ddim_step', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.ddpm_step': ('karras.html#ddpm_step', 'cf_guidance/karras.py'),
             'cf_guidance.karras.dpmpp_2m': ('karras.html#dpmpp_2m', 'cf_guidance/karras.py'),
             'cf_guidance.karras.dpmpp_2m_sde': (
                 'karras.html#dpmpp_2m_sde',
@@ -1160,6 +1197,10 @@ d = {
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras.dpmpp_sde': ('karras.html#dpmpp_sde', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.euler_cfg_pp': (
+                'karras.html#euler_cfg_pp',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras.get_ancestral_step': (
                 'karras.html#get_ancestral_step',
                 'cf_guidance/karras.py',
@@ -1187,56 +1228,7 @@ d = {
             'cf_guidance.karras.lms': ('karras.html#lms', 'cf_guidance/karras.py'),
             'cf_guidance.karras.on_sigmas': ('karras.html#on_sigmas', 'cf_guidance/karras.py'),
             'cf_guidance.karras.sample': ('karras.html#sample', 'cf_guidance/karras.py'),
-            'cf_guidance.karras.sample_ddim': ('karras.html#sample_ddim', 'cf_guidance/karras.py'),
-            'cf_guidance.karras.sample_ddpm': ('karras.html#sample_ddpm', 'cf_guidance/karras.py'),
-            'cf_guidance.karras.sample_dpm_2': (
-                'karras.html#sample_dpm_2',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_dpm_2_ancestral': (
-                'karras.html#sample_dpm_2_ancestral',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_dpmpp_2m': (
-                'karras.html#sample_dpmpp_2m',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_dpmpp_2m_sde': (
-                'karras.html#sample_dpmpp_2m_sde',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_dpmpp_2s_ancestral': (
-                'karras.html#sample_dpmpp_2s_ancestral',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_dpmpp_3m_sde': (
-                'karras.html#sample_dpmpp_3m_sde',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_dpmpp_sde': (
-                'karras.html#sample_dpmpp_sde',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_euler': (
-                'karras.html#sample_euler',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_euler_ancestral': (
-                'karras.html#sample_euler_ancestral',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_euler_cfg_pp': (
-                'karras.html#sample_euler_cfg_pp',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_heun': ('karras.html#sample_heun', 'cf_guidance/karras.py'),
-            'cf_guidance.karras.sample_heun_ancestral': (
-                'karras.html#sample_heun_ancestral',
-                'cf_guidance/karras.py',
-            ),
-            'cf_guidance.karras.sample_lms': ('karras.html#sample_lms', 'cf_guidance/karras.py'),
             'cf_guidance.karras.samples': ('karras.html#samples', 'cf_guidance/karras.py'),
-            'cf_guidance.karras.toward': ('karras.html#toward', 'cf_guidance/karras.py'),
         },
         'cf_guidance.lab.fashion': {
             'cf_guidance.lab.fashion.FashionNet': (
@@ -1972,7 +1964,12 @@ d = {
         'cf_guidance.noise': {
             'cf_guidance.noise._as_device': ('noise.html#_as_device', 'cf_guidance/noise.py'),
             'cf_guidance.noise._as_generator': ('noise.html#_as_generator', 'cf_guidance/noise.py'),
+            'cf_guidance.noise._check_generators': (
+                'noise.html#_check_generators',
+                'cf_guidance/noise.py',
+            ),
             'cf_guidance.noise._check_number': ('noise.html#_check_number', 'cf_guidance/noise.py'),
+            'cf_guidance.noise._check_seed': ('noise.html#_check_seed', 'cf_guidance/noise.py'),
             'cf_guidance.noise._check_shape': ('noise.html#_check_shape', 'cf_guidance/noise.py'),
             'cf_guidance.noise._check_whole': ('noise.html#_check_whole', 'cf_guidance/noise.py'),
             'cf_guidance.noise.randn': ('noise.html#randn', 'cf_guidance/noise.py'),
@@ -2449,6 +2446,10 @@ d = {
             ),
             'cf_guidance.pipelines._PipelineNet.forward': (
                 'pipelines.html#_pipelinenet.forward',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._PipelineNet.vae': (
+                'pipelines.html#_pipelinenet.vae',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._PromptOfCall': (

@@ -18,7 +18,7 @@ from torch import nn
 
 from . import transforms
 from .attention import PAG, SAG, SEG, SLG, TPG
-from cf_guidance.guided import (
+from .guided import (
     GuidedDenoiser,
     Microbatched,
     Negative,
@@ -26,7 +26,7 @@ from cf_guidance.guided import (
     _active,
     _as_posts,
 )
-from cf_guidance.pipelines import (
+from .pipelines import (
     _INFINITE,
     NegativePrompt,
     _evaluations,

@@ -19,17 +19,22 @@ __all__ = [
 ]
 
 # %% ../nbs/07_negatives.ipynb #3
-import copy, hashlib, json, math
+import copy
+import hashlib
+import json
+import math
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from numbers import Real
 from pathlib import Path
+
 import torch
-from torch import nn
 from fastcore.basics import patch
+from torch import nn
+
 from .continuous import ContinuousDDPM, save_whole, step_generator, train
-from cf_guidance.guided import (
+from .guided import (
     Conditions,
     Model,
     Negative,

@@ -1258,7 +1258,7 @@ def _copied(D, root, layers, plan):
 
     def copy_of(m, name):
         own = m._modules
-        new = {k: c and copied(c, f'{name}.{k}'.strip('.')) for k, c in own.items()}
+        new = {k: c if c is None else copied(c, f'{name}.{k}'.strip('.')) for k, c in own.items()}
         if m in layers:
             copy = _changed_copy(layers[m], new, compiled)
         elif m is root or m is plan.net or any(new[k] is not own[k] for k in own):

@@ -35,6 +35,7 @@ from ._extras import needs
 from .denoisers import Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
 from .guided import Conditions, GuidedDenoiser, Microbatched, Negative, Term, Weight
 from .noise import split_generator
+from .perturb import refuse_caches
 
 # %% ../nbs/09_pipelines.ipynb #45d479fb
 with needs('diffusers', 'cf_guidance.pipelines'):
@@ -88,15 +89,11 @@ _SD = _Family(_TEXT, _weight_embedding)
 
 # %% ../nbs/09_pipelines.ipynb #83
 def _xl_conditions(N, cond, guidance):
+    # original size, corner of the crop, and size; a refiner is told an aesthetic score instead
+    refiner = N.pipe.config.get('requires_aesthetics_score')
+    ids = [*N.size, 0, 0, *([6.0] if refiner else N.size)]
     pooled = cond['text_embeds']
-    ids = N.pipe._get_add_time_ids(
-        N.size,
-        (0, 0),
-        N.size,
-        dtype=pooled.dtype,
-        text_encoder_projection_dim=pooled.shape[-1],
-    )
-    ids = ids.to(pooled.device).expand(len(pooled), -1)
+    ids = pooled.new_tensor([ids]).expand(len(pooled), -1)
     return dict(_weight_embedding(N, cond, guidance), time_ids=ids)
 
 
@@ -258,11 +255,14 @@ class _PipelineNet(nn.Module):
         self.family = _FAMILIES[_stock_class(pipe).__name__]
         self.pipe, self.net = pipe, pipe.components[_network_name(pipe)]
         self.takes = nn.Parameter(torch.empty(0, device=pipe.device), requires_grad=False)
-        self.vae = getattr(pipe, 'vae', None)
         if self.vae is None and 'vae' in pipe.components:
             raise ValueError('pipe: expected a pipeline with an autoencoder, got vae=None')
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae else 1
         self.latent_shape, self.size = self._shapes(height, width)
+
+    @property
+    def vae(self):
+        return getattr(self.pipe, 'vae', None)
 
     def forward(self, x, t, **cond):
         missing = [k for k in self.family.text if k not in cond]
@@ -825,6 +825,7 @@ class _Run(_Loop):
         self.prompted = any(isinstance(t.neg, NegativePrompt) for t in self.options.terms)
         self.timesteps, self.evaluations, self.index, self.report = None, None, -1, None
         self.watching = ExitStack()
+        refuse_caches(_unwrapped(net))
         _refuse_own_guidance(self)
 
     def result(self, args, kwargs):
@@ -1246,13 +1247,6 @@ def guided(
     _stock_class(pipe)
     given = dict(w=w, rule=rule, interval=interval, stop=stop)
     checked = GuidedDenoiser(nn.Identity(), *(terms or [NegativePrompt()]), post=post, **given)
-    for t in checked.terms:
-        if isinstance(t.neg, NegativePrompt) and t.w.function == t.neg.w:
-            if getattr(t.rule, 'pos_at', None) == 0:
-                raise ValueError(
-                    f'rule: the weight of {t.rule.__name__} is a strength, which guidance_scale is '
-                    'not: pass w='
-                )
     _check_whole('zero_init', zero_init, 0)
     if max_batch is not None:
         _check_whole('max_batch', max_batch)

@@ -46,12 +46,20 @@ __all__ = [
 ]
 
 # %% ../../nbs/lab/00_fashion.ipynb #3
-import gzip, hashlib, json, math, os, re, time
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import time
 from pathlib import Path
+
 import torch
-from torch import nn
 import torch.nn.functional as F
-from cf_guidance.continuous import (
+from torch import nn
+
+from ..continuous import (
     ContinuousDDPM,
     fashion_unet,
     make_accelerator,
@@ -64,7 +72,8 @@ from cf_guidance.continuous import (
 # %% ../../nbs/lab/00_fashion.ipynb #5
 def quiet():
     "For programs of one's own: no bars and notes while diffusers and transformers load."
-    import diffusers, transformers
+    import diffusers
+    import transformers
 
     for o in (diffusers, transformers):
         o.utils.logging.set_verbosity_error()
@@ -647,6 +656,7 @@ def save_fashion_sd(
 ):
     "Save a whole pipeline in half precision."
     import shutil
+
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     vae, unet, text_encoder = (m.cpu().half() for m in (vae, unet, text_encoder))
