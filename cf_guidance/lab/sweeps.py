@@ -32,17 +32,17 @@ import torch
 from fastcore.script import store_true
 
 from .._extras import needs
-from .fashion import PARTS, adherence, quiet
-from .metrics import saturation, step_distance
 from ..pipelines import MinimalDiffusion
 from ..schedules import get_cos_sched
-from cf_guidance.transforms import (
+from ..transforms import (
     BaseNormGuidance,
     FullNormGuidance,
     GuidanceTfm,
     Rule,
     TNormGuidance,
 )
+from .fashion import PARTS, adherence, quiet
+from .metrics import saturation, step_distance
 
 
 # %% ../../nbs/lab/03_sweeps.ipynb #7
@@ -456,7 +456,7 @@ def _check_old(out, settings):
         ) from None
     differ = sorted(k for k in {**settings, **old} if old.get(k) != settings.get(k))
     if differ:
-        names = _short(', '.join(differ))
+        names = _listed(differ)
         raise ValueError(
             f'out: {str(out)!r} has results of other settings ({names}); '
             'use another folder, or --overwrite'
