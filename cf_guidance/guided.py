@@ -65,6 +65,8 @@ class Weight:
             w = self.values
         else:
             i = self._steps(sigma, step)
+            if self.values.ndim == 2 and self.values.shape[1] != n:
+                raise ValueError(f'w: expected values for {n} samples, got {self.values.shape[1]}')
             w = self.values[i] if self.values.ndim == 1 else self.values[i, torch.arange(n)]
         if w.ndim and w.shape != (n,):
             raise ValueError(
@@ -102,13 +104,16 @@ def _checked_values(w, name='w'):
             f'(steps, B), or a function of sigma, got {type(w).__name__}'
         )
     try:
-        w = torch.as_tensor(w).detach().cpu().double()
+        values = torch.as_tensor(w).detach().cpu()
+        if values.is_complex() or values.dtype == torch.bool:
+            raise TypeError
+        values = values.double()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f'{name}: expected numbers, got {str(w)[:60]}') from None
-    for v in w.flatten().tolist():
+    for v in values.flatten().tolist():
         if not 0 <= v < math.inf:
             raise ValueError(f'{name}: expected finite values from 0 (1 is unguided), got {v:g}')
-    return w
+    return values
 
 
 # %% ../nbs/06_guided.ipynb #c49f0d84
@@ -448,8 +453,8 @@ def _checked_interval(interval):
     if isinstance(interval, (list, tuple)):  # a bound may be one of the sampler's `sigmas`
         interval = tuple(o.item() if hasattr(o, 'item') and not o.ndim else o for o in interval)
     pair = isinstance(interval, tuple) and len(interval) == 2
-    if not pair or not all(map(_is_number, interval)) or not interval[0] < interval[1]:
-        raise ValueError(f'interval: expected (lo, hi) with lo < hi, got {interval!r}')
+    if not pair or not all(map(_is_number, interval)) or not 0 <= interval[0] < interval[1]:
+        raise ValueError(f'interval: expected (lo, hi) with 0 <= lo < hi, got {interval!r}')
     return tuple(float(o) for o in interval)
 
 

@@ -4,10 +4,13 @@ import copy
 import math
 import pickle
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from cf_guidance import karras
@@ -18,6 +21,7 @@ from cf_guidance.guided import (
     GuidedDenoiser,
     Microbatched,
     Model,
+    Negative,
     Queries,
     Query,
     Term,
@@ -27,6 +31,7 @@ from cf_guidance.guided import (
 from cf_guidance.karras import get_sigmas_karras, on_sigmas, sample, samples
 from cf_guidance.noise import randn, split_generator
 from cf_guidance.transforms import (
+    GuidanceTfm,
     apg,
     base_norm,
     beta_cfg,
@@ -185,7 +190,7 @@ def test_sampler_arrives_where_the_equation_says():
 def test_every_sampler_walks_on_it():
     G = GuidedDenoiser(toy, NONE, w=2.0)
     want = sample(G, 10 * X, get_sigmas_karras(200, 0.01, 10.0), cond=C)
-    for name in 'euler heun dpm2 lms ddim dpmpp_2s dpmpp_2m'.split():
+    for name in 'euler heun dpm2 lms dpmpp_2s dpmpp_2m'.split():
         got = sample(G, 10 * X, get_sigmas_karras(100, 0.01, 10.0), getattr(karras, name), C)
         assert (got - want).norm(dim=1).mean() < 0.1, name
 
@@ -989,8 +994,14 @@ def test_terms_and_the_sampler_draw_other_numbers():
 
     GuidedDenoiser(toy, Term(Spied(5), 2.0), Term(Spied(5), 2.0))(X, 2.0, **C)
     fresh = torch.cat([torch.randn(1, generator=g) for g in split_generator(5, 6)])
-    noise = torch.cat([torch.randn(1, generator=g) for g in karras._own_generators(X, 5)])
-    for a, b in (seen[0], seen[1]), (seen[0], fresh), (seen[1], fresh), (seen[0], noise):
+    noise = []
+
+    def spied_step(D, x, sigma, sigma_next, state):
+        noise.append(state.noise(sigma, sigma_next)[:, 0])
+        return x, state.evaluate(D, x, sigma)
+
+    sample(toy, X[:, :1], [3.0, 1.0], spied_step, C, generator=5)
+    for a, b in (seen[0], seen[1]), (seen[0], fresh), (seen[1], fresh), (seen[0], noise[0]):
         assert not (a == b).any()
 
 
@@ -1665,3 +1676,292 @@ def test_watching_ends_with_an_error():
         raise KeyError
     G(X, 1.0, **C)
     assert traces == []
+
+
+# --- errors: one short sentence that names the argument, before the network is asked ---
+
+
+D = DiscreteDenoiser(Net())
+
+
+def never(x, sigma, **cond):
+    raise AssertionError('the network was asked')
+
+
+def g(neg=NONE, D=never, **kw):
+    return GuidedDenoiser(D, neg, **kw)
+
+
+def ask(neg=NONE, x=X, sigma=1.0, cond=C, step=None, D=never, **kw):
+    return g(neg, D, **kw)(x, sigma, step=step, **cond)
+
+
+class Sized:
+    def __init__(self, *shape):
+        self.latent_shape = shape
+
+    def __call__(self, x, sigma, **cond):
+        raise AssertionError('the network was asked')
+
+
+class Conv(nn.Module):
+    "A network as diffusers has them: its configuration says its channels."
+
+    def __init__(self, channels):
+        super().__init__()
+        self.config = type('config', (), dict(in_channels=channels))
+
+    def forward(self, x, t, **cond):
+        raise AssertionError('the network was asked')
+
+
+class TwoOfOne(Queries):
+    def queries(self, x, sigma, cond, generators=None):
+        return [Query(x, sigma, cond)] * 2
+
+
+def flat(x, sigma, **cond):
+    return x[:, :1]
+
+
+nan, inf = math.nan, math.inf
+ERRORS = [
+    # weights
+    *[(lambda w=w: Term(NONE, w), ValueError, 'w:') for w in (-1, -0.1, nan, inf)],
+    *[
+        (lambda w=w: Term(NONE, torch.tensor(w)), ValueError, 'w:')
+        for w in (-1.0, [1.0, nan, 2.0], [1.0, -2.0])
+    ],
+    *[(lambda w=w: Term(NONE, w), ValueError, 'w:') for w in ([1.0, nan], [[1.0], [-1.0]], [])],
+    *[
+        (lambda w=w: Term(NONE, w), TypeError, 'w:')
+        for w in ('7.5', True, {}, object(), [1.0, None], ['a'], [[1.0, 2.0], [3.0]], b'1')
+    ],
+    (lambda: Term(NONE, torch.ones(2, 3, 1)), ValueError, 'w:'),
+    (lambda: Term(NONE, torch.tensor([1j])), TypeError, 'w:'),
+    (lambda: Term(NONE, torch.tensor([True])), TypeError, 'w:'),
+    (lambda: Term(NONE, [True, False]), TypeError, 'w:'),
+    (lambda: Term(NONE, np.array(True)), TypeError, 'w:'),
+    (lambda: ask(w=lambda s: [1.0] * 3), (TypeError, ValueError), 'w'),
+    (lambda: ask(w=lambda s: s * nan), ValueError, 'w: its function'),
+    (lambda: ask(w=lambda s: nan), ValueError, 'w: its function'),
+    (lambda: ask(w=lambda s: None), TypeError, 'w: its function'),
+    (lambda: ask(w=torch.ones(2)), ValueError, 'w: expected one value, or 6'),
+    (lambda: ask(w=torch.ones(8, 2), step=0), ValueError, 'w:'),
+    (lambda: ask(w=[7.5] * 10), ValueError, 'w has one value per step'),
+    (lambda: g(w=[7.5] * 9, sigmas=SIGMAS), ValueError, 'w:'),
+    (lambda: g(w=on_sigmas([3.0] * 8, SIGMAS), sigmas=[3.0, 1.0]), ValueError, 'w belongs to'),
+    # intervals and stop
+    *[
+        (lambda i=i: Term(NONE, interval=i), ValueError, 'interval:')
+        for i in (
+            (2.0, 0.3),
+            (1.0, 1.0),
+            (nan, 1.0),
+            (1.0,),
+            1.0,
+            ('a', 'b'),
+            (True, 5),
+            (0, True),
+            (None, 1.0),
+            'ab',
+            (1.0, 2.0, 3.0),
+            (torch.ones(2), 3.0),
+            (-1.0, 3.0),
+            (inf, inf),
+        )
+    ],
+    *[(lambda s=s: Term(NONE, stop=s), ValueError, 'stop:') for s in (2.0, '1', True, nan, -1.1)],
+    (lambda: g(D=D, interval=(200, 800)).start(), ValueError, 'interval:'),
+    (lambda: ask(D=D, interval=(1e-9, 1e-8)), ValueError, 'interval:'),
+    # rules
+    *[
+        (lambda r=r: Term(NONE, rule=r), TypeError, 'rule:')
+        for r in ('cfg', dict, 3, GuidanceTfm({'g': [1.0]}), rescale, GuidanceTfm)
+    ],
+    (lambda: Term(NONE, rule=partial(apg, beta=0.1)), TypeError, 'rule:'),
+    (lambda: ask(D=toy, rule=lambda neg, pos, w: None), ValueError, 'rule:'),
+    (lambda: ask(D=toy, rule=in_eps(lambda neg, pos, w: None)), ValueError, 'rule:'),
+    (lambda: ask(D=toy, rule=lambda neg, pos, w: pos[:1]), ValueError, 'rule:'),
+    (lambda: ask(D=toy, rule=in_eps(lambda neg, pos, w: pos[:1])), ValueError, 'rule:'),
+    *[(lambda p=p: g(post=p), TypeError, 'post:') for p in ('rescale', cfg, [cfg], 3, len)],
+    # negatives
+    *[
+        (lambda o=o: GuidedDenoiser(never, o), TypeError, 'neg:')
+        for o in (7.5, None, 'a', Negative, [NONE], True)
+    ],
+    *[(lambda o=o: Conditions(o), TypeError, 'cond:') for o in (None, 3, 'a', [NONE])],
+    *[(lambda o=o: Model(o), TypeError, 'model:') for o in (None, 3, nn.Linear, Conv(4))],
+    (lambda: ask({}), ValueError, 'negative conditions:'),
+    (lambda: ask(dict(d=torch.ones(1))), ValueError, 'negative conditions:'),
+    *[
+        (lambda o=o: ask(dict(c=o)), ValueError, 'c:')
+        for o in (None, 3.0, torch.ones(2), torch.tensor(1.0), 'a')
+    ],
+    (lambda: ask(dict(c=torch.ones(1, 3, 5))), ValueError, 'negative c:'),
+    (
+        lambda: ask(dict(tokens=torch.ones(1, 5, 3)), cond=dict(tokens=torch.ones(6, 5, 4))),
+        ValueError,
+        'negative tokens:',
+    ),
+    (lambda: ask(TwoOfOne()), ValueError, 'TwoOfOne.queries'),
+    (lambda: ask(Queries()), NotImplementedError, 'Queries.queries'),
+    (lambda: ask(Called(), D=toy), NotImplementedError, 'Called.__call__'),
+    (lambda: ask(never, D=never), ValueError, 'neg:'),
+    (lambda: ask(Sized(4, 16, 16), D=Sized(4, 8, 8)), ValueError, 'neg:'),
+    (
+        lambda: ask(DiscreteDenoiser(Conv(3)), D=DiscreteDenoiser(Conv(4)), cond={}),
+        ValueError,
+        'neg:',
+    ),
+    (lambda: ask(flat, D=toy), ValueError, 'neg:'),
+    (lambda: ask(D=toy, neg=Noisy([1, 2])), ValueError, 'generator:'),
+    (lambda: ask(D=toy, neg=Noisy('a')), TypeError, 'generator:'),
+    # the denoiser
+    (lambda: GuidedDenoiser(never), TypeError, 'terms:'),
+    (lambda: GuidedDenoiser(never, NONE, 7.5), TypeError, 'neg:'),
+    (lambda: GuidedDenoiser(never, Term(NONE), w=3.0), TypeError, 'w:'),
+    (lambda: GuidedDenoiser(never, NONE, OTHER, interval=(1, 2)), TypeError, 'interval:'),
+    *[(lambda o=o: g(D=o), TypeError, 'inner_model:') for o in (None, 3, nn.Linear, Conv(4))],
+    (lambda: ask(D=flat), ValueError, 'inner_model:'),
+    (lambda: ask(D=lambda x, sigma, c: None), ValueError, 'inner_model:'),
+    *[
+        (lambda s=s: g(sigmas=s), (TypeError, ValueError), 'sigmas:')
+        for s in (3, 'a', [1.0], [1.0, 2.0], [nan, 1.0])
+    ],
+    *[
+        (lambda s=s: g().start(s), (TypeError, ValueError), 'sigmas:')
+        for s in (3, 'a', [1.0], [1.0, 2.0], [nan, 1.0])
+    ],
+    # one call
+    *[
+        (lambda o=o: ask(x=o), TypeError, 'x:')
+        for o in (None, 3.0, 'a', torch.tensor(1.0), torch.ones(6, 4).long())
+    ],
+    *[
+        (lambda o=o: ask(sigma=o), (TypeError, ValueError), 'sigma:')
+        for o in (None, 'a', -1.0, nan, torch.ones(2), torch.full((6,), nan), True)
+    ],
+    *[
+        (lambda o=o: ask(cond=dict(c=o)), ValueError, 'c:')
+        for o in (None, 3.0, torch.ones(2), torch.tensor(1.0), 'a')
+    ],
+    (lambda: ask(cond={}), ValueError, 'negative conditions:'),
+    *[(lambda t=t: enter(g().watch(t)), TypeError, 'term:') for t in ('a', None, 1.0, True)],
+    *[(lambda t=t: enter(g().watch(t)), IndexError, 'term:') for t in (1, -1)],
+    # the wrappers
+    *[(lambda n=n: Microbatched(never, n), ValueError, 'size:') for n in (0, -1, 1.5, True, None)],
+    (lambda: Microbatched(None, 2), TypeError, 'inner_model:'),
+    *[
+        (lambda n=n: ZeroInit(flow_model(), LEVELS, n), ValueError, 'steps:')
+        for n in (-1, 9, 1.5, True, None)
+    ],
+    (lambda: ZeroInit(toy, LEVELS), ValueError, 'inner_model:'),
+    (lambda: ZeroInit(D, LEVELS), ValueError, 'inner_model:'),
+    (lambda: ZeroInit(flow_model(), 'a'), TypeError, 'sigmas:'),
+]
+
+
+def in_eps(f):
+    f.space = 'eps'
+    return f
+
+
+def enter(context):
+    with context:
+        pass
+
+
+@pytest.mark.parametrize('i', range(len(ERRORS)))
+def test_errors_are_clear(i):
+    f, kind, begin = ERRORS[i]
+    with pytest.raises(kind) as e:
+        f()
+    text = str(e.value)
+    assert text.startswith(begin)
+    assert len(text) < 200
+    assert '\n' not in text
+    assert 'allowed are' not in text
+
+
+# --- properties ---
+
+
+@st.composite
+def batches(draw):
+    "A batch with weights, noise levels, conditions, intervals, rules and terms as they come."
+    n = draw(st.integers(1, 5))
+    weight = st.sampled_from([0.0, 0.2, 1.0, 2.0, 7.5])
+    level = st.sampled_from([0.05, 0.3, 1.0, 2.5, 9.0])
+    per_sample = st.lists(weight, min_size=n, max_size=n).map(torch.tensor)
+    terms = []
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(['one', 'many', 'model', 'mean', 'draws', 'called draws']))
+        many = dict(c=torch.tensor(draw(st.lists(st.floats(-2, 2), min_size=n, max_size=n))))
+        r = draw(st.sampled_from([cfg, base_norm, t_norm, momentum, apg.of(radius=1.0)]))
+        interval = draw(st.sampled_from([None, (0.1, 2.5), (0.3, 1.0), (1.0, 20.0)]))
+        stop = draw(st.sampled_from([None, 0.5, 0.99]))
+        terms.append((kind, many, draw(per_sample), r, interval, stop))
+    sigma = torch.tensor(draw(st.lists(level, min_size=n, max_size=n)))
+    size = draw(st.sampled_from([None, 1, 2, 3]))
+    post = draw(st.sampled_from([None, rescale]))
+    x = randn((n, 4), draw(st.integers(0, 99))) * 3
+    c = torch.tensor(draw(st.lists(st.floats(-2, 2), min_size=n, max_size=n)))
+    return x, sigma, c, terms, size, post
+
+
+def of_batch(terms, size, post, rows):
+    "The guided denoiser for some rows of the batch."
+
+    def negative(kind, many):
+        return {
+            'one': OTHER,
+            'many': dict(c=many['c'][rows]),
+            'model': weaker,
+            'mean': Mean(NONE, dict(c=many['c'][rows])),
+            'draws': Noisy([*range(len(many['c']))][rows]),
+            'called draws': CalledNoisy([*range(len(many['c']))][rows]),
+        }[kind]
+
+    D = toy if size is None else Microbatched(toy, size)
+    made = [Term(negative(kind, m), w[rows], *kw) for kind, m, w, *kw in terms]
+    return GuidedDenoiser(D, *made, post=post)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(batches())
+def test_a_sample_does_not_depend_on_its_batch(batch):
+    x, sigma, c, terms, size, post = batch
+    n, whole = len(x), slice(0, len(x))
+    G = of_batch(terms, size, post, whole)
+    outs = [G(x * (1 + 0.1 * k), sigma * 0.8**k, step=k, c=c) for k in range(3)]
+    for i in range(n):
+        s = slice(i, i + 1)
+        H = of_batch(terms, None, post, s)
+        for k in range(3):
+            one = H(x[s] * (1 + 0.1 * k), sigma[s] * 0.8**k, step=k, c=c[s])
+            close(one, outs[k][s], 1e-3)
+        assert H.nfe == G.run.nfe_per_sample[i]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(batches())
+def test_parts_agree_with_the_prediction(batch):
+    x, sigma, c, terms, size, post = batch
+    terms = [t for t in terms if 'draws' not in t[0]] or [('one', {'c': c}, torch.ones(len(x)))]
+    G, H = (of_batch(terms, size, post, slice(0, len(x))) for _ in range(2))
+    p, out = G.parts(x, sigma, c=c), H(x, sigma, c=c)
+    if post is None:
+        close(p.pred, out, 1e-3)
+    close(p.pos, toy(x, sigma, c))
+    assert len(p.negs) == len(terms)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([0.0, 1.0, 3.0]), min_size=8, max_size=8), st.integers(1, 9))
+def test_the_count_is_what_was_asked(w, size):
+    D = Counted()
+    G = GuidedDenoiser(Microbatched(D, size), NONE, w=w)
+    sample(G, 10 * X, SIGMAS, karras.euler, C)
+    assert sum(D.rows) == G.nfe == 6 * sum(2 if o == 3 else 1 for o in w)
+    assert max(D.rows) <= size
