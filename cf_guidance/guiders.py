@@ -111,34 +111,46 @@ _NEGATIVES = dict(
 )
 
 
+def _settings(neg):
+    "All that a negative which perturbs the network was made of."
+    own = dict(layers=list(neg.layers), tokens=getattr(neg, 'tokens', None))
+    if isinstance(neg, SAG):
+        return own | neg.blur.keywords | dict(threshold=neg.threshold, cond=neg.cond)
+    own['tokens'] = neg.change.tokens
+    return own | dict(sigma=getattr(neg.change.fn, 'sigma', None), generator=neg.generator)
+
+
 def _saved_negative(where, neg):
     "A negative as name and settings."
     name = type(neg).__name__
     cls, arguments = _NEGATIVES.get(name, (None, ()))
     if type(neg) is not cls:
         raise _CannotSave(f'{where}: {name} cannot be saved; these can: {", ".join(_NEGATIVES)}')
-    for unsaved in ('tokens', 'cond') if arguments else ():
-        if getattr(neg, unsaved, None) is not None:
-            raise _CannotSave(f'{where}: {name} with {unsaved}= cannot be saved')
-    settings = {k: getattr(neg, k) for k in arguments}
-    if 'layers' in settings:
-        settings['layers'] = list(settings['layers'])
+    settings = _settings(neg) if arguments else {}
     settings = {k: v for k, v in settings.items() if v is not None}
+    for k in settings:
+        if k not in arguments:
+            raise _CannotSave(f'{where}: {name} with {k}= cannot be saved')
     return dict(name=name, **_plain(where, settings))
 
 
 def _as_negative(o, net):
     "A negative from its name and settings, for a network."
-    o = dict(name=o) if isinstance(o, str) else dict(o)
-    name = o.pop('name', None)
+    name, settings = _name_and_settings(o)
+    cls = _NEGATIVES[name][0]
+    return cls(**settings) if cls is NegativePrompt else cls(net, **settings)
+
+
+def _name_and_settings(o):
+    settings = dict(name=o) if isinstance(o, str) else dict(o)
+    name = settings.pop('name', None)
     if name not in _NEGATIVES:
         raise ValueError(f'neg: expected one of {", ".join(_NEGATIVES)}, got {name!r}')
-    cls, arguments = _NEGATIVES[name]
-    for k in o:
+    arguments = _NEGATIVES[name][1]
+    for k in settings:
         if k not in arguments:
             raise TypeError(f'neg: {name} has no setting {k!r}; it has {", ".join(arguments)}')
-    settings = {k: _from_plain(v) for k, v in o.items()}
-    return cls(**settings) if cls is NegativePrompt else cls(net, **settings)
+    return name, {k: _from_plain(v) for k, v in settings.items()}
 
 
 # %% ../nbs/10_guiders.ipynb #26
@@ -196,9 +208,7 @@ def _checked_term(o):
     for k in o:
         if k not in _TERM:
             raise TypeError(f'terms: a term has no {k!r}; it has {", ".join(_TERM)}')
-    name = o['neg'] if isinstance(o['neg'], str) else o['neg'].get('name')
-    if name not in _NEGATIVES:
-        _as_negative(o['neg'], None)
+    name, _ = _name_and_settings(o['neg'])
     _term_for({**o, 'neg': 'NegativePrompt'}, None)  # checks the rest
     return _term_for(o, None) if name == 'NegativePrompt' else dict(o)
 
@@ -340,7 +350,7 @@ class Guider(BaseGuidance):
         if zero_init and self._levels.prediction != 'flow':
             raise ValueError('zero_init: expected the scheduler of a flow model')
         self._loop, self._evaluations, self._sampler_step = None, None, 0
-        self._captured, self._passes, self._recorders = [], None, []
+        self._captured, self._recorders = [], []
         self._diffusers_load_id = 'null|null|null|null'
         self.register_to_config(
             scheduler=_config(_saved_scheduler, 'scheduler', self.scheduler),
@@ -371,7 +381,7 @@ def set_state(self: Guider, step, num_inference_steps, timestep):
     BaseGuidance.set_state(self, step, num_inference_steps, timestep)
     for capture in self._captured:
         capture.remove()
-    self._captured, self._passes = [], None
+    self._captured = []
     if new:
         self.denoiser, self._loop = None, None
         self._evaluations = self._find_evaluations(num_inference_steps)
@@ -423,9 +433,7 @@ def _prompt_terms(self: Guider):
 
 @patch(as_prop=True)
 def num_conditions(self: Guider) -> int:
-    "Passes of the step that is running; outside of a step, the most that a step may need."
-    if self._passes is not None:
-        return self._passes
+    "The most passes that a step may need."
     return 1 + (self._enabled and any(_may_guide(t) for _, t in self._prompt_terms()))
 
 
@@ -466,7 +474,6 @@ def _batches(self: Guider, batch):
     if self._enabled and self._needs_negative(n):
         out.append(batch(1, 'pred_uncond'))
         _check_negative(*map(vars, out))
-    self._passes = len(out)
     return out
 
 
@@ -592,11 +599,8 @@ def _guided(self: Guider, call, pred_cond, pred_uncond):
 
 @patch
 def __call__(self: Guider, data):
-    "The answer to a step."
-    try:
-        return BaseGuidance.__call__(self, data)
-    finally:
-        self._passes = None
+    "The answer to a step, from its passes."
+    return self.forward(**{getattr(o, self._identifier_key): o.noise_pred for o in data})
 
 
 # %% ../nbs/10_guiders.ipynb #88
