@@ -253,6 +253,8 @@ def _grids(shape, patch):
 
 def _patch_size(net):
     p = getattr(getattr(net, 'config', None), 'patch_size', None)
+    if isinstance(p, (list, tuple)):
+        return tuple(p)
     return p if isinstance(p, int) else None
 
 
@@ -267,10 +269,12 @@ def _image_tokens(
     "Which of `n` tokens are the image's, as a slice; None: not known."
     if len(own) == 4 and math.prod(own[-2:]) == n:
         count = n
-    elif len(shape) == 4 and patch:
+    elif len(shape) == 4 and isinstance(patch, int):
         count = math.prod(next(_grids(shape, patch)))
     elif len(shape) == 4:
         count = n if any(h * w == n for h, w in _grids(shape, None)) else 0
+    elif len(shape) == 5 and isinstance(patch, tuple):  # video: tokens of all frames
+        count = math.prod(s // p for s, p in zip(shape[2:], patch, strict=True))
     else:
         count = shape[1] if len(shape) == 3 else 0
     if count == n:
@@ -288,7 +292,8 @@ def _image_grid(call, own, count):
     x, ids = call.first, call.img_ids
     sizes = [tuple(own.shape[-2:])] if own.ndim == 4 else []
     if x.ndim == 4:
-        sizes += _grids(x.shape, _patch_size(call.net))
+        patch = _patch_size(call.net)
+        sizes += _grids(x.shape, patch if isinstance(patch, int) else None)
     if torch.is_tensor(ids) and x.ndim == 3:
         last = ids.reshape(-1, ids.shape[-1])[:count, 1:3]
         sizes.append(tuple((last.amax(0) - last.amin(0) + 1).long().tolist()))
@@ -320,13 +325,8 @@ class Site:
         if self._tokens is not None:
             return self._tokens(n)[0]
         net, first = self._call.net, self._call.first
-        cls, patch = (
-            type(net).__name__,
-            getattr(net.config, 'patch_size', None) if hasattr(net, 'config') else None,
-        )
-        image = _image_tokens(
-            cls, patch if isinstance(patch, int) else None, first.shape, self._own.shape, n
-        )
+        cls, patch = type(net).__name__, _patch_size(net)
+        image = _image_tokens(cls, patch, first.shape, self._own.shape, n)
         if image is None:
             raise ValueError(
                 f'{self.name}: which of the {n} tokens are the image is not known for {cls}; '
