@@ -1739,143 +1739,33 @@ d = {
             ),
         },
         'cf_guidance.lab.sweeps': {
+            'cf_guidance.lab.sweeps._among': (
+                'lab/sweeps.html#_among',
+                'cf_guidance/lab/sweeps.py',
+            ),
             'cf_guidance.lab.sweeps._as_list': (
                 'lab/sweeps.html#_as_list',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._check_labels': (
-                'lab/sweeps.html#_check_labels',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._check_model': (
-                'lab/sweeps.html#_check_model',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._check_names': (
-                'lab/sweeps.html#_check_names',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._check_old': (
-                'lab/sweeps.html#_check_old',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._check_pipeline': (
-                'lab/sweeps.html#_check_pipeline',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._check_prompts': (
-                'lab/sweeps.html#_check_prompts',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._checked_expts': (
-                'lab/sweeps.html#_checked_expts',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps._columns': (
                 'lab/sweeps.html#_columns',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._default_pipeline': (
-                'lab/sweeps.html#_default_pipeline',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._distinct': (
                 'lab/sweeps.html#_distinct',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._errors_in_one_line': (
-                'lab/sweeps.html#_errors_in_one_line',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._fail': ('lab/sweeps.html#_fail', 'cf_guidance/lab/sweeps.py'),
-            'cf_guidance.lab.sweeps._first_line': (
-                'lab/sweeps.html#_first_line',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._fresh': (
-                'lab/sweeps.html#_fresh',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._guidance': (
-                'lab/sweeps.html#_guidance',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._listed': (
-                'lab/sweeps.html#_listed',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._locked': (
-                'lab/sweeps.html#_locked',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._make_expts': (
-                'lab/sweeps.html#_make_expts',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._number': (
-                'lab/sweeps.html#_number',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._parse_fixed': (
-                'lab/sweeps.html#_parse_fixed',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._parse_seeds': (
-                'lab/sweeps.html#_parse_seeds',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._parse_values': (
-                'lab/sweeps.html#_parse_values',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._report': (
                 'lab/sweeps.html#_report',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._results_folder': (
-                'lab/sweeps.html#_results_folder',
+            'cf_guidance.lab.sweeps._settled': (
+                'lab/sweeps.html#_settled',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._rows': ('lab/sweeps.html#_rows', 'cf_guidance/lab/sweeps.py'),
-            'cf_guidance.lab.sweeps._sample': (
-                'lab/sweeps.html#_sample',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._settings': (
-                'lab/sweeps.html#_settings',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._short': (
-                'lab/sweeps.html#_short',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._show': ('lab/sweeps.html#_show', 'cf_guidance/lab/sweeps.py'),
             'cf_guidance.lab.sweeps._split': (
                 'lab/sweeps.html#_split',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._sweep_grid': (
-                'lab/sweeps.html#_sweep_grid',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._table': (
-                'lab/sweeps.html#_table',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._to_pil': (
-                'lab/sweeps.html#_to_pil',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._values': (
-                'lab/sweeps.html#_values',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._weights': (
-                'lab/sweeps.html#_weights',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._whole': (
-                'lab/sweeps.html#_whole',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps._write': (
@@ -1898,8 +1788,28 @@ d = {
                 'lab/sweeps.html#create_expts',
                 'cf_guidance/lab/sweeps.py',
             ),
+            'cf_guidance.lab.sweeps.default_pipeline': (
+                'lab/sweeps.html#default_pipeline',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps.make_expts': (
+                'lab/sweeps.html#make_expts',
+                'cf_guidance/lab/sweeps.py',
+            ),
             'cf_guidance.lab.sweeps.measure': (
                 'lab/sweeps.html#measure',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps.parse_fixed': (
+                'lab/sweeps.html#parse_fixed',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps.parse_seeds': (
+                'lab/sweeps.html#parse_seeds',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps.parse_values': (
+                'lab/sweeps.html#parse_values',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps.run': ('lab/sweeps.html#run', 'cf_guidance/lab/sweeps.py'),
@@ -1912,6 +1822,10 @@ d = {
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps.sweep': ('lab/sweeps.html#sweep', 'cf_guidance/lab/sweeps.py'),
+            'cf_guidance.lab.sweeps.sweep_grid': (
+                'lab/sweeps.html#sweep_grid',
+                'cf_guidance/lab/sweeps.py',
+            ),
         },
         'cf_guidance.negatives': {
             'cf_guidance.negatives.Autoguidance': (
