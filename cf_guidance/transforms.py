@@ -402,7 +402,7 @@ perpendicular = _perpendicular  # its name until the notebook on negatives has m
 
 
 # %% ../nbs/01_transforms.ipynb #af69452b
-@rule('eps', pos_at=None)
+@rule('eps', pos_at=None, neg_at=0.0)
 def base_norm(
     neg: torch.Tensor,  # (B, ...) negative prediction of the noise
     pos: torch.Tensor,  # (B, ...) positive prediction of the noise
@@ -416,7 +416,7 @@ def base_norm(
 
 
 # %% ../nbs/01_transforms.ipynb #b78cdc8c
-@rule('eps', pos_at=None)
+@rule('eps', pos_at=None, neg_at=0.0)
 def t_norm(
     neg: torch.Tensor,  # (B, ...) negative prediction of the noise
     pos: torch.Tensor,  # (B, ...) positive prediction of the noise
@@ -430,7 +430,7 @@ def t_norm(
 
 
 # %% ../nbs/01_transforms.ipynb #3ffc63e5
-@rule('eps', pos_at=None)
+@rule('eps', pos_at=None, neg_at=0.0)
 def full_norm(
     neg: torch.Tensor,  # (B, ...) negative prediction of the noise
     pos: torch.Tensor,  # (B, ...) positive prediction of the noise

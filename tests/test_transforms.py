@@ -120,7 +120,8 @@ def test_facts():
     no_pos = ['base_norm', 't_norm', 'full_norm', 'beta_cfg', 'mimic']
     assert names(lambda f: isinstance(f, Rule) and f.pos_at is None) == no_pos
     assert names(lambda f: isinstance(f, Rule) and f.pos_at not in (None, 1)) == []
-    assert names(lambda f: isinstance(f, Rule) and f.neg_at is not None) == ['cfg', 'beta_cfg']
+    at_neg = ['cfg', 'base_norm', 't_norm', 'full_norm', 'beta_cfg']
+    assert names(lambda f: isinstance(f, Rule) and f.neg_at is not None) == at_neg
     assert names(lambda f: isinstance(f, Rule) and f.stateful) == ['apg']
     assert names(lambda f: isinstance(f, PostRule)) == [
         'rescale',
