@@ -283,7 +283,7 @@ def test_guided_fashion(name, fashion):
 # guided, in its loops: what remembers begins anew with each run
 
 REMEMBERING = {
-    'stop': dict(stop=0.99),
+    'stop': dict(stop=0.999, w=4.0),
     'momentum': dict(rule=apg.of(beta=-0.5)),
     'interval': dict(interval=(0.5, 5.0)),
     'weights': dict(w=[5.0 - i / 3 for i in range(12)]),
@@ -313,7 +313,7 @@ def test_a_second_run_equals_the_first(name, settings):
 @IN_ITS_LOOP
 @each('settings', REMEMBERING)
 def test_a_run_in_its_loop_equals_ours(name, settings):
-    if name == 'heun' and 'w' in settings:
+    if name == 'heun' and isinstance(settings.get('w'), list):
         pytest.skip('our loop names the step, and both evaluations of a step have one weight')
     agree(name, *remembering(settings), tol=1e-4)
 
