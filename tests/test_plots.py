@@ -11,8 +11,16 @@ import torch
 from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 
+from cf_guidance.guided import Trace
 from cf_guidance.lab import plots
-from cf_guidance.lab.plots import image_grid, plot_grid, plot_schedules, plot_sweep, show_image
+from cf_guidance.lab.plots import (
+    image_grid,
+    plot_grid,
+    plot_schedules,
+    plot_sweep,
+    plot_trace,
+    show_image,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -116,6 +124,11 @@ BAD = {
     'sweep refs a': (plot_sweep, ([1, 2], [[1, 2]]), dict(refs={'': 'a'}), 'refs: expected'),
     'sweep refs 5': (plot_sweep, ([1, 2], [[1, 2]]), dict(refs=5), 'refs: expected a dict'),
     'sweep size': (plot_sweep, ([1, 2], [[1, 2]]), dict(size=(0, 0)), 'size: expected'),
+}
+BAD |= {
+    'trace none': (plot_trace, (None,), {}, 'traces: expected a list of Trace'),
+    'trace empty': (plot_trace, ([],), {}, 'traces: expected at least one'),
+    'trace numbers': (plot_trace, ([1, 2],), {}, 'traces: expected a list of Trace'),
 }
 
 
@@ -324,8 +337,16 @@ def test_shown_picture_is_not_shown_twice(monkeypatch):
         im._ipython_display_()
 
 
+def test_trace_has_gaps_where_nothing_was_seen():
+    one, nan = torch.ones(2), torch.full((2,), NAN)
+    f = plot_trace([Trace(2 * one, one, nan, nan), Trace(one, 3 * one, one, one)])
+    assert list(f.axes[0].lines[0].get_ydata()) == [1, 3]
+    assert math.isnan(f.axes[1].lines[0].get_ydata()[0])
+    drawn(f)
+
+
 def test_names_of_2022():
     import cf_guidance.plots as old
 
     assert old.plot_grid is plot_grid
-    assert sorted(old.__all__) == sorted(plots.__all__)
+    assert {*old.__all__, 'plot_trace'} == {*plots.__all__}
