@@ -1699,6 +1699,10 @@ d = {
                 'lab/plots.html#_pictures',
                 'cf_guidance/lab/plots.py',
             ),
+            'cf_guidance.lab.plots._quartiles': (
+                'lab/plots.html#_quartiles',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots._resized': (
                 'lab/plots.html#_resized',
                 'cf_guidance/lab/plots.py',
@@ -1733,39 +1737,153 @@ d = {
                 'lab/plots.html#plot_sweep',
                 'cf_guidance/lab/plots.py',
             ),
+            'cf_guidance.lab.plots.plot_trace': (
+                'lab/plots.html#plot_trace',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots.show_image': (
                 'lab/plots.html#show_image',
                 'cf_guidance/lab/plots.py',
             ),
         },
         'cf_guidance.lab.sweeps': {
-            'cf_guidance.lab.sweeps._among': (
-                'lab/sweeps.html#_among',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._as_list': (
                 'lab/sweeps.html#_as_list',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._check_labels': (
+                'lab/sweeps.html#_check_labels',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._check_model': (
+                'lab/sweeps.html#_check_model',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._check_names': (
+                'lab/sweeps.html#_check_names',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._check_old': (
+                'lab/sweeps.html#_check_old',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._check_pipeline': (
+                'lab/sweeps.html#_check_pipeline',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._check_prompts': (
+                'lab/sweeps.html#_check_prompts',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._checked_expts': (
+                'lab/sweeps.html#_checked_expts',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps._columns': (
                 'lab/sweeps.html#_columns',
                 'cf_guidance/lab/sweeps.py',
             ),
+            'cf_guidance.lab.sweeps._default_pipeline': (
+                'lab/sweeps.html#_default_pipeline',
+                'cf_guidance/lab/sweeps.py',
+            ),
             'cf_guidance.lab.sweeps._distinct': (
                 'lab/sweeps.html#_distinct',
                 'cf_guidance/lab/sweeps.py',
             ),
+            'cf_guidance.lab.sweeps._errors_in_one_line': (
+                'lab/sweeps.html#_errors_in_one_line',
+                'cf_guidance/lab/sweeps.py',
+            ),
             'cf_guidance.lab.sweeps._fail': ('lab/sweeps.html#_fail', 'cf_guidance/lab/sweeps.py'),
+            'cf_guidance.lab.sweeps._first_line': (
+                'lab/sweeps.html#_first_line',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._fresh': (
+                'lab/sweeps.html#_fresh',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._guidance': (
+                'lab/sweeps.html#_guidance',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._listed': (
+                'lab/sweeps.html#_listed',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._locked': (
+                'lab/sweeps.html#_locked',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._make_expts': (
+                'lab/sweeps.html#_make_expts',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._number': (
+                'lab/sweeps.html#_number',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._parse_fixed': (
+                'lab/sweeps.html#_parse_fixed',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._parse_seeds': (
+                'lab/sweeps.html#_parse_seeds',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._parse_values': (
+                'lab/sweeps.html#_parse_values',
+                'cf_guidance/lab/sweeps.py',
+            ),
             'cf_guidance.lab.sweeps._report': (
                 'lab/sweeps.html#_report',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._settled': (
-                'lab/sweeps.html#_settled',
+            'cf_guidance.lab.sweeps._results_folder': (
+                'lab/sweeps.html#_results_folder',
                 'cf_guidance/lab/sweeps.py',
             ),
+            'cf_guidance.lab.sweeps._rows': ('lab/sweeps.html#_rows', 'cf_guidance/lab/sweeps.py'),
+            'cf_guidance.lab.sweeps._sample': (
+                'lab/sweeps.html#_sample',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._settings': (
+                'lab/sweeps.html#_settings',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._short': (
+                'lab/sweeps.html#_short',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._show': ('lab/sweeps.html#_show', 'cf_guidance/lab/sweeps.py'),
             'cf_guidance.lab.sweeps._split': (
                 'lab/sweeps.html#_split',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._sweep_grid': (
+                'lab/sweeps.html#_sweep_grid',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._table': (
+                'lab/sweeps.html#_table',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._to_pil': (
+                'lab/sweeps.html#_to_pil',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._values': (
+                'lab/sweeps.html#_values',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._weights': (
+                'lab/sweeps.html#_weights',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._whole': (
+                'lab/sweeps.html#_whole',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps._write': (
@@ -1788,28 +1906,8 @@ d = {
                 'lab/sweeps.html#create_expts',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps.default_pipeline': (
-                'lab/sweeps.html#default_pipeline',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps.make_expts': (
-                'lab/sweeps.html#make_expts',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps.measure': (
                 'lab/sweeps.html#measure',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps.parse_fixed': (
-                'lab/sweeps.html#parse_fixed',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps.parse_seeds': (
-                'lab/sweeps.html#parse_seeds',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps.parse_values': (
-                'lab/sweeps.html#parse_values',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps.run': ('lab/sweeps.html#run', 'cf_guidance/lab/sweeps.py'),
@@ -1822,10 +1920,6 @@ d = {
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps.sweep': ('lab/sweeps.html#sweep', 'cf_guidance/lab/sweeps.py'),
-            'cf_guidance.lab.sweeps.sweep_grid': (
-                'lab/sweeps.html#sweep_grid',
-                'cf_guidance/lab/sweeps.py',
-            ),
         },
         'cf_guidance.negatives': {
             'cf_guidance.negatives.Autoguidance': (
@@ -2854,16 +2948,16 @@ d = {
                 'toy.html#gaussianmixture.__init__',
                 'cf_guidance/toy.py',
             ),
+            'cf_guidance.toy.GaussianMixture._average': (
+                'toy.html#gaussianmixture._average',
+                'cf_guidance/toy.py',
+            ),
+            'cf_guidance.toy.GaussianMixture._compare': (
+                'toy.html#gaussianmixture._compare',
+                'cf_guidance/toy.py',
+            ),
             'cf_guidance.toy.GaussianMixture._log_prior': (
                 'toy.html#gaussianmixture._log_prior',
-                'cf_guidance/toy.py',
-            ),
-            'cf_guidance.toy.GaussianMixture._mean': (
-                'toy.html#gaussianmixture._mean',
-                'cf_guidance/toy.py',
-            ),
-            'cf_guidance.toy.GaussianMixture._seen': (
-                'toy.html#gaussianmixture._seen',
                 'cf_guidance/toy.py',
             ),
             'cf_guidance.toy.GaussianMixture.forward': (
@@ -2882,18 +2976,14 @@ d = {
                 'toy.html#gaussianmixture.score',
                 'cf_guidance/toy.py',
             ),
-            'cf_guidance.toy._along': ('toy.html#_along', 'cf_guidance/toy.py'),
-            'cf_guidance.toy._classes': ('toy.html#_classes', 'cf_guidance/toy.py'),
-            'cf_guidance.toy._components': ('toy.html#_components', 'cf_guidance/toy.py'),
-            'cf_guidance.toy._noise_levels': ('toy.html#_noise_levels', 'cf_guidance/toy.py'),
-            'cf_guidance.toy._precision': ('toy.html#_precision', 'cf_guidance/toy.py'),
+            'cf_guidance.toy._as_double': ('toy.html#_as_double', 'cf_guidance/toy.py'),
+            'cf_guidance.toy._checked_classes': ('toy.html#_checked_classes', 'cf_guidance/toy.py'),
+            'cf_guidance.toy._checked_weights': ('toy.html#_checked_weights', 'cf_guidance/toy.py'),
             'cf_guidance.toy._spectrum': ('toy.html#_spectrum', 'cf_guidance/toy.py'),
-            'cf_guidance.toy._weights': ('toy.html#_weights', 'cf_guidance/toy.py'),
             'cf_guidance.toy.autoguided_ode': ('toy.html#autoguided_ode', 'cf_guidance/toy.py'),
             'cf_guidance.toy.cfg_ode': ('toy.html#cfg_ode', 'cf_guidance/toy.py'),
             'cf_guidance.toy.galaxy': ('toy.html#galaxy', 'cf_guidance/toy.py'),
             'cf_guidance.toy.gaussian_ode': ('toy.html#gaussian_ode', 'cf_guidance/toy.py'),
-            'cf_guidance.toy.guided_gaussian': ('toy.html#guided_gaussian', 'cf_guidance/toy.py'),
             'cf_guidance.toy.plot_density': ('toy.html#plot_density', 'cf_guidance/toy.py'),
         },
         'cf_guidance.transforms': {

@@ -25,6 +25,7 @@ from .guided import (
     Term,
     _active,
     _as_posts,
+    _ThreadRuns,
 )
 from .pipelines import (
     _INFINITE,
@@ -350,7 +351,7 @@ class Guider(BaseGuidance):
         if zero_init and self._levels.prediction != 'flow':
             raise ValueError('zero_init: expected the scheduler of a flow model')
         self._loop, self._evaluations, self._sampler_step = None, None, 0
-        self._captured, self._recorders = [], []
+        self._captured, self._runs = [], _ThreadRuns()
         self._diffusers_load_id = 'null|null|null|null'
         self.register_to_config(
             scheduler=_config(_saved_scheduler, 'scheduler', self.scheduler),
@@ -536,7 +537,7 @@ def _begin(self: Guider):
             raise ValueError(f'w: expected one value per step, {steps}, got {len(t.w.values)}')
     D = self._loop.D if self.max_batch is None else Microbatched(self._loop.D, self.max_batch)
     G = GuidedDenoiser(D, *terms, post=self.posts or None)
-    G._recorders = self._recorders
+    G._runs.recorders = self._runs.recorders  # of `watch`
     G.start()
     self.denoiser = G
 
