@@ -1059,6 +1059,11 @@ def _checked_arguments(stock, sd, args, kwargs):
     for k, low in (('num_inference_steps', 1), ('num_images_per_prompt', 1)):
         if given.get(k) is not None:
             _check_whole(k, given[k], low)
+    most = getattr(sd.scheduler, 'alphas_cumprod', None)
+    if most is not None and (given.get('num_inference_steps') or 1) > len(most):
+        raise ValueError(
+            f'num_inference_steps: expected at most {len(most)}, got {given["num_inference_steps"]}'
+        )
     for k in ('guidance_scale', 'true_cfg_scale', 'eta'):
         if k in given and not _is_finite(given[k]):
             raise TypeError(f'{k}: expected a finite number, got {given[k]!r:.60}')
@@ -1458,6 +1463,8 @@ def _term_of(tfm, num_steps):
         raise TypeError(
             f"guide_tfm: expected schedules['g'] with one weight per step, got {g!r:.60}"
         )
+    if g is not None and not len(g):
+        raise ValueError("guide_tfm: expected schedules['g'] with at least one weight")
     if isinstance(g, (list, tuple)) and any(getattr(o, 'ndim', 0) for o in g):
         g = torch.stack([torch.as_tensor(o) for o in g])
     if torch.is_tensor(g) and g.ndim == 1:
@@ -1467,6 +1474,10 @@ def _term_of(tfm, num_steps):
     if rule is not None:
         return Term(NegativePrompt(), Weight.of(g, 'guide_tfm'), rule)
     num_steps = num_steps or (50 if g is None else len(g))
+    try:
+        inspect.signature(tfm).bind(None, None, 0)
+    except TypeError:
+        raise TypeError('guide_tfm: expected a function of 3 arguments, tfm(u, t, idx)') from None
     return Term(NegativePrompt(), list(range(num_steps)), _TransformRule(tfm))
 
 

@@ -67,7 +67,7 @@ pytestmark = [
     # of schedulers of diffusers under newer versions of numpy, and under older ones of diffusers
     pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning'),
     pytest.mark.filterwarnings('ignore:__array_wrap__ must accept:DeprecationWarning'),
-    pytest.mark.filterwarnings('ignore:Should have ta>=t0:UserWarning'),  # of torchsde
+    pytest.mark.filterwarnings('ignore:Should have t:UserWarning'),  # of torchsde
     pytest.mark.filterwarnings('ignore::FutureWarning:diffusers'),
 ]
 BIN = dict(use_resolution_binning=False)
