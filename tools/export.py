@@ -25,7 +25,7 @@ def main():
         relative = re.sub(r'^from cf_guidance\.(?=\S+ import \()', f'from {dots}', text, flags=re.M)
         if relative != text:
             path.write_text(relative, encoding='utf-8')
-            subprocess.run([*ruff, 'check', '--select', 'I', '--fix', '--quiet', path], check=False)
+    subprocess.run([*ruff, 'check', '--select', 'I', '--fix', '--quiet', package], check=False)
     subprocess.run([*ruff, 'format', '--quiet', package], check=True)
 
 

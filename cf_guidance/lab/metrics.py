@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'white_on_black',
-    'fashion_features',
     'get_features',
     'Stats',
     'frechet',
     'fid',
-    'fid_bias',
     'FIDInfinity',
     'fid_infinity',
     'mmd2',
@@ -18,87 +15,98 @@ __all__ = [
     'kid',
     'PrecisionRecall',
     'precision_recall',
-    'class_accuracy',
     'saturation',
     'step_distance',
     'ImageEval',
-    'adherence',
-    'shares',
-    'wilson',
 ]
 
 # %% ../../nbs/lab/01_metrics.ipynb #3
+import math
 import warnings
+from numbers import Integral
 from typing import NamedTuple
+
 import torch
 from fastcore.basics import patch
-from .fashion import COLOURS, FashionNet, adherence, load_net, shares, wilson
 
-# %% ../../nbs/lab/01_metrics.ipynb #4
-_all_ = ['adherence', 'shares', 'wilson']
+from ..continuous import _got
+from ..noise import _as_generator, _check_whole
+from .fashion import COLOURS, _check_pictures, _classifier, wilson
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #8
-def white_on_black(
-    x: torch.Tensor,  # (N, 1, 32, 32) grey, in [-1, 1]; what lies outside is clamped
-) -> torch.Tensor:  # (N, 3, 32, 32) in [-1, 1]
-    "Paint grey images as `colourise` does, in white on black."
+def _white_on_black(x):
+    "Paint grey images (N, 1, 32, 32) in [-1, 1] as `colourise` does; values beyond are clipped."
     g = (x.clamp(-1, 1) + 1) / 2
     a, (white, *_), (black, *_) = (3 * g).clamp(max=1), COLOURS['white'], COLOURS['black']
     return ((black * (1 - a) + white * (0.35 + 0.65 * g) * a) * 2 - 1).expand(-1, 3, -1, -1)
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #12
-def fashion_features(
-    net: FashionNet = None,  # None: the embedded one
-):  # function of images (N, 1 or 3, 32, 32) in [-1, 1], with features (N, 128)
-    "The features of `FashionNet`; grey images are seen in white on black."
-    net = net or load_net()
+def _fashion_features(net):
+    "A function of images (N, 1 or 3, 32, 32) in [-1, 1] that gives features (N, 128)."
 
-    def _features(x):
-        if (
-            x.ndim != 4
-            or x.shape[1] not in (1, 3)
-            or x.shape[2:] != (32, 32)
-            or not x.is_floating_point()
-        ):
-            raise ValueError(
-                f'x has shape {tuple(x.shape)} and type {x.dtype}: FashionNet looks at floating-point images (N, 1 or 3, 32, 32) in [-1, 1]'
-            )
-        return net.features(white_on_black(x.float()) if x.shape[1] == 1 else x.float())
+    def features(x):
+        _check_range(x)
+        x = x.float()
+        return net.features(_white_on_black(x) if x.shape[1] == 1 else x)
 
-    return _features
+    return features
 
 
-# %% ../../nbs/lab/01_metrics.ipynb #13
+def _check_range(x):
+    "An error, or a warning where it is not certain, if `x` is not images in [-1, 1]."
+    size = torch.is_tensor(x) and x.is_floating_point() and x.ndim == 4
+    if not size or x.shape[1] not in (1, 3) or x.shape[2:] != (32, 32):
+        raise ValueError(
+            f'x: expected floating-point images (N, 1 or 3, 32, 32) in [-1, 1], got {_got(x)}'
+        )
+    if not x.isfinite().all():
+        bad = int((~x.isfinite()).flatten(1).any(1).sum())
+        raise ValueError(f'x: expected finite images, got NaN or infinity in {bad} of {len(x)}')
+    if x.numel() and x.abs().max() > 10:  # noise of 9 standard deviations
+        raise ValueError(f'x: expected images in [-1, 1], got values up to {x.abs().max():.3g}')
+
+
+# %% ../../nbs/lab/01_metrics.ipynb #74155a24
 @torch.no_grad()
 def get_features(
     x: torch.Tensor,  # (N, ...) images
-    features,  # function of a batch of images, with features (n, d)
+    features,  # function of a batch of images that gives features (n, d)
     batch_size: int = 500,  # images at a time
 ) -> torch.Tensor:  # (N, d)
     "Features of all images, batch by batch."
+    if not torch.is_tensor(x) or x.ndim < 2 or not len(x):
+        raise ValueError(f'x: expected a tensor of images (N, ...), got {_got(x)}')
+    if not callable(features):
+        raise TypeError(f'features: expected a function of images, got {_got(features)}')
+    _check_whole('batch_size', batch_size, 'a whole number from 1', 1)
     return torch.cat([features(b) for b in x.split(batch_size)])
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #20
 def _features(name, x):
     "Features as float64 (N, d), or an error."
-    x = torch.as_tensor(x)
-    if x.ndim != 2 or 0 in x.shape:
+    try:
+        new = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        new = None
+    if new is None or new.dtype == torch.bool or new.is_complex():
+        raise TypeError(f'{name}: expected features (N, d), one row per image, got {_got(x)}')
+    if new.ndim != 2 or 0 in new.shape:
         raise ValueError(
-            f'{name} has shape {tuple(x.shape)}: allowed are features of shape (N, d), one row an image'
+            f'{name}: expected features (N, d), one row per image, got shape {tuple(new.shape)}'
         )
-    if bad := (~x.isfinite()).any(1).sum().item():
+    if bad := (~new.isfinite()).any(1).sum().item():
         raise ValueError(
-            f'{name}: NaN or infinity in {bad} of {len(x)} rows; allowed are finite features'
+            f'{name}: expected finite features, got NaN or infinity in {bad} of {len(new)} rows'
         )
-    return (x.cpu() if x.device.type == 'mps' else x).detach().double()
+    return (new.cpu() if new.device.type == 'mps' else new).detach().double()
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #22
 class Stats:
-    "Count, mean and covariance of features that come batch by batch (Chan, Golub & LeVeque 1983)."
+    "Count, mean and covariance of features that come in batches (Chan, Golub & LeVeque 1983)."
 
     def __init__(
         self,
@@ -108,13 +116,29 @@ class Stats:
         if x is not None:
             self.update(x)
 
+    def update(
+        self,
+        x,  # (N, d) features
+    ):  # itself
+        "Add a batch."
+        x = _features('x', x)
+        mean = x.mean(0)
+        return self._join(len(x), mean, (x - mean).T @ (x - mean))
+
+    def __add__(self, o):
+        if not isinstance(o, Stats):
+            return NotImplemented
+        new = Stats()._join(self.n, self.mean, self.scatter)
+        return new._join(o.n, o.mean, o.scatter)
+
     def _join(self, n, mean, scatter):
-        if self.n and n and mean.shape != self.mean.shape:
+        both = self.n and n
+        if both and mean.shape != self.mean.shape:
             raise ValueError(
-                f'x has {len(mean)} features: allowed are {len(self.mean)}, as in the batches before'
+                f'x: expected {len(self.mean)} features, as in the batches before, got {len(mean)}'
             )
         total, delta = max(self.n + n, 1), mean - self.mean
-        if self.n and n:
+        if both:
             scatter = scatter + torch.outer(delta, delta) * (self.n * n / total)
         return self._set(self.n + n, self.mean + delta * (n / total), self.scatter + scatter)
 
@@ -122,31 +146,12 @@ class Stats:
         self.n, self.mean, self.scatter = n, mean, scatter
         return self
 
-
-# %% ../../nbs/lab/01_metrics.ipynb #23
-@patch
-def update(
-    self: Stats,
-    x,  # (N, d) features
-) -> Stats:  # itself
-    "Add a batch."
-    x = _features('x', x)
-    mean = x.mean(0)
-    return self._join(len(x), mean, (x - mean).T @ (x - mean))
-
-
-@patch
-def __add__(self: Stats, o):
-    return Stats()._join(self.n, self.mean, self.scatter)._join(o.n, o.mean, o.scatter)
-
-
-# %% ../../nbs/lab/01_metrics.ipynb #24
-@patch(as_prop=True)
-def cov(self: Stats) -> torch.Tensor:  # (d, d)
-    "Unbiased covariance."
-    if self.n < 2:
-        raise ValueError(f'n={self.n}: a covariance needs at least 2 images')
-    return self.scatter / (self.n - 1)
+    @property
+    def cov(self) -> torch.Tensor:  # (d, d)
+        "Unbiased covariance."
+        if self.n < 2:
+            raise ValueError(f'a covariance needs at least 2 images, got {self.n}')
+        return self.scatter / (self.n - 1)
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #25
@@ -157,36 +162,43 @@ def from_moments(
     cov,  # (d, d)
     n: int,  # images they were computed from
 ) -> Stats:
-    "Published statistics, such as the `mu` and `sigma` of an `.npz` file."
+    "Statistics from a mean and a covariance."
+    _check_whole('n', n, 'a whole number of images from 2', 2)
     mean, cov = _moments('mean', mean, 'cov', cov)
-    return cls()._set(n, mean, cov * (n - 1))
+    _check_positive('cov', cov)
+    return cls()._set(int(n), mean, cov * (n - 1))
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #31
 def _moments(mean_name, mean, cov_name, cov):
-    mean, cov = (torch.as_tensor(o) for o in (mean, cov))
-    mean, cov = (o.cpu().double() if o.device.type == 'mps' else o.double() for o in (mean, cov))
+    "Mean (d,) and covariance (d, d) in double precision, checked."
+    out = []
+    for name, o in ((mean_name, mean), (cov_name, cov)):
+        try:
+            new = torch.as_tensor(o)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f'{name}: expected an array of numbers, got {_got(o)}') from None
+        if not new.isfinite().all():
+            raise ValueError(f'{name}: expected finite numbers, got NaN or infinity')
+        out.append((new.cpu() if new.device.type == 'mps' else new).double())
+    mean, cov = out
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise ValueError(
-            f'{mean_name} and {cov_name} have shapes {tuple(mean.shape)} and {tuple(cov.shape)}: allowed are (d,) and (d, d)'
+            f'{mean_name}, {cov_name}: expected shapes (d,) and (d, d), '
+            f'got {tuple(mean.shape)} and {tuple(cov.shape)}'
         )
-    for name, o in ((mean_name, mean), (cov_name, cov)):
-        if not o.isfinite().all():
-            raise ValueError(f'{name} has NaN or infinite numbers: allowed are finite ones')
     if not torch.allclose(cov, cov.T, rtol=1e-6, atol=1e-8 * cov.abs().max().item()):
-        raise ValueError(f'{cov_name} differs from its transpose: allowed are covariances')
+        raise ValueError(f'{cov_name}: expected a covariance, got one that is not symmetric')
     return mean, cov
 
 
-# %% ../../nbs/lab/01_metrics.ipynb #32
-def _root(name, cov):
-    "Symmetric square root."
-    l, v = torch.linalg.eigh(cov)
-    if l[0] < -1e-6 * l[-1].abs():
+def _check_positive(name, cov, eigenvalues=None):
+    "An error if a covariance has an eigenvalue below 0, but for rounding."
+    values = torch.linalg.eigvalsh(cov) if eigenvalues is None else eigenvalues
+    if values[0] < -1e-6 * values.abs().max():
         raise ValueError(
-            f'{name} has an eigenvalue of {l[0]:.3g}: allowed are covariances, which have none below 0'
+            f'{name}: expected a covariance, with no eigenvalue below 0, got one of {values[0]:.3g}'
         )
-    return (v * l.clamp(min=0).sqrt()) @ v.T
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #33
@@ -196,27 +208,31 @@ def frechet(
     mean_b,  # (d,)
     cov_b,  # (d, d)
 ) -> float:  # at least 0
-    "Squared Frechet distance between two Gaussians (Dowson & Landau 1982)."
-    (mean_a, cov_a), (mean_b, cov_b) = (
-        _moments('mean_a', mean_a, 'cov_a', cov_a),
-        _moments('mean_b', mean_b, 'cov_b', cov_b),
-    )
+    "Squared Fréchet distance between two Gaussians (Dowson & Landau 1982)."
+    mean_a, cov_a = _moments('mean_a', mean_a, 'cov_a', cov_a)
+    mean_b, cov_b = _moments('mean_b', mean_b, 'cov_b', cov_b)
     if mean_a.shape != mean_b.shape:
         raise ValueError(
-            f'mean_b has {len(mean_b)} features: allowed are {len(mean_a)}, as in mean_a'
+            f'mean_b: expected {len(mean_a)} features, as in mean_a, got {len(mean_b)}'
         )
-    root = _root('cov_a', cov_a)
+    _check_positive('cov_b', cov_b)
+    return _frechet(mean_a, cov_a, mean_b, cov_b)
+
+
+def _frechet(mean_a, cov_a, mean_b, cov_b):
+    values, vectors = torch.linalg.eigh(cov_a)
+    _check_positive('cov_a', cov_a, values)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return max(
-        0.0, ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
-    )
+    d = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(0.0, d.item())
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #38
 def _stats(name, o):
     o = o if isinstance(o, Stats) else Stats(_features(name, o))
     if o.n < 2:
-        raise ValueError(f'{name} has n={o.n} images: allowed are at least 2')
+        raise ValueError(f'{name}: expected at least 2 images, got {o.n}')
     return o
 
 
@@ -225,40 +241,42 @@ def fid(
     x,  # (N, d) features of generated images, or their `Stats`
     ref,  # (M, d) features of real images, or their `Stats`
 ) -> float:  # at least 0, 0 for equal means and covariances
-    "Frechet distance of feature clouds (Heusel et al. 2017, arXiv:1706.08500)."
+    "Fréchet distance of feature clouds (Heusel et al. 2017, arXiv:1706.08500)."
     x, ref = _stats('x', x), _stats('ref', ref)
-    if x.mean.shape != ref.mean.shape:
-        raise ValueError(f'x has {len(x.mean)} features: allowed are {len(ref.mean)}, as in ref')
+    _check_width(x.mean, ref.mean)
     for name, o in (('x', x), ('ref', ref)):
         _warn(name, o, ref)
-    return frechet(x.mean, x.cov, ref.mean, ref.cov)
+    return _frechet(x.mean, x.cov, ref.mean, ref.cov)
+
+
+def _check_width(x, ref):
+    if x.shape[-1] != ref.shape[-1]:
+        raise ValueError(f'x: expected {ref.shape[-1]} features, as in ref, got {x.shape[-1]}')
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #41
-def fid_bias(
-    ref,  # (M, d) features of real images, or their `Stats`
-    n: int,  # images that are compared with them
-) -> float:
-    "FID to expect of `n` perfect images, to first order in `1/n` and as if features were Gaussian."
-    l = torch.linalg.eigvalsh(_stats('ref', ref).cov).clamp(min=0)
-    return ((1.25 * l.sum() + 0.5 * (1 / (1 / l[:, None] + 1 / l)).sum()) / n).item()
+def _fid_bias(ref, n):
+    "FID to expect of `n` perfect images, to first order in `1/n`, as if features were Gaussian."
+    v = torch.linalg.eigvalsh(_stats('ref', ref).cov).clamp(min=0)
+    return ((1.25 * v.sum() + 0.5 * (1 / (1 / v[:, None] + 1 / v)).sum()) / n).item()
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #43
 def _warn(name, s, ref):
-    "Say what an FID from `s` is worth, where that is little."
+    "Warn about an FID from `s` that means little."
     d = len(s.mean)
     if s.n <= d:
         warnings.warn(
-            f'{name}: {s.n} images for {d} features. So few would have an FID of about {fid_bias(ref, s.n):.3g} if they were perfect: '
-            f'compare only with the FID of {s.n} real images, take more than {d}, or use `kid`, which has no bias',
+            f'{name}: {s.n} perfect images would have an FID of about {_fid_bias(ref, s.n):.3g} '
+            f'with {d} features: take more than {d} images, or use `kid`, which has no bias',
             stacklevel=3,
         )
     const = (s.cov.diagonal() <= 1e-24 * s.mean.square()).nonzero().flatten().tolist()
     if const:
+        some = ', '.join(map(str, const[:5])) + (', ...' if len(const) > 5 else '')
         warnings.warn(
-            f'{name}: {len(const)} of {d} features are constant (number {", ".join(map(str, const[:5]))}{", ..." if len(const) > 5 else ""}): '
-            'of them only mean and variance of the other side count. Are the images all alike, or does the network ignore something?',
+            f'{name}: {len(const)} of {d} features are constant (number {some}): '
+            'are the images all alike, or does the network ignore something?',
             stacklevel=3,
         )
 
@@ -273,62 +291,68 @@ class FIDInfinity(NamedTuple):
     fids: list  # FID of that many
 
 
-# %% ../../nbs/lab/01_metrics.ipynb #50
-def _sizes(n, d):
-    if n < 4 * d:
-        raise ValueError(
-            f'x has {n} images for {d} features: allowed are {4 * d} and more, or sizes of your own'
-        )
-    return torch.linspace(max(n // 10, 2 * d), n, 15).long().tolist()
-
-
 # %% ../../nbs/lab/01_metrics.ipynb #51
 def fid_infinity(
     x,  # (N, d) features of generated images
     ref,  # (M, d) features of real images, or their `Stats`
-    sizes: list = None,  # numbers of images to take; None: 15 from a tenth of N (at least 2 d) to N
-    generator: torch.Generator = None,  # which images; None: one with seed 0
+    # numbers of images to take; None: 15 from a tenth of N (at least 2 d) to N
+    sizes: list = None,
+    generator=None,  # which images: `torch.Generator` or seed; None: seed 0
 ) -> FIDInfinity:
     "FID extrapolated to infinitely many images (Chong & Forsyth 2020, arXiv:1911.07023)."
     x, ref = _features('x', x), _stats('ref', ref)
-    sizes = _sizes(*x.shape) if sizes is None else list(sizes)
-    if len(set(sizes)) < 2 or min(sizes) < 2 or max(sizes) > len(x):
-        raise ValueError(
-            f'sizes={sizes}: allowed are at least two different numbers from 2 to {len(x)}'
-        )
-    generator = generator or torch.Generator().manual_seed(0)
+    _check_width(x, ref.mean)
+    sizes, generator = _sizes(sizes, *x.shape), _generator(generator)
     fids = [fid(x[_choose(len(x), n, generator)], ref) for n in sizes]
     n, y = torch.tensor([sizes, fids], dtype=torch.float64)
     line = torch.linalg.lstsq(torch.stack([n, torch.ones_like(n)], 1), n * y).solution
     return FIDInfinity(*line.tolist(), sizes, fids)
 
 
-# %% ../../nbs/lab/01_metrics.ipynb #52
+# %% ../../nbs/lab/01_metrics.ipynb #50
+def _sizes(sizes, n, d):
+    "Numbers of images for the line, checked."
+    if sizes is None:
+        if n < 4 * d:
+            raise ValueError(f'x: expected at least {4 * d} images for {d} features, got {n}')
+        return torch.linspace(max(n // 10, 2 * d), n, 15).long().tolist()
+    whole = isinstance(sizes, (list, tuple, range)) and not any(
+        isinstance(o, bool) or not isinstance(o, Integral) for o in sizes
+    )
+    if not whole or len(set(sizes)) < 2 or not 2 <= min(sizes) <= max(sizes) <= n:
+        raise ValueError(
+            f'sizes: expected two or more whole numbers from 2 to {n}, got {_got(sizes)}'
+        )
+    return list(sizes)
+
+
+def _generator(generator):
+    return _as_generator(0 if generator is None else generator)
+
+
 def _choose(n, k, generator):
-    return torch.randperm(n, generator=generator)[:k]
+    return torch.randperm(n, generator=generator, device=generator.device)[:k]
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #70
 def _kernel_sum(x, y):
-    return sum(
-        ((b @ c.T / x.shape[1] + 1) ** 3).sum() for b in x.split(1000) for c in y.split(1000)
-    )
+    d = x.shape[1]
+    return sum(((b @ c.T / d + 1) ** 3).sum() for b in x.split(1000) for c in y.split(1000))
 
 
 def _within(x):
     "Mean of the kernel over pairs of different rows."
-    return (_kernel_sum(x, x) - ((x.square().sum(1) / x.shape[1] + 1) ** 3).sum()) / (
-        len(x) * (len(x) - 1)
-    )
+    same = ((x.square().sum(1) / x.shape[1] + 1) ** 3).sum()
+    return (_kernel_sum(x, x) - same) / (len(x) * (len(x) - 1))
 
 
 def _pair(x, ref, least):
+    "Features of both sides, checked."
     x, ref = _features('x', x), _features('ref', ref)
-    if x.shape[1] != ref.shape[1]:
-        raise ValueError(f'x has {x.shape[1]} features: allowed are {ref.shape[1]}, as in ref')
+    _check_width(x, ref)
     for name, o in (('x', x), ('ref', ref)):
         if len(o) < least:
-            raise ValueError(f'{name} has {len(o)} images: allowed are at least {least}')
+            raise ValueError(f'{name}: expected at least {least} images, got {len(o)}')
     return x, ref
 
 
@@ -344,6 +368,8 @@ def mmd2(
 
 # %% ../../nbs/lab/01_metrics.ipynb #75
 class KID(NamedTuple):
+    "Mean and spread over subsets."
+
     mean: float
     std: float  # over subsets: how far one of them is off. The mean is known better
 
@@ -352,28 +378,23 @@ class KID(NamedTuple):
 def kid(
     x,  # (N, d) features of generated images
     ref,  # (M, d) features of real images
-    generator: torch.Generator = None,  # which images; None: one with seed 0
+    generator=None,  # which images: `torch.Generator` or seed; None: seed 0
     subsets: int = 100,  # how many
     size: int = None,  # images of each side in a subset; None: 1,000, or half of what there is
 ) -> KID:
-    "Kernel distance of feature clouds (Binkowski et al. 2018, arXiv:1801.01401)."
+    "Kernel distance of feature clouds (Bińkowski et al. 2018, arXiv:1801.01401)."
     x, ref = _pair(x, ref, 4)
-    n = min(len(x), len(ref))
-    size, generator = (
-        min(1000, n // 2) if size is None else size,
-        generator or torch.Generator().manual_seed(0),
-    )
-    if not 2 <= size <= n:
-        raise ValueError(f'size={size}: allowed are numbers from 2 to {n}')
-    if subsets < 1:
-        raise ValueError(f'subsets={subsets}: allowed are numbers from 1')
-    each = torch.tensor(
-        [
-            mmd2(x[_choose(len(x), size, generator)], ref[_choose(len(ref), size, generator)])
-            for _ in range(subsets)
-        ],
-        dtype=torch.float64,
-    )
+    n, generator = min(len(x), len(ref)), _generator(generator)
+    size = min(1000, n // 2) if size is None else size
+    _check_whole('subsets', subsets, 'a whole number from 1', 1)
+    _check_whole('size', size, f'a whole number from 2 to {n}', 2)
+    if size > n:
+        raise ValueError(f'size: expected a whole number from 2 to {n}, got {size}')
+    each = []
+    for _ in range(subsets):
+        chosen = (o[_choose(len(o), size, generator)] for o in (x, ref))
+        each.append(mmd2(*chosen))
+    each = torch.tensor(each, dtype=torch.float64)
     return KID(each.mean().item(), each.std(correction=0).item())
 
 
@@ -390,16 +411,14 @@ def _radii(x, k):
 def _covered(x, centres, radii):
     "Share of `x` in any ball."
     slack = 1e-12 * max(x.square().sum(1).max(), centres.square().sum(1).max())
-    return (
-        torch.cat([(_sqdist(b, centres) <= radii + slack).any(1) for b in x.split(500)])
-        .double()
-        .mean()
-        .item()
-    )
+    inside = [(_sqdist(b, centres) <= radii + slack).any(1) for b in x.split(500)]
+    return torch.cat(inside).double().mean().item()
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #82
 class PrecisionRecall(NamedTuple):
+    "Shares of generated images among real ones, and of real images among generated ones."
+
     precision: float
     recall: float
 
@@ -410,36 +429,40 @@ def precision_recall(
     ref,  # (M, d) features of real images
     k: int = 3,  # how many neighbours a ball reaches
 ) -> PrecisionRecall:  # shares
-    "Improved precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991)."
+    "Improved precision and recall (Kynkäänniemi et al. 2019, arXiv:1904.06991)."
     x, ref = _pair(x, ref, 2)
-    if not 1 <= k < min(len(x), len(ref)):
-        raise ValueError(
-            f'k={k}: allowed are numbers from 1 to {min(len(x), len(ref)) - 1}, one less than there are images'
-        )
+    most = min(len(x), len(ref)) - 1
+    _check_whole('k', k, f'a whole number from 1 to {most}', 1)
+    if k > most:
+        raise ValueError(f'k: expected a whole number from 1 to {most}, got {k}')
     x, ref = x - ref.mean(0), ref - ref.mean(0)
     return PrecisionRecall(_covered(x, ref, _radii(ref, k)), _covered(ref, x, _radii(x, k)))
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #92
-def class_accuracy(
-    logits,  # (N, classes), from a classifier
-    labels,  # (N,) what was asked for
-) -> tuple:  # share, lower and upper end of its 95 % interval, N
-    "Share of images that are of their class."
-    logits, labels = (
-        _features('logits', logits),
-        torch.as_tensor(labels).to(torch.as_tensor(logits).device),
-    )
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f'labels has shape {tuple(labels.shape)}: allowed is ({len(logits)},), one for each row of logits'
-        )
-    if labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < logits.shape[1]:
-        raise ValueError(
-            f'labels: they are {labels.dtype} from {labels.min()} to {labels.max()}; allowed are whole numbers from 0 to {logits.shape[1] - 1}'
-        )
+def _class_accuracy(logits, labels):
+    "Share of images (N, classes) that are of their class (N,), its 95 % interval, and N."
+    logits = _features('logits', logits)
+    labels = _class_labels(labels, *logits.shape).to(logits.device)
     k, n = int((logits.argmax(1) == labels).sum()), len(labels)
     return (k / n, *wilson(k, n), n)
+
+
+def _class_labels(labels, n, classes):
+    "Labels (n,), checked."
+    try:
+        new = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        new = torch.tensor(math.nan)
+    if new.is_floating_point() or new.is_complex() or new.dtype == torch.bool:
+        raise TypeError(f'labels: expected {n} whole numbers, one per image, got {_got(labels)}')
+    if new.shape != (n,):
+        raise ValueError(f'labels: expected {n}, one per image, got shape {tuple(new.shape)}')
+    if not 0 <= new.min() <= new.max() < classes:
+        raise ValueError(
+            f'labels: expected classes from 0 to {classes - 1}, got {new.min()} to {new.max()}'
+        )
+    return new
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #97
@@ -447,8 +470,9 @@ def saturation(
     x: torch.Tensor,  # (N, 3, H, W) in [0, 1]
 ) -> torch.Tensor:  # (N,) in [0, 1]
     "Mean HSV saturation, `(max - min)/max` over the channels; black has none."
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f'x has shape {tuple(x.shape)}: allowed are images (N, 3, H, W)')
+    _check_pictures(x)
+    if x.shape[1] != 3:
+        raise ValueError(f'x: expected images (N, 3, H, W), got shape {tuple(x.shape)}')
     hi, lo = x.amax(1), x.amin(1)
     return ((hi - lo) / hi.clamp(min=1e-6)).mean((1, 2))
 
@@ -456,78 +480,78 @@ def saturation(
 # %% ../../nbs/lab/01_metrics.ipynb #100
 def step_distance(
     x: torch.Tensor,  # (rows, columns, 3, H, W), a sweep in each row
-    features=None,  # function of images (n, 3, H, W), with features (n, d), to measure in; None: in pixels
+    features=None,  # function of images (n, 3, H, W) that gives features (n, d); None: pixels
 ) -> torch.Tensor:  # (rows, columns), nan in the first column
     "Root-mean-square difference of each image to the one before it."
-    if x.ndim != 5:
-        raise ValueError(
-            f'x has shape {tuple(x.shape)}: allowed are sweeps (rows, columns, 3, H, W)'
-        )
-    y = (
-        x.flatten(2)
-        if features is None
-        else get_features(x.flatten(0, 1), features).unflatten(0, x.shape[:2])
-    )
+    if not torch.is_tensor(x) or x.ndim != 5 or not x.is_floating_point():
+        raise ValueError(f'x: expected sweeps (rows, columns, 3, H, W), got {_got(x)}')
+    if not x.isfinite().all():
+        raise ValueError('x: expected finite images, got NaN or infinity')
+    y = x.flatten(2)
+    if features is not None:
+        y = get_features(x.flatten(0, 1), features).unflatten(0, x.shape[:2])
     d = (y[:, 1:] - y[:, :-1]).square().mean(2).sqrt()
     return torch.cat([torch.full_like(y[:, :1, 0], torch.nan), d], 1)
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #107
 class ImageEval:
-    "Judge generated images by real ones."
+    "Compare generated images with real ones."
 
     def __init__(
         self,
         real: torch.Tensor,  # (M, ...) real images, or their features (M, d)
-        features=None,  # function of images, with features (n, d); None: `fashion_features()`, for images (n, 1 or 3, 32, 32) in [-1, 1]
-        head=None,  # function of features, with logits (n, classes); None: garments, where the features are `FashionNet`'s
+        # function of images that gives features (n, d);
+        # None: those of `FashionNet`, for images (n, 1 or 3, 32, 32) in [-1, 1]
+        features=None,
+        head=None,  # function of features that gives logits (n, classes); None: garments
         batch_size: int = 500,  # images at a time
     ):
+        if not torch.is_tensor(real):
+            raise TypeError(f'real: expected images (M, ...) or features, got {_got(real)}')
+        self.of_fashion = features is None
         if features is None:
-            net = load_net(device=real.device)
-            features, head = fashion_features(net), head or net.heads[0]
+            net = _classifier(str(real.device))
+            features, head = _fashion_features(net), head or net.heads[0]
         self.features, self.head, self.batch_size = features, head, batch_size
         self.real = self.get_features(real)
         self.stats = Stats(self.real)
 
     def get_features(self, x):
         "Features of images; features as they are."
-        return x if x.ndim == 2 else get_features(x, self.features, self.batch_size)
+        if torch.is_tensor(x) and x.ndim == 2:
+            return x
+        if self.of_fashion:
+            _check_range(x)
+            _warn_of_range(x)
+        return get_features(x, self.features, self.batch_size)
+
+    def fid(self, x) -> float:
+        "See `fid`."
+        return fid(self.get_features(x), self.stats)
+
+    def fid_infinity(self, x, **kwargs) -> FIDInfinity:
+        "See `fid_infinity`."
+        return fid_infinity(self.get_features(x), self.stats, **kwargs)
+
+    def kid(self, x, **kwargs) -> KID:
+        "See `kid`."
+        return kid(self.get_features(x), self.real, **kwargs)
+
+    def precision_recall(self, x, k: int = 3) -> PrecisionRecall:
+        "See `precision_recall`."
+        return precision_recall(self.get_features(x), self.real, k)
 
 
-# %% ../../nbs/lab/01_metrics.ipynb #108
-@patch
-def fid(self: ImageEval, x) -> float:
-    "See `fid`."
-    return fid(self.get_features(x), self.stats)
-
-
-@patch
-def fid_infinity(self: ImageEval, x, **kwargs) -> FIDInfinity:
-    "See `fid_infinity`."
-    return fid_infinity(self.get_features(x), self.stats, **kwargs)
-
-
-@patch
-def kid(self: ImageEval, x, **kwargs) -> KID:
-    "See `kid`."
-    return kid(self.get_features(x), self.real, **kwargs)
-
-
-# %% ../../nbs/lab/01_metrics.ipynb #109
-@patch
-def precision_recall(self: ImageEval, x, k: int = 3) -> PrecisionRecall:
-    "See `precision_recall`."
-    return precision_recall(self.get_features(x), self.real, k)
-
-
-@patch
-@torch.no_grad()
-def accuracy(self: ImageEval, x, labels) -> tuple:
-    "See `class_accuracy`."
-    if self.head is None:
-        raise ValueError('head=None: allowed for accuracy is a function from features to logits')
-    return class_accuracy(self.head(self.get_features(x)), labels)
+# %% ../../nbs/lab/01_metrics.ipynb #810bd0e9
+def _warn_of_range(x):
+    "Every garment on every background has a value below 0, unless its range is another."
+    if len(x) and x.min() >= 0:
+        warnings.warn(
+            'x: no value below 0: expected images in [-1, 1], so pass 2 * x - 1 if they are in '
+            '[0, 1]',
+            stacklevel=4,
+        )
 
 
 # %% ../../nbs/lab/01_metrics.ipynb #110
@@ -536,12 +560,27 @@ def __call__(
     self: ImageEval,
     x,  # (N, ...) generated images, or their features
     labels=None,  # (N,) classes that were asked for; None: accuracy is left out
-    generator: torch.Generator = None,  # of `kid`
+    generator=None,  # of `kid`
 ) -> dict:  # n, fid, kid, kid_std, precision, recall, and accuracy
     "A row of a table."
     f = self.get_features(x)
     mean, std = self.kid(f, generator=generator)
-    res = dict(
-        n=len(f), fid=self.fid(f), kid=mean, kid_std=std, **self.precision_recall(f)._asdict()
-    )
-    return res if labels is None else dict(res, accuracy=self.accuracy(f, labels)[0])
+    row = dict(n=len(f), fid=self.fid(f), kid=mean, kid_std=std)
+    row.update(self.precision_recall(f)._asdict())
+    if labels is not None:
+        row['accuracy'] = self.accuracy(f, labels)[0]
+    return row
+
+
+# %% ../../nbs/lab/01_metrics.ipynb #109
+@patch
+@torch.no_grad()
+def accuracy(
+    self: ImageEval,
+    x,  # (N, ...) generated images, or their features
+    labels,  # (N,) classes that were asked for
+) -> tuple:  # share, lower and upper end of its 95 % interval, N
+    "Share of images in which the head sees the class that was asked for."
+    if self.head is None:
+        raise ValueError('head: accuracy needs a function of features that gives logits, got None')
+    return _class_accuracy(self.head(self.get_features(x)), labels)
