@@ -1,21 +1,33 @@
-"""Is sampling and training as fast as the network allows? Both sides of every ratio are timed in one run, alternating, and the medians compared.
+"""Is sampling and training as fast as the network allows?
 
-    python benchmarks/continuous.py         # the embedded model's network and the lesson's, on the CPU
-    python benchmarks/continuous.py --busy  # on a machine that does other work: time of the processor instead of that of the day, one thread
+Both sides of every ratio are timed in one run, alternating, and the medians compared.
 
-The networks are untrained, which makes no difference to their speed. The table is printed and kept as JSON beside this file.
+    python benchmarks/continuous.py         # the embedded model's network, on the CPU
+    python benchmarks/continuous.py --busy  # on a busy machine: processor time of one thread
+
+The networks are untrained, which makes no difference to their speed. The table is printed and kept
+as JSON beside this file.
 """
 
-import argparse, contextlib, itertools, platform, statistics, tempfile, time
+import argparse
+import contextlib
+import itertools
+import platform
+import statistics
+import tempfile
+import time
 from functools import partial
+
+import samplers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDIMPipeline, DDIMScheduler
 from samplers import alternate, stopwatch
-import samplers
 from sweep import report
+
 from cf_guidance import continuous
+from cf_guidance.lab import training as lab
 
 BATCH = 16
 
@@ -46,7 +58,7 @@ def sampling(repeats, steps):
             partial(continuous.ddim, m, (BATCH, 1, 32, 32), n_steps=steps, generator=generator()),
             net,
         )
-        for k, m in {'ddim': model, 'ddim, guided': continuous.Guided(model, labels, 2.0)}.items()
+        for k, m in {'ddim': model, 'ddim, guided': model.guided(labels, 2.0)}.items()
     }
     rows = {}
     for k, (t, inside) in alternate(runs, repeats).items():
@@ -134,9 +146,7 @@ def plain(model, data, batch):
 def ours(model, data, batch):
     "`train`, far from the steps at which it keeps a snapshot."
     with tempfile.TemporaryDirectory() as d:
-        continuous.train(
-            model, data, d, 100_000, batch, accelerator=Accelerator(cpu=True), progress=False
-        )
+        lab.train(model, data, d, 100_000, batch, accelerator=Accelerator(cpu=True), progress=False)
 
 
 def training(repeats, steps, batch=64):
@@ -156,7 +166,7 @@ def training(repeats, steps, batch=64):
         )  # the first step makes the optimiser's state
 
     t = alternate({f.__name__: partial(once, f) for f in (ours, plain)}, repeats)
-    speed = t['plain'][0] / t['ours'][0] * (1 - saving(net) / continuous.SAVE_EVERY)
+    speed = t['plain'][0] / t['ours'][0] * (1 - saving(net) / 60)
     return {
         'training: images a second': (batch / t['ours'][0], ''),
         '  training: ours, with its saves / plain loop': (speed, 'goal 0.97'),
@@ -165,7 +175,7 @@ def training(repeats, steps, batch=64):
 
 def saving(net):
     "Seconds to save the state and the weights, which is done once a minute."
-    seconds, save = [], continuous._Run.save
+    seconds, save = [], lab._Run.save
 
     def timed(run):
         start = samplers.clock()
@@ -176,12 +186,12 @@ def saving(net):
         continuous.ContinuousDDPM(net, 'v', n_classes=10),
         (torch.zeros(64, 28, 28, dtype=torch.uint8), torch.arange(64) % 10),
     )
-    continuous._Run.save = timed
+    lab._Run.save = timed
     try:
         with tempfile.TemporaryDirectory() as d:
-            continuous.train(model, data, d, 1, accelerator=Accelerator(cpu=True), progress=False)
+            lab.train(model, data, d, 1, accelerator=Accelerator(cpu=True), progress=False)
     finally:
-        continuous._Run.save = save
+        lab._Run.save = save
     return seconds[0]
 
 

@@ -1,16 +1,26 @@
-"""How long do the metrics take? Both sides of every ratio are timed in one run, alternating, and the medians compared.
+"""How long do the metrics take?
+
+Both sides of every ratio are timed in one run, alternating, and the medians compared.
 
     python benchmarks/metrics.py         # seconds of the day, all threads
-    python benchmarks/metrics.py --busy  # on a machine that does other work: time of the processor, one thread
+    python benchmarks/metrics.py --busy  # on a busy machine: processor time of one thread
 
-torch-fidelity is the other side where it is installed: `pip install --no-deps torch-fidelity` is enough, for its metrics are read as files.
-Without it, its rows are absent. The table is printed and kept as JSON beside this file.
+torch-fidelity is the other side where it is installed: `pip install --no-deps torch-fidelity` is
+enough, for its metrics are read as files. Without it, its rows are absent. The table is printed and
+kept as JSON beside this file.
 """
 
-import argparse, importlib.metadata, importlib.util, platform, sys, time, types
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+import time
+import types
 from types import SimpleNamespace
-import torch
+
 import samplers
+import torch
 from samplers import seconds
 from sweep import report
 
@@ -18,7 +28,7 @@ FID, KID, PRC = ('metric_fid', 'metric_kid', 'metric_prc')
 
 
 def torch_fidelity():
-    "torch-fidelity's `fid`, `kid` and `prc`, read as files: its package imports torchvision, which they do not need. None where it is not installed."
+    "`fid`, `kid` and `prc` of torch-fidelity, read as files (importing needs torchvision); or None"
     spec = importlib.util.find_spec('torch_fidelity')
     if spec is None:
         return None
@@ -83,6 +93,7 @@ def main():
         torch.set_num_threads(1)
         samplers.clock = time.process_time
     from cf_guidance.lab import metrics
+    from cf_guidance.lab.fashion import load_net
 
     tf, (x, ref), rows = torch_fidelity(), clouds(10_000, 512), {}
     small = [o[:2000] for o in (x, ref)]
@@ -119,7 +130,7 @@ def main():
         seconds(dict(f=lambda: metrics.precision_recall(x, ref)), 1, 1)['f'],
         '',
     )
-    images, features = torch.rand(1000, 1, 32, 32) * 2 - 1, metrics.fashion_features()
+    images, features = torch.rand(1000, 1, 32, 32) * 2 - 1, metrics._fashion_features(load_net())
     rows['FashionNet features of 1,000 grey images, s'] = (
         seconds(dict(f=lambda: metrics.get_features(images, features)), 1, args.repeats)['f'],
         '',

@@ -597,8 +597,4 @@ def __getattr__(name):
         from cf_guidance.lab.metrics import ImageEval
 
         return ImageEval
-    if name in ('save_whole', 'step_generator'):  # until negatives does without
-        from cf_guidance.lab.training import _write_whole, step_generator
-
-        return _write_whole if name == 'save_whole' else step_generator
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
