@@ -151,12 +151,12 @@ d = {
                 'continuous.html#continuousddpm.__init__',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous.ContinuousDDPM._ask': (
-                'continuous.html#continuousddpm._ask',
-                'cf_guidance/continuous.py',
-            ),
             'cf_guidance.continuous.ContinuousDDPM._labels': (
                 'continuous.html#continuousddpm._labels',
+                'cf_guidance/continuous.py',
+            ),
+            'cf_guidance.continuous.ContinuousDDPM._predict': (
+                'continuous.html#continuousddpm._predict',
                 'cf_guidance/continuous.py',
             ),
             'cf_guidance.continuous.ContinuousDDPM.batch': (
@@ -167,58 +167,40 @@ d = {
                 'continuous.html#continuousddpm.forward',
                 'cf_guidance/continuous.py',
             ),
+            'cf_guidance.continuous.ContinuousDDPM.guided': (
+                'continuous.html#continuousddpm.guided',
+                'cf_guidance/continuous.py',
+            ),
             'cf_guidance.continuous.ContinuousDDPM.loss': (
                 'continuous.html#continuousddpm.loss',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous.Guided': (
-                'continuous.html#guided',
+            'cf_guidance.continuous._Guided': (
+                'continuous.html#_guided',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous.Guided.__init__': (
-                'continuous.html#guided.__init__',
+            'cf_guidance.continuous._Guided.__init__': (
+                'continuous.html#_guided.__init__',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous.Guided.forward': (
-                'continuous.html#guided.forward',
+            'cf_guidance.continuous._Guided.forward': (
+                'continuous.html#_guided.forward',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous._Loss': ('continuous.html#_loss', 'cf_guidance/continuous.py'),
-            'cf_guidance.continuous._Loss.__init__': (
-                'continuous.html#_loss.__init__',
+            'cf_guidance.continuous.__getattr__': (
+                'continuous.html#__getattr__',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous._Loss.forward': (
-                'continuous.html#_loss.forward',
+            'cf_guidance.continuous._as_model': (
+                'continuous.html#_as_model',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous._Run': ('continuous.html#_run', 'cf_guidance/continuous.py'),
-            'cf_guidance.continuous._Run.__init__': (
-                'continuous.html#_run.__init__',
+            'cf_guidance.continuous._as_times': (
+                'continuous.html#_as_times',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous._Run.check_finite': (
-                'continuous.html#_run.check_finite',
-                'cf_guidance/continuous.py',
-            ),
-            'cf_guidance.continuous._Run.done': (
-                'continuous.html#_run.done',
-                'cf_guidance/continuous.py',
-            ),
-            'cf_guidance.continuous._Run.export': (
-                'continuous.html#_run.export',
-                'cf_guidance/continuous.py',
-            ),
-            'cf_guidance.continuous._Run.load': (
-                'continuous.html#_run.load',
-                'cf_guidance/continuous.py',
-            ),
-            'cf_guidance.continuous._Run.save': (
-                'continuous.html#_run.save',
-                'cf_guidance/continuous.py',
-            ),
-            'cf_guidance.continuous._as_images': (
-                'continuous.html#_as_images',
+            'cf_guidance.continuous._check_ddpm': (
+                'continuous.html#_check_ddpm',
                 'cf_guidance/continuous.py',
             ),
             'cf_guidance.continuous._check_eta': (
@@ -229,8 +211,16 @@ d = {
                 'continuous.html#_check_images',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous._check_plan': (
-                'continuous.html#_check_plan',
+            'cf_guidance.continuous._check_noise': (
+                'continuous.html#_check_noise',
+                'cf_guidance/continuous.py',
+            ),
+            'cf_guidance.continuous._check_sample': (
+                'continuous.html#_check_sample',
+                'cf_guidance/continuous.py',
+            ),
+            'cf_guidance.continuous._check_shown': (
+                'continuous.html#_check_shown',
                 'cf_guidance/continuous.py',
             ),
             'cf_guidance.continuous._classes': (
@@ -241,29 +231,34 @@ d = {
                 'continuous.html#_clipped',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous._draw': ('continuous.html#_draw', 'cf_guidance/continuous.py'),
-            'cf_guidance.continuous._legs': ('continuous.html#_legs', 'cf_guidance/continuous.py'),
-            'cf_guidance.continuous._lost': ('continuous.html#_lost', 'cf_guidance/continuous.py'),
-            'cf_guidance.continuous._lr': ('continuous.html#_lr', 'cf_guidance/continuous.py'),
-            'cf_guidance.continuous._mix': ('continuous.html#_mix', 'cf_guidance/continuous.py'),
-            'cf_guidance.continuous._on_device': (
-                'continuous.html#_on_device',
+            'cf_guidance.continuous._device_of': (
+                'continuous.html#_device_of',
                 'cf_guidance/continuous.py',
             ),
+            'cf_guidance.continuous._got': ('continuous.html#_got', 'cf_guidance/continuous.py'),
+            'cf_guidance.continuous._legs': ('continuous.html#_legs', 'cf_guidance/continuous.py'),
+            'cf_guidance.continuous._lost': ('continuous.html#_lost', 'cf_guidance/continuous.py'),
+            'cf_guidance.continuous._mix': ('continuous.html#_mix', 'cf_guidance/continuous.py'),
             'cf_guidance.continuous._posterior': (
                 'continuous.html#_posterior',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous._row': ('continuous.html#_row', 'cf_guidance/continuous.py'),
-            'cf_guidance.continuous._shard': (
-                'continuous.html#_shard',
+            'cf_guidance.continuous._row_picture': (
+                'continuous.html#_row_picture',
+                'cf_guidance/continuous.py',
+            ),
+            'cf_guidance.continuous._sample': (
+                'continuous.html#_sample',
                 'cf_guidance/continuous.py',
             ),
             'cf_guidance.continuous._times': (
                 'continuous.html#_times',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous._walk': ('continuous.html#_walk', 'cf_guidance/continuous.py'),
+            'cf_guidance.continuous._to_images': (
+                'continuous.html#_to_images',
+                'cf_guidance/continuous.py',
+            ),
             'cf_guidance.continuous.abar': ('continuous.html#abar', 'cf_guidance/continuous.py'),
             'cf_guidance.continuous.aesthetics': (
                 'continuous.html#aesthetics',
@@ -283,32 +278,15 @@ d = {
                 'continuous.html#fashion_unet',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous.make_accelerator': (
-                'continuous.html#make_accelerator',
-                'cf_guidance/continuous.py',
-            ),
             'cf_guidance.continuous.noisify': (
                 'continuous.html#noisify',
-                'cf_guidance/continuous.py',
-            ),
-            'cf_guidance.continuous.save_whole': (
-                'continuous.html#save_whole',
                 'cf_guidance/continuous.py',
             ),
             'cf_guidance.continuous.show_images': (
                 'continuous.html#show_images',
                 'cf_guidance/continuous.py',
             ),
-            'cf_guidance.continuous.step_generator': (
-                'continuous.html#step_generator',
-                'cf_guidance/continuous.py',
-            ),
             'cf_guidance.continuous.times': ('continuous.html#times', 'cf_guidance/continuous.py'),
-            'cf_guidance.continuous.to_images': (
-                'continuous.html#to_images',
-                'cf_guidance/continuous.py',
-            ),
-            'cf_guidance.continuous.train': ('continuous.html#train', 'cf_guidance/continuous.py'),
         },
         'cf_guidance.denoisers': {
             'cf_guidance.denoisers.CosineDenoiser': (
@@ -1268,32 +1246,60 @@ d = {
                 'lab/fashion.html#_article',
                 'cf_guidance/lab/fashion.py',
             ),
-            'cf_guidance.lab.fashion._bf16': (
-                'lab/fashion.html#_bf16',
+            'cf_guidance.lab.fashion._as_path': (
+                'lab/fashion.html#_as_path',
                 'cf_guidance/lab/fashion.py',
             ),
-            'cf_guidance.lab.fashion._digest': (
-                'lab/fashion.html#_digest',
+            'cf_guidance.lab.fashion._caption_of': (
+                'lab/fashion.html#_caption_of',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._check_paint': (
+                'lab/fashion.html#_check_paint',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._check_pictures': (
+                'lab/fashion.html#_check_pictures',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._check_prompt': (
+                'lab/fashion.html#_check_prompt',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._classifier': (
+                'lab/fashion.html#_classifier',
                 'cf_guidance/lab/fashion.py',
             ),
             'cf_guidance.lab.fashion._download': (
                 'lab/fashion.html#_download',
                 'cf_guidance/lab/fashion.py',
             ),
-            'cf_guidance.lab.fashion._for_every_transformers': (
-                'lab/fashion.html#_for_every_transformers',
+            'cf_guidance.lab.fashion._embedded_weights': (
+                'lab/fashion.html#_embedded_weights',
                 'cf_guidance/lab/fashion.py',
             ),
-            'cf_guidance.lab.fashion._keep': (
-                'lab/fashion.html#_keep',
+            'cf_guidance.lab.fashion._find_fashion_mnist': (
+                'lab/fashion.html#_find_fashion_mnist',
                 'cf_guidance/lab/fashion.py',
             ),
-            'cf_guidance.lab.fashion._stage': (
-                'lab/fashion.html#_stage',
+            'cf_guidance.lab.fashion._parse_prompt': (
+                'lab/fashion.html#_parse_prompt',
                 'cf_guidance/lab/fashion.py',
             ),
-            'cf_guidance.lab.fashion._train_step': (
-                'lab/fashion.html#_train_step',
+            'cf_guidance.lab.fashion._read_idx': (
+                'lab/fashion.html#_read_idx',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._read_weights': (
+                'lab/fashion.html#_read_weights',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._with_weights': (
+                'lab/fashion.html#_with_weights',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._write_whole': (
+                'lab/fashion.html#_write_whole',
                 'cf_guidance/lab/fashion.py',
             ),
             'cf_guidance.lab.fashion.adherence': (
@@ -1304,21 +1310,8 @@ d = {
                 'lab/fashion.html#caption',
                 'cf_guidance/lab/fashion.py',
             ),
-            'cf_guidance.lab.fashion.check_prompt': (
-                'lab/fashion.html#check_prompt',
-                'cf_guidance/lab/fashion.py',
-            ),
             'cf_guidance.lab.fashion.colourise': (
                 'lab/fashion.html#colourise',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.draw': ('lab/fashion.html#draw', 'cf_guidance/lab/fashion.py'),
-            'cf_guidance.lab.fashion.draw_captions': (
-                'lab/fashion.html#draw_captions',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.encode_colourings': (
-                'lab/fashion.html#encode_colourings',
                 'cf_guidance/lab/fashion.py',
             ),
             'cf_guidance.lab.fashion.fashion_mnist': (
@@ -1329,23 +1322,6 @@ d = {
                 'lab/fashion.html#fashion_path',
                 'cf_guidance/lab/fashion.py',
             ),
-            'cf_guidance.lab.fashion.fashion_sd_unet': (
-                'lab/fashion.html#fashion_sd_unet',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.fashion_text_encoder': (
-                'lab/fashion.html#fashion_text_encoder',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.fashion_vae': (
-                'lab/fashion.html#fashion_vae',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.find_fashion_mnist': (
-                'lab/fashion.html#find_fashion_mnist',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.fit': ('lab/fashion.html#fit', 'cf_guidance/lab/fashion.py'),
             'cf_guidance.lab.fashion.load_ddpm': (
                 'lab/fashion.html#load_ddpm',
                 'cf_guidance/lab/fashion.py',
@@ -1358,15 +1334,6 @@ d = {
                 'lab/fashion.html#load_weak',
                 'cf_guidance/lab/fashion.py',
             ),
-            'cf_guidance.lab.fashion.net_loss': (
-                'lab/fashion.html#net_loss',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.parse_prompt': (
-                'lab/fashion.html#parse_prompt',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.psnr': ('lab/fashion.html#psnr', 'cf_guidance/lab/fashion.py'),
             'cf_guidance.lab.fashion.quiet': (
                 'lab/fashion.html#quiet',
                 'cf_guidance/lab/fashion.py',
@@ -1379,40 +1346,8 @@ d = {
                 'lab/fashion.html#random_prompts',
                 'cf_guidance/lab/fashion.py',
             ),
-            'cf_guidance.lab.fashion.read_idx': (
-                'lab/fashion.html#read_idx',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.save_fashion_sd': (
-                'lab/fashion.html#save_fashion_sd',
-                'cf_guidance/lab/fashion.py',
-            ),
             'cf_guidance.lab.fashion.shares': (
                 'lab/fashion.html#shares',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.train_fashion': (
-                'lab/fashion.html#train_fashion',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.train_fashion_ddpm': (
-                'lab/fashion.html#train_fashion_ddpm',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.train_fashion_weak': (
-                'lab/fashion.html#train_fashion_weak',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.train_tokenizer': (
-                'lab/fashion.html#train_tokenizer',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.unet_loss': (
-                'lab/fashion.html#unet_loss',
-                'cf_guidance/lab/fashion.py',
-            ),
-            'cf_guidance.lab.fashion.vae_loss': (
-                'lab/fashion.html#vae_loss',
                 'cf_guidance/lab/fashion.py',
             ),
             'cf_guidance.lab.fashion.wilson': (
@@ -1498,16 +1433,52 @@ d = {
                 'lab/metrics.html#stats.update',
                 'cf_guidance/lab/metrics.py',
             ),
+            'cf_guidance.lab.metrics._check_positive': (
+                'lab/metrics.html#_check_positive',
+                'cf_guidance/lab/metrics.py',
+            ),
+            'cf_guidance.lab.metrics._check_range': (
+                'lab/metrics.html#_check_range',
+                'cf_guidance/lab/metrics.py',
+            ),
+            'cf_guidance.lab.metrics._check_width': (
+                'lab/metrics.html#_check_width',
+                'cf_guidance/lab/metrics.py',
+            ),
             'cf_guidance.lab.metrics._choose': (
                 'lab/metrics.html#_choose',
+                'cf_guidance/lab/metrics.py',
+            ),
+            'cf_guidance.lab.metrics._class_accuracy': (
+                'lab/metrics.html#_class_accuracy',
+                'cf_guidance/lab/metrics.py',
+            ),
+            'cf_guidance.lab.metrics._class_labels': (
+                'lab/metrics.html#_class_labels',
                 'cf_guidance/lab/metrics.py',
             ),
             'cf_guidance.lab.metrics._covered': (
                 'lab/metrics.html#_covered',
                 'cf_guidance/lab/metrics.py',
             ),
+            'cf_guidance.lab.metrics._fashion_features': (
+                'lab/metrics.html#_fashion_features',
+                'cf_guidance/lab/metrics.py',
+            ),
             'cf_guidance.lab.metrics._features': (
                 'lab/metrics.html#_features',
+                'cf_guidance/lab/metrics.py',
+            ),
+            'cf_guidance.lab.metrics._fid_bias': (
+                'lab/metrics.html#_fid_bias',
+                'cf_guidance/lab/metrics.py',
+            ),
+            'cf_guidance.lab.metrics._frechet': (
+                'lab/metrics.html#_frechet',
+                'cf_guidance/lab/metrics.py',
+            ),
+            'cf_guidance.lab.metrics._generator': (
+                'lab/metrics.html#_generator',
                 'cf_guidance/lab/metrics.py',
             ),
             'cf_guidance.lab.metrics._kernel_sum': (
@@ -1526,10 +1497,6 @@ d = {
                 'lab/metrics.html#_radii',
                 'cf_guidance/lab/metrics.py',
             ),
-            'cf_guidance.lab.metrics._root': (
-                'lab/metrics.html#_root',
-                'cf_guidance/lab/metrics.py',
-            ),
             'cf_guidance.lab.metrics._sizes': (
                 'lab/metrics.html#_sizes',
                 'cf_guidance/lab/metrics.py',
@@ -1546,23 +1513,19 @@ d = {
                 'lab/metrics.html#_warn',
                 'cf_guidance/lab/metrics.py',
             ),
+            'cf_guidance.lab.metrics._warn_of_range': (
+                'lab/metrics.html#_warn_of_range',
+                'cf_guidance/lab/metrics.py',
+            ),
+            'cf_guidance.lab.metrics._white_on_black': (
+                'lab/metrics.html#_white_on_black',
+                'cf_guidance/lab/metrics.py',
+            ),
             'cf_guidance.lab.metrics._within': (
                 'lab/metrics.html#_within',
                 'cf_guidance/lab/metrics.py',
             ),
-            'cf_guidance.lab.metrics.class_accuracy': (
-                'lab/metrics.html#class_accuracy',
-                'cf_guidance/lab/metrics.py',
-            ),
-            'cf_guidance.lab.metrics.fashion_features': (
-                'lab/metrics.html#fashion_features',
-                'cf_guidance/lab/metrics.py',
-            ),
             'cf_guidance.lab.metrics.fid': ('lab/metrics.html#fid', 'cf_guidance/lab/metrics.py'),
-            'cf_guidance.lab.metrics.fid_bias': (
-                'lab/metrics.html#fid_bias',
-                'cf_guidance/lab/metrics.py',
-            ),
             'cf_guidance.lab.metrics.fid_infinity': (
                 'lab/metrics.html#fid_infinity',
                 'cf_guidance/lab/metrics.py',
@@ -1587,10 +1550,6 @@ d = {
             ),
             'cf_guidance.lab.metrics.step_distance': (
                 'lab/metrics.html#step_distance',
-                'cf_guidance/lab/metrics.py',
-            ),
-            'cf_guidance.lab.metrics.white_on_black': (
-                'lab/metrics.html#white_on_black',
                 'cf_guidance/lab/metrics.py',
             ),
         },
@@ -1920,6 +1879,204 @@ d = {
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps.sweep': ('lab/sweeps.html#sweep', 'cf_guidance/lab/sweeps.py'),
+        },
+        'cf_guidance.lab.training': {
+            'cf_guidance.lab.training._Loss': (
+                'lab/training.html#_loss',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Loss.__init__': (
+                'lab/training.html#_loss.__init__',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Loss.forward': (
+                'lab/training.html#_loss.forward',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Run': (
+                'lab/training.html#_run',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Run.__init__': (
+                'lab/training.html#_run.__init__',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Run._average': (
+                'lab/training.html#_run._average',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Run._load': (
+                'lab/training.html#_run._load',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Run.check_finite': (
+                'lab/training.html#_run.check_finite',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Run.save': (
+                'lab/training.html#_run.save',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Run.update': (
+                'lab/training.html#_run.update',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._accelerator': (
+                'lab/training.html#_accelerator',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._bf16': (
+                'lab/training.html#_bf16',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._check_data': (
+                'lab/training.html#_check_data',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._check_data_images': (
+                'lab/training.html#_check_data_images',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._check_plan': (
+                'lab/training.html#_check_plan',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._check_rows': (
+                'lab/training.html#_check_rows',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._check_settings': (
+                'lab/training.html#_check_settings',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._draw_batch': (
+                'lab/training.html#_draw_batch',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._draw_captions': (
+                'lab/training.html#_draw_captions',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._encode_colourings': (
+                'lab/training.html#_encode_colourings',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._fashion_sd_unet': (
+                'lab/training.html#_fashion_sd_unet',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._fashion_text_encoder': (
+                'lab/training.html#_fashion_text_encoder',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._fashion_vae': (
+                'lab/training.html#_fashion_vae',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._fingerprint': (
+                'lab/training.html#_fingerprint',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._for_every_transformers': (
+                'lab/training.html#_for_every_transformers',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._half': (
+                'lab/training.html#_half',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._is_saved': (
+                'lab/training.html#_is_saved',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._make_folder': (
+                'lab/training.html#_make_folder',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._net_loss': (
+                'lab/training.html#_net_loss',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._one_cycle': (
+                'lab/training.html#_one_cycle',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._planned': (
+                'lab/training.html#_planned',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._plateau': (
+                'lab/training.html#_plateau',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._save_fashion_sd': (
+                'lab/training.html#_save_fashion_sd',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._save_network': (
+                'lab/training.html#_save_network',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._shard': (
+                'lab/training.html#_shard',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._snapshots': (
+                'lab/training.html#_snapshots',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._stage': (
+                'lab/training.html#_stage',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._train': (
+                'lab/training.html#_train',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._train_tokenizer': (
+                'lab/training.html#_train_tokenizer',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._vae_loss': (
+                'lab/training.html#_vae_loss',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._with_file': (
+                'lab/training.html#_with_file',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training.fine_tune': (
+                'lab/training.html#fine_tune',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training.fit': (
+                'lab/training.html#fit',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training.synthetic_set': (
+                'lab/training.html#synthetic_set',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training.train': (
+                'lab/training.html#train',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training.train_fashion': (
+                'lab/training.html#train_fashion',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training.train_fashion_ddpm': (
+                'lab/training.html#train_fashion_ddpm',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training.train_fashion_weak': (
+                'lab/training.html#train_fashion_weak',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training.unet_loss': (
+                'lab/training.html#unet_loss',
+                'cf_guidance/lab/training.py',
+            ),
         },
         'cf_guidance.negatives': {
             'cf_guidance.negatives.Autoguidance': (

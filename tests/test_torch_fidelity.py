@@ -3,17 +3,22 @@
 Optional: `pip install --no-deps torch-fidelity`. Of it, the files of the metrics are read.
 """
 
+import importlib
 import sys
+
 import numpy as np
-import pytest, torch
+import pytest
+import torch
 from conftest import ROOT
 
-sys.path.append(str(ROOT / 'benchmarks'))
-from metrics import clouds, their_fid, their_kid, their_prc, torch_fidelity
 from cf_guidance.lab.fashion import fashion_mnist, load_net
 from cf_guidance.lab.metrics import ImageEval, Stats, fid, kid, mmd2, precision_recall
 
-tf = torch_fidelity()
+sys.path.append(str(ROOT / 'benchmarks'))
+bench = importlib.import_module('metrics')
+clouds, their_fid, their_kid = bench.clouds, bench.their_fid, bench.their_kid
+
+tf = bench.torch_fidelity()
 if tf is None:
     pytest.skip(
         'torch-fidelity is not installed: pip install --no-deps torch-fidelity',
@@ -90,7 +95,7 @@ def test_kid_of_everything(sides):
 @pytest.mark.parametrize('k', [1, 3, 5])
 def test_precision_and_recall(sides, k):
     x, ref = (o.double() for o in sides)
-    theirs = their_prc(tf, x, ref, prc_neighborhood=k, save_cpu_ram=k == 5)
+    theirs = bench.their_prc(tf, x, ref, prc_neighborhood=k, save_cpu_ram=k == 5)
     close(precision_recall(x, ref, k), theirs)
 
 
@@ -99,7 +104,7 @@ def test_precision_and_recall_are_between_0_and_1_somewhere():
     assert 0.1 < p < 0.95 and 0.1 < r < 0.95
 
 
-def test_the_judge_is_the_embedded_net():
+def test_the_classifier_is_the_embedded_net():
     x = torch.rand(3, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         assert torch.equal(ImageEval(x).real, load_net().features(x))
