@@ -51,6 +51,7 @@ class Weight:
     per_step: bool = False  # is the first axis of `values` the step?
     sigmas: tuple | None = None  # the steps' noise levels, one more than steps
     first: int = 0  # the step of `sigmas` at which the run begins
+    name: str = 'w'  # what errors call it
 
     def __call__(
         self,
@@ -60,17 +61,19 @@ class Weight:
         "The weight of each sample."
         n = len(sigma)
         if self.function is not None:
-            w = _checked_values(self.function(sigma), 'w: its function')
+            w = _checked_values(self.function(sigma), f'{self.name}: its function')
         elif not self.per_step:
             w = self.values
         else:
             i = self._steps(sigma, step)
             if self.values.ndim == 2 and self.values.shape[1] != n:
-                raise ValueError(f'w: expected values for {n} samples, got {self.values.shape[1]}')
+                raise ValueError(
+                    f'{self.name}: expected values for {n} samples, got {self.values.shape[1]}'
+                )
             w = self.values[i] if self.values.ndim == 1 else self.values[i, torch.arange(n)]
         if w.ndim and w.shape != (n,):
             raise ValueError(
-                f'w: expected one value, or {n} (one per sample), got {tuple(w.shape)}'
+                f'{self.name}: expected one value, or {n} (one per sample), got {tuple(w.shape)}'
             )
         return w.expand(n)
 
@@ -79,7 +82,7 @@ class Weight:
             return torch.full((len(sigma),), min(self.first + step, len(self.values) - 1))
         if self.sigmas is None:
             raise ValueError(
-                f'w has one value per step ({len(self.values)}): pass sigmas=..., '
+                f'{self.name} has one value per step ({len(self.values)}): pass sigmas=..., '
                 'or begin the run with start(sigmas)'
             )
         return _nearest_step(self.sigmas, sigma.double().cpu())
@@ -127,16 +130,17 @@ def of(
     if isinstance(w, Weight):
         return w
     if isinstance(w, SigmaSchedule):
-        return cls(values=_checked_values(w.values, name), per_step=True, sigmas=tuple(w.sigmas))
+        values = _checked_values(w.values, name)
+        return cls(values=values, per_step=True, sigmas=tuple(w.sigmas), name=name)
     if callable(w) and not isinstance(w, type):
-        return cls(function=w)
+        return cls(function=w, name=name)
     if hasattr(w, '__array__') and not torch.is_tensor(w):
         w = w.tolist()  # numpy: one value per step, as a list
     values = _checked_values(w, name)
     per_step = isinstance(w, (list, tuple)) or values.ndim == 2
     if values.ndim > 2 or per_step and not len(values):
         raise ValueError(f'{name}: expected at most (steps, B) values, got {tuple(values.shape)}')
-    return cls(values=values, per_step=per_step)
+    return cls(values=values, per_step=per_step, name=name)
 
 
 # %% ../nbs/06_guided.ipynb #ff403a58
@@ -144,15 +148,15 @@ def of(
 def bind(
     self: Weight,
     sigmas,  # noise levels of a run, one more than steps; None: not known
-    name: str = 'w',  # what errors call it
 ) -> Weight:
     "The weight for a run over `sigmas`; an error if it has values for other steps."
     if not self.per_step or sigmas is None:
         return self
     if self.sigmas is None:
         if len(sigmas) - 1 != len(self.values):
+            n = len(sigmas) - 1
             raise ValueError(
-                f'{name}: expected one value per step, {len(sigmas) - 1}, got {len(self.values)}'
+                f'{self.name}: expected one value per step, {n}, got {len(self.values)}'
             )
         return replace(self, sigmas=tuple(sigmas))
     first = min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigmas[0]))
@@ -161,9 +165,9 @@ def bind(
         math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-12) for a, b in zip(own, sigmas, strict=True)
     ):
         raise ValueError(
-            f'{name} belongs to {len(self.sigmas) - 1} steps from sigma {self.sigmas[0]:.4g} to '
-            f'{self.sigmas[-1]:.4g}, but the run has {len(sigmas) - 1} from {sigmas[0]:.4g} to '
-            f'{sigmas[-1]:.4g}'
+            f'{self.name} belongs to {len(self.sigmas) - 1} steps from sigma '
+            f'{self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}, but the run has {len(sigmas) - 1} '
+            f'from {sigmas[0]:.4g} to {sigmas[-1]:.4g}'
         )
     return replace(self, first=first)
 
@@ -831,10 +835,12 @@ def _forward(D, group, observers, run, step):
             cond[k] = torch.cat(list(map(itemgetter(k), conds)))
     if run.inner_takes_step:
         cond['step'] = step
-    if observers or any(map(itemgetter(3), queries)):
+    if not len(x):
+        y = x
+    elif observers or any(map(itemgetter(3), queries)):
         y = _perturbed_forward(D, group, observers, run, x, sigma, cond)
     else:
-        y = D(x, sigma, **cond) if len(x) else x
+        y = D(x, sigma, **cond)
     return list(_same_shape(y, x, 'inner_model').split(list(map(len, rows))))
 
 

@@ -181,12 +181,13 @@ def find_time_layers(
     if isinstance(layers, Layers):
         return find_layers(net, layers, 'output')
     patterns = [layers] if isinstance(layers, str) else _TIME if layers is None else layers
+    known = isinstance(patterns, (list, tuple)) and all(isinstance(o, str) for o in patterns)
+    if not callable(layers) and not known:
+        raise TypeError(f'layers: expected a name, a list of names or a function, got {layers!r}')
 
     def wanted(name, m):
         return any(fnmatchcase('.' + name, '*.' + o) for o in patterns)
 
-    if not callable(layers) and not all(isinstance(o, str) for o in patterns):
-        raise TypeError(f'layers: expected a name, a list of names or a function, got {layers!r}')
     named = _named(net)
     found = [n for n, m in named.items() if (layers if callable(layers) else wanted)(n, m)]
     if not found:

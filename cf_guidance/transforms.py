@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    'perpendicular',
     'APG_PRESETS',
     'Rule',
     'rule',
@@ -396,9 +395,6 @@ def _perpendicular(a, b):
     a, b = (o.to(_wide(dtype, o.device)) for o in (a, b))
     n = _dot(b, b)
     return _narrow(a - _dot(a, b) / torch.where(n == 0, 1, n) * b, dtype)
-
-
-perpendicular = _perpendicular  # its name until the notebook on negatives has moved
 
 
 # %% ../nbs/01_transforms.ipynb #af69452b
