@@ -39,6 +39,7 @@ from .perturb import (
     _network_of,
     _path,
     _refuse_checkpointing,
+    _refuse_tracing,
     find_layers,
     refuse_caches,
 )
@@ -222,6 +223,7 @@ def _check_inside(name, D, net):
             'make the negative of the denoiser itself'
         )
     refuse_caches(net)
+    _refuse_tracing()
     if torch.is_grad_enabled():
         _refuse_checkpointing(net)
 

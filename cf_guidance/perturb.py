@@ -18,6 +18,7 @@ import functools
 import inspect
 import math
 import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -1120,6 +1121,8 @@ class _Root:
 
     def __call__(self, *args, **kwargs):
         plan, asked = self.plan, _thread.asked
+        if 'torch._dynamo' in sys.modules:
+            _refuse_tracing()
         first = _first(args, kwargs)
         if asked is not None and asked.plan is plan:
             applied, copy_of = asked.for_rows(len(first))
@@ -1186,6 +1189,20 @@ def _check_finite(out, first):
     out = out if torch.is_tensor(out) else out[0]
     if torch.isfinite(first).all() and not torch.isfinite(out).all():
         raise FloatingPointError('the output of the perturbed network is not finite')
+
+
+def _refuse_tracing():
+    "An error inside of a function that torch.compile compiles, or runs uncompiled in part."
+    inside = torch.compiler.is_compiling()
+    try:
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    except ImportError:
+        get_eval_frame_callback = bool
+    if inside or callable(get_eval_frame_callback()):
+        raise RuntimeError(
+            'perturbed layers cannot be traced by torch.compile: compile the network, not what '
+            'guides or perturbs it'
+        )
 
 
 def _refuse_checkpointing(net):
@@ -1321,8 +1338,6 @@ class PerturbedDenoiser:
         return out
 
     def _shadow_for(self, applied):
-        if torch.compiler.is_compiling():
-            raise RuntimeError(_OUTSIDE)
         key = ()
         for change, _, _ in applied:
             layers = change.layers
@@ -1334,9 +1349,6 @@ class PerturbedDenoiser:
 
     def __getstate__(self):
         return {**self.__dict__, '_shadows': {}}
-
-
-_OUTSIDE = 'perturbed layers cannot be traced: compile the network, not what guides it'
 
 
 # %% ../nbs/05_perturb.ipynb #6cb004b2
