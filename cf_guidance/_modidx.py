@@ -752,6 +752,10 @@ d = {
             'cf_guidance.guided._as_posts': ('guided.html#_as_posts', 'cf_guidance/guided.py'),
             'cf_guidance.guided._as_terms': ('guided.html#_as_terms', 'cf_guidance/guided.py'),
             'cf_guidance.guided._chain': ('guided.html#_chain', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._check_denoiser': (
+                'guided.html#_check_denoiser',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided._check_interval_reaches': (
                 'guided.html#_check_interval_reaches',
                 'cf_guidance/guided.py',
@@ -2079,10 +2083,6 @@ d = {
             ),
         },
         'cf_guidance.negatives': {
-            'cf_guidance.negatives.Autoguidance': (
-                'negatives.html#autoguidance',
-                'cf_guidance/negatives.py',
-            ),
             'cf_guidance.negatives.ICG': ('negatives.html#icg', 'cf_guidance/negatives.py'),
             'cf_guidance.negatives.ICG.__init__': (
                 'negatives.html#icg.__init__',
@@ -2092,16 +2092,8 @@ d = {
                 'negatives.html#icg.check',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives.ICG.draw': (
-                'negatives.html#icg.draw',
-                'cf_guidance/negatives.py',
-            ),
-            'cf_guidance.negatives.ICG.inputs': (
-                'negatives.html#icg.inputs',
-                'cf_guidance/negatives.py',
-            ),
-            'cf_guidance.negatives.ICG.take': (
-                'negatives.html#icg.take',
+            'cf_guidance.negatives.ICG.queries': (
+                'negatives.html#icg.queries',
                 'cf_guidance/negatives.py',
             ),
             'cf_guidance.negatives.PerpNeg': ('negatives.html#perpneg', 'cf_guidance/negatives.py'),
@@ -2109,111 +2101,98 @@ d = {
                 'negatives.html#perpneg.__init__',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives.PerpNeg.at': (
-                'negatives.html#perpneg.at',
-                'cf_guidance/negatives.py',
-            ),
             'cf_guidance.negatives.PerpNeg.check': (
                 'negatives.html#perpneg.check',
-                'cf_guidance/negatives.py',
-            ),
-            'cf_guidance.negatives.PerpNeg.check_ladder': (
-                'negatives.html#perpneg.check_ladder',
                 'cf_guidance/negatives.py',
             ),
             'cf_guidance.negatives.PerpNeg.combine': (
                 'negatives.html#perpneg.combine',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives.PerpNeg.inputs': (
-                'negatives.html#perpneg.inputs',
+            'cf_guidance.negatives.PerpNeg.queries': (
+                'negatives.html#perpneg.queries',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives.PerpNeg.take': (
-                'negatives.html#perpneg.take',
+            'cf_guidance.negatives.PerpNeg.start': (
+                'negatives.html#perpneg.start',
                 'cf_guidance/negatives.py',
             ),
             'cf_guidance.negatives.TSG': ('negatives.html#tsg', 'cf_guidance/negatives.py'),
-            'cf_guidance.negatives.TSG.__call__': (
-                'negatives.html#tsg.__call__',
-                'cf_guidance/negatives.py',
-            ),
             'cf_guidance.negatives.TSG.__init__': (
                 'negatives.html#tsg.__init__',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives.TSG._share': (
-                'negatives.html#tsg._share',
+            'cf_guidance.negatives.TSG._time_at': (
+                'negatives.html#tsg._time_at',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives.TSG.check': (
-                'negatives.html#tsg.check',
+            'cf_guidance.negatives.TSG.queries': (
+                'negatives.html#tsg.queries',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives.TSG.draw': (
-                'negatives.html#tsg.draw',
+            'cf_guidance.negatives._ShareOfTime': (
+                'negatives.html#_shareoftime',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives.TSG.take': (
-                'negatives.html#tsg.take',
+            'cf_guidance.negatives._ShareOfTime.__call__': (
+                'negatives.html#_shareoftime.__call__',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives._beside': ('negatives.html#_beside', 'cf_guidance/negatives.py'),
-            'cf_guidance.negatives._check_alike': (
-                'negatives.html#_check_alike',
+            'cf_guidance.negatives._ShareOfTime.__init__': (
+                'negatives.html#_shareoftime.__init__',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives._TimeNoise': (
+                'negatives.html#_timenoise',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives._TimeNoise.__call__': (
+                'negatives.html#_timenoise.__call__',
                 'cf_guidance/negatives.py',
             ),
             'cf_guidance.negatives._check_pool': (
                 'negatives.html#_check_pool',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives._checked_rows': (
-                'negatives.html#_checked_rows',
+            'cf_guidance.negatives._checked_generator': (
+                'negatives.html#_checked_generator',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives._fingerprint': (
-                'negatives.html#_fingerprint',
+            'cf_guidance.negatives._draw_noise': (
+                'negatives.html#_draw_noise',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives._goes': ('negatives.html#_goes', 'cf_guidance/negatives.py'),
-            'cf_guidance.negatives._looks': ('negatives.html#_looks', 'cf_guidance/negatives.py'),
-            'cf_guidance.negatives._noised': ('negatives.html#_noised', 'cf_guidance/negatives.py'),
-            'cf_guidance.negatives._planned': (
-                'negatives.html#_planned',
+            'cf_guidance.negatives._draw_prompts': (
+                'negatives.html#_draw_prompts',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives._snapshot': (
-                'negatives.html#_snapshot',
+            'cf_guidance.negatives._draw_rows': (
+                'negatives.html#_draw_rows',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives._weight': ('negatives.html#_weight', 'cf_guidance/negatives.py'),
-            'cf_guidance.negatives.fine_tune': (
-                'negatives.html#fine_tune',
+            'cf_guidance.negatives._fits': ('negatives.html#_fits', 'cf_guidance/negatives.py'),
+            'cf_guidance.negatives._prompt_weight': (
+                'negatives.html#_prompt_weight',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives.gaussian': (
-                'negatives.html#gaussian',
+            'cf_guidance.negatives._shape_and_type': (
+                'negatives.html#_shape_and_type',
                 'cf_guidance/negatives.py',
             ),
-            'cf_guidance.negatives.given': ('negatives.html#given', 'cf_guidance/negatives.py'),
+            'cf_guidance.negatives.draw_conditions': (
+                'negatives.html#draw_conditions',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.draw_gaussian': (
+                'negatives.html#draw_gaussian',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.draw_tokens': (
+                'negatives.html#draw_tokens',
+                'cf_guidance/negatives.py',
+            ),
             'cf_guidance.negatives.interpolate': (
                 'negatives.html#interpolate',
-                'cf_guidance/negatives.py',
-            ),
-            'cf_guidance.negatives.perturbed_time': (
-                'negatives.html#perturbed_time',
-                'cf_guidance/negatives.py',
-            ),
-            'cf_guidance.negatives.random_tokens': (
-                'negatives.html#random_tokens',
-                'cf_guidance/negatives.py',
-            ),
-            'cf_guidance.negatives.synthetic_set': (
-                'negatives.html#synthetic_set',
-                'cf_guidance/negatives.py',
-            ),
-            'cf_guidance.negatives.time_layers': (
-                'negatives.html#time_layers',
                 'cf_guidance/negatives.py',
             ),
         },

@@ -316,11 +316,7 @@ class Model(Called):
         # `model(x, sigma, **cond) -> x0`, a denoiser; it stays on its device
         model,
     ):
-        if not _is_denoiser(model):
-            raise TypeError(
-                'model: expected a denoiser, model(x, sigma, **cond) -> x0, such as '
-                f'pipeline_denoiser(pipe), got {type(model).__name__}'
-            )
+        _check_denoiser('model', model)
         self.model = model
 
     @property
@@ -359,6 +355,15 @@ def _is_denoiser(model):
     return callable(model) and not (isinstance(model, type) or hasattr(model, 'components') or bare)
 
 
+def _check_denoiser(name, model):
+    if not _is_denoiser(model):
+        raise TypeError(
+            f'{name}: expected a denoiser, D(x, sigma, **cond) -> x0, such as '
+            f'pipeline_denoiser(pipe), got {type(model).__name__}'
+        )
+
+
+# %% ../nbs/06_guided.ipynb #f53e799b
 def _chain(D):
     "A model and the models inside it, from the outside in."
     out = [D]
@@ -483,11 +488,7 @@ class GuidedDenoiser(Denoiser):
         sigmas=None,
     ):
         super().__init__(inner_model)
-        if not _is_denoiser(inner_model):
-            raise TypeError(
-                'inner_model: expected a denoiser, D(x, sigma, **cond) -> x0, such as '
-                f'pipeline_denoiser(pipe), got {type(inner_model).__name__}'
-            )
+        _check_denoiser('inner_model', inner_model)
         given = dict(w=w, rule=rule, interval=interval, stop=stop)
         self.terms = _as_terms(terms, given)
         self.posts = _as_posts(post)
@@ -704,6 +705,7 @@ def _current_run(self: GuidedDenoiser, x, level, step):
     return run
 
 
+# %% ../nbs/06_guided.ipynb #9619c30d
 def _highest(level):
     return max(level.tolist(), default=0.0)
 
@@ -1096,9 +1098,7 @@ class Microbatched(Denoiser):
         size: int,  # rows of one forward, at most
     ):
         super().__init__(inner_model)
-        if not _is_denoiser(inner_model):
-            got = type(inner_model).__name__
-            raise TypeError(f'inner_model: expected a denoiser, D(x, sigma, **cond), got {got}')
+        _check_denoiser('inner_model', inner_model)
         if any(isinstance(o, GuidedDenoiser) for o in _chain(inner_model)):
             raise ValueError(
                 'inner_model: expected the denoiser inside, as in '
@@ -1147,6 +1147,7 @@ class Microbatched(Denoiser):
         return outs
 
 
+# %% ../nbs/06_guided.ipynb #a025a4e2
 def _cut(v, samples, n):
     return v[samples] if torch.is_tensor(v) and v.ndim and len(v) == n else v
 

@@ -30,6 +30,7 @@ from cf_guidance.guided import (
 )
 from cf_guidance.karras import get_sigmas_karras, on_sigmas, sample, samples
 from cf_guidance.noise import randn, split_generator
+from cf_guidance.perturb import Change
 from cf_guidance.transforms import (
     GuidanceTfm,
     apg,
@@ -1965,3 +1966,67 @@ def test_the_count_is_what_was_asked(w, size):
     sample(G, 10 * X, SIGMAS, karras.euler, C)
     assert sum(D.rows) == G.nfe == 6 * sum(2 if o == 3 else 1 for o in w)
     assert max(D.rows) <= size
+
+
+# --- perturbed networks and micro-batches ---
+
+
+class Doubled(Queries):
+    "The same network with the output of its first layer doubled."
+
+    def queries(self, x, sigma, cond, generators=None):
+        change = Change('a', lambda out, site: 2 * out, kind='output')
+        return [Query(x, sigma, cond, change)]
+
+
+class DoubledNet(Net):
+    def forward(self, x, t, c):
+        return 2 * self.a(x) + torch.tanh(self.b(c[:, None].to(x.dtype)))
+
+
+@pytest.mark.parametrize('size', [None, 1, 2, 3, 4, 7, 100])
+@pytest.mark.parametrize('w', [3.0, torch.tensor([3.0, 1.0, 2.0, 1.0, 0.0, 2.0])])
+def test_perturbed_rows_in_micro_batches(w, size):
+    D = DiscreteDenoiser(Net().requires_grad_(False))
+    changed = DiscreteDenoiser(DoubledNet().requires_grad_(False))
+    terms = Term(NONE, 2.0), Term(Doubled(), w)
+    inner = D if size is None else Microbatched(D, size)
+    G = GuidedDenoiser(inner, *terms)
+    pos, neg = D(X, 2.0, **C), D(X, 2.0, c=torch.zeros(6))
+    w = torch.as_tensor(w).expand(6)[:, None]
+    want = pos + (pos - neg) + (w - 1) * (pos - changed(X, 2.0, **C))
+    close(G(X, 2.0, **C), want, 1e-4)
+    assert G.run.nfe_per_sample.tolist() == [3 if o != 1 else 2 for o in w]
+    assert torch.equal(D(X, 2.0, **C), pos)
+
+
+def test_out_of_memory_in_a_perturbed_network():
+    class Tight(Net):
+        def forward(self, x, t, c):
+            if len(x) > 2:
+                raise torch.OutOfMemoryError('simulated')
+            return super().forward(x, t, c)
+
+    terms = Term(NONE, 2.0), Term(Doubled(), 3.0), Term(Noisy(5), 2.0)
+    D, tight = (DiscreteDenoiser(o().requires_grad_(False)) for o in (Net, Tight))
+    G, H = GuidedDenoiser(Microbatched(tight, 100), *terms), GuidedDenoiser(D, *terms)
+    close(*(sample(o, X, SIGMAS, karras.heun, C) for o in (G, H)), 1e-4)
+    assert torch.equal(G.run.nfe_per_sample, H.run.nfe_per_sample)
+
+
+# --- weights that are elsewhere ---
+
+
+def test_offloaded_networks():
+    hooks = pytest.importorskip('accelerate.hooks')
+    from accelerate import cpu_offload
+
+    net = Net().requires_grad_(False)
+    want = GuidedDenoiser(DiscreteDenoiser(net), NONE, w=4.0)(X, 2.0, **C)
+    cpu_offload(net, 'cpu')
+    assert {p.device.type for p in net.parameters()} == {'meta'}
+    close(GuidedDenoiser(DiscreteDenoiser(net), NONE, w=4.0)(X, 2.0, **C), want)
+    other = DiscreteDenoiser(cpu_offload(Net(), 'cpu'))
+    G = GuidedDenoiser(Denoiser(DiscreteDenoiser(net)), Term(NONE, 4.0), Term(other, 2.0))
+    close(G(X, 2.0, **C), want)  # a copy of the same weights: no difference
+    hooks.remove_hook_from_module(net, recurse=True)
