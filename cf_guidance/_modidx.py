@@ -2454,6 +2454,10 @@ d = {
                 'perturb.html#_refuse_checkpointing',
                 'cf_guidance/perturb.py',
             ),
+            'cf_guidance.perturb._refuse_tracing': (
+                'perturb.html#_refuse_tracing',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._rows': ('perturb.html#_rows', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._run_changed': (
                 'perturb.html#_run_changed',

@@ -79,7 +79,12 @@ class Weight:
 
     def _steps(self, sigma, step):
         if step is not None:
-            return torch.full((len(sigma),), min(self.first + step, len(self.values) - 1))
+            at, last = self.first + step, len(self.values) - 1
+            if at < 0 or (at > last and self.sigmas is None):
+                raise ValueError(
+                    f'{self.name} has {last + 1} values, one per step, but the step is {step}'
+                )
+            return torch.full((len(sigma),), min(at, last))
         if self.sigmas is None:
             raise ValueError(
                 f'{self.name} has one value per step ({len(self.values)}): pass sigmas=..., '

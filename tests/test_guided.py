@@ -1750,6 +1750,8 @@ ERRORS = [
     (lambda: ask(w=torch.ones(2)), ValueError, 'w: expected one value, or 6'),
     (lambda: ask(w=torch.ones(8, 2), step=0), ValueError, 'w:'),
     (lambda: ask(w=[7.5] * 10), ValueError, 'w has one value per step'),
+    (lambda: ask(w=[7.5] * 10, step=10), ValueError, 'w has 10 values, one per step'),
+    (lambda: ask(w=[7.5] * 10, step=-1), ValueError, 'w has 10 values, one per step'),
     (lambda: g(w=[7.5] * 9, sigmas=SIGMAS), ValueError, 'w:'),
     (lambda: g(w=on_sigmas([3.0] * 8, SIGMAS), sigmas=[3.0, 1.0]), ValueError, 'w belongs to'),
     # intervals and stop
