@@ -1054,7 +1054,7 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
         pred = self._post(pred, pos, active, x, sigma)
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
         if bool(a.on.any()):
-            delta, moved = (o.detach().flatten() for o in (pos - neg, pred - neg))
+            delta, moved = (pos - neg).detach().flatten(), (pred - neg).detach().flatten()
             top, bottom = run.scale_sums[i]
             run.scale_sums[i] = top + moved @ delta, bottom + delta @ delta
             run.guided[i] += int(a.on.sum())
