@@ -3120,10 +3120,7 @@ d = {
             'cf_guidance.toy._checked_classes': ('toy.html#_checked_classes', 'cf_guidance/toy.py'),
             'cf_guidance.toy._checked_weights': ('toy.html#_checked_weights', 'cf_guidance/toy.py'),
             'cf_guidance.toy._spectrum': ('toy.html#_spectrum', 'cf_guidance/toy.py'),
-            'cf_guidance.toy.autoguided_ode': ('toy.html#autoguided_ode', 'cf_guidance/toy.py'),
-            'cf_guidance.toy.cfg_ode': ('toy.html#cfg_ode', 'cf_guidance/toy.py'),
             'cf_guidance.toy.galaxy': ('toy.html#galaxy', 'cf_guidance/toy.py'),
-            'cf_guidance.toy.gaussian_ode': ('toy.html#gaussian_ode', 'cf_guidance/toy.py'),
             'cf_guidance.toy.plot_density': ('toy.html#plot_density', 'cf_guidance/toy.py'),
         },
         'cf_guidance.transforms': {

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    'per_sample',
     'Denoiser',
     'scalings',
     'to_x0',
@@ -591,8 +590,3 @@ class Parts(NamedTuple):
     pos: torch.Tensor  # the positive one
     neg: torch.Tensor  # the negative one
     negs: tuple = ()  # if there are several negatives, all of them; `neg` is the first
-
-
-# %% ../nbs/03_denoisers.ipynb #500ed46b
-# until nothing uses this name
-per_sample = _per_sample

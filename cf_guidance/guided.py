@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 
-from .denoisers import Denoiser, Parts, from_x0, per_sample, to_x0
+from .denoisers import Denoiser, Parts, _per_sample, from_x0, to_x0
 from .karras import SigmaSchedule, _checked_sigmas
 from .noise import split_generator
 from .perturb import Applied, Change, PerturbedDenoiser, part_of_batch
@@ -565,7 +565,7 @@ def _refuse_inner_memory(model):
 @patch
 def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
     "One evaluation, in the five steps of the list above."
-    sigma, cond = per_sample(sigma, x), _expand_rows(cond, len(x), x.device)
+    sigma, cond = _per_sample(sigma, x), _expand_rows(cond, len(x), x.device)
     level = sigma.detach().double().cpu()
     run = self._current_run(x, level, step)
     if run.n is None:
@@ -1121,7 +1121,7 @@ class Microbatched(Denoiser):
             self.inner_model.start(sigmas)
 
     def forward(self, x, sigma, **cond):
-        sigma = per_sample(sigma, x)
+        sigma = _per_sample(sigma, x)
 
         def piece(s):
             some = {k: _cut(v, s, len(x)) for k, v in cond.items()}
@@ -1199,7 +1199,7 @@ class ZeroInit(Denoiser):
 
     def _or_still(self, evaluate, n, x, sigma):
         "What `evaluate` returns, or `n` estimates for a velocity of 0."
-        moves = (per_sample(sigma, x) <= self.above).cpu()
+        moves = (_per_sample(sigma, x) <= self.above).cpu()
         still = to_x0(torch.zeros_like(x), x, sigma, 'flow')
         if not bool(moves.any()):
             self._last.nfe = torch.zeros(len(x), dtype=torch.long)

@@ -4,8 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    'check_ladder',
-    'on_ladder',
     'euler',
     'heun',
     'dpm2',
@@ -311,10 +309,6 @@ def on_sigmas(
     if not v.isfinite().all():
         raise ValueError('values: expected finite numbers, got NaN or infinity')
     return SigmaSchedule(v, tuple(levels))
-
-
-# %% ../nbs/04_karras.ipynb #99e670f7
-check_ladder, on_ladder = _checked_sigmas, on_sigmas  # until nothing uses these names
 
 
 # %% ../nbs/04_karras.ipynb #35
