@@ -922,8 +922,7 @@ def _estimates(self: GuidedDenoiser, x, sigma, cond, active, known, run, step):
     D, observers = self.inner_model, [o[:2] for o in observed.values()] if observed else []
     forward = _forward_in_pieces if isinstance(D, Microbatched) else _forward
     run.last_nfe = torch.full((len(x),), len(known))
-    pos = known['pos'] if 'pos' in known else torch.zeros_like(x)
-    outputs = {i: [o] for i, o in known.items() if i != 'pos'} if known else {}
+    pos, outputs = known['pos'] if 'pos' in known else torch.zeros_like(x), {}
     for group in groups:
         outs = forward(D, group, observers if group is groups[0] else [], run, step)
         for e, o in zip(group, outs, strict=True):
@@ -936,7 +935,7 @@ def _estimates(self: GuidedDenoiser, x, sigma, cond, active, known, run, step):
     negs = []
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
         neg = pos
-        if i in known and isinstance(t.neg, Called):
+        if i in known:
             neg = _same_shape(known[i], x, f'known[{i}]')
         elif i in outputs:
             neg = _same_shape(t.neg.combine(outputs[i], x, sigma, pos), x, 'neg')
