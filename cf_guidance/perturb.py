@@ -25,6 +25,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from types import MethodType
 from typing import NamedTuple
 
@@ -218,6 +219,8 @@ class Change:
         if kind not in _KINDS:
             raise ValueError(f'kind: expected one of {", ".join(_KINDS)}, got {kind!r}')
         object.__setattr__(self, 'kind', kind)
+        key = getattr(self.layers, 'key', None) or (repr(self.layers), id(self.layers), kind)
+        object.__setattr__(self, 'key', key)
 
     def layers_of(self, net) -> Layers:  # modules by name
         "The layers of this network that are meant."
@@ -254,6 +257,7 @@ def _grids(shape, patch):
 
 
 def _patch_size(net):
+    "Size of the patches that are a network's tokens: a number, a tuple for video, or None."
     p = getattr(getattr(net, 'config', None), 'patch_size', None)
     if isinstance(p, (list, tuple)):
         return tuple(p)
@@ -294,8 +298,7 @@ def _image_grid(call, own, count):
     x, ids = call.first, call.img_ids
     sizes = [tuple(own.shape[-2:])] if own.ndim == 4 else []
     if x.ndim == 4:
-        patch = _patch_size(call.net)
-        sizes += _grids(x.shape, patch if isinstance(patch, int) else None)
+        sizes += _grids(x.shape, call.patch if isinstance(call.patch, int) else None)
     if torch.is_tensor(ids) and x.ndim == 3:
         last = ids.reshape(-1, ids.shape[-1])[:count, 1:3]
         sizes.append(tuple((last.amax(0) - last.amin(0) + 1).long().tolist()))
@@ -326,9 +329,9 @@ class Site:
         "Which tokens are the image's."
         if self._tokens is not None:
             return self._tokens(n)[0]
-        net, first = self._call.net, self._call.first
-        cls, patch = type(net).__name__, _patch_size(net)
-        image = _image_tokens(cls, patch, first.shape, self._own.shape, n)
+        call = self._call
+        cls = type(call.net).__name__
+        image = _image_tokens(cls, call.patch, call.first.shape, self._own.shape, n)
         if image is None:
             raise ValueError(
                 f'{self.name}: which of the {n} tokens are the image is not known for {cls}; '
@@ -367,14 +370,20 @@ def image_of(
     n, own = q.shape[-2], self._own
     other = k.shape[-2] != n
     if not other and own.ndim == 3 and own.shape[1] == n:  # is there a second sequence?
-        for name, o in _given(*self._arguments).items():
+        m, args, kwargs = self._arguments
+        names = _positions(type(m))
+        for name, o in [*zip(names, args, strict=False), *kwargs.items()]:
             other |= name in _SECOND and torch.is_tensor(o) and o is not own
     if other:
         raise ValueError(
             f'{self.name}: expected self-attention, but {n} tokens attend to {k.shape[-2]} '
             'tokens of another sequence'
         )
-    return self.image(n)
+    call, image = self._call, None
+    if self._tokens is None:
+        cls = type(call.net).__name__
+        image = _image_tokens(cls, call.patch, call.first.shape, own.shape, n)
+    return self.image(n) if image is None else image
 
 
 # %% ../nbs/05_perturb.ipynb #84f53916
@@ -483,6 +492,7 @@ class _Call:
     first: torch.Tensor  # what the network was given first
     applied: list  # an `Applied` for each change; no rows: nothing to do
     img_ids: torch.Tensor = None
+    patch: object = None  # see `_patch_size`
     kept: int = None  # rows that run from the start, if others join late
     index: torch.Tensor = None  # (n,) which of them each row is a copy of
     joined: bool = False
@@ -598,6 +608,7 @@ class _Layer:
 
     name: str
     module: nn.Module  # the original
+    copy: nn.Module = None  # the changed copy
     run: Callable = None  # what the layer does unchanged
     which: dict = field(default_factory=dict)  # kind -> numbers of changes
 
@@ -611,7 +622,12 @@ def _run_changed(layer, call, kinds, args, kwargs):
 
 
 # %% ../nbs/05_perturb.ipynb #8ac60c74
-def _changed_attention(layer, call, kinds, args, kwargs):
+def _attention_forward(self, *args, **kwargs):
+    "The forward of a layer of which only the attention is changed."
+    layer, call = self.__dict__['_layer'], _thread.call
+    if call is None:
+        return layer.run(*args, **kwargs)
+    call.ran.add(layer.name)
     with _Attention(layer, call, args, kwargs) as mode:
         adapter = ADAPTERS.get(type(layer.module))
         if adapter is None:
@@ -762,6 +778,10 @@ def _changed_output(layer, call, kinds, args, kwargs):
     return out
 
 
+def _changed_attention(layer, call, kinds, args, kwargs):
+    return _attention_forward(layer.copy, *args, **kwargs)
+
+
 _BY_KIND = dict(block=_changed_block, output=_changed_output, attention=_changed_attention)
 
 
@@ -771,26 +791,23 @@ def _changed_forward(self, *args, **kwargs):
     if call is None:
         return layer.run(*args, **kwargs)
     call.ran.add(layer.name)
-    if len(layer.which) > 1:
-        return _run_changed(layer, call, _BY_KIND, args, kwargs)
-    (kind,) = layer.which
-    return _BY_KIND[kind](layer, call, (), args, kwargs)
+    return _run_changed(layer, call, _BY_KIND, args, kwargs)
 
 
 @functools.cache
-def _changed_class(cls, compiled):
+def _changed_class(cls, forward, compiled):
     "A subclass of `cls` with another `forward`, which torch.compile leaves alone."
 
     def reduce(self):
-        return _unpickled, (cls, compiled), self.__dict__
+        return _unpickled, (cls, forward, compiled), self.__dict__
 
-    forward = torch.compiler.disable(_changed_forward) if compiled else _changed_forward
-    names = dict(forward=forward, __module__=cls.__module__, __reduce__=reduce)
+    names = dict(__module__=cls.__module__, __reduce__=reduce)
+    names['forward'] = torch.compiler.disable(forward) if compiled else forward
     return type(cls.__name__, (cls,), names)
 
 
-def _unpickled(cls, compiled):
-    return object.__new__(_changed_class(cls, compiled))
+def _unpickled(cls, forward, compiled):
+    return object.__new__(_changed_class(cls, forward, compiled))
 
 
 # %% ../nbs/05_perturb.ipynb #729e0130
@@ -881,8 +898,9 @@ def _changed_copy(layer, children, compiled):
     if isinstance(m, nn.MultiheadAttention):
         # with a hook, torch's encoder layers do not use the fused kernel without attention
         copy._forward_pre_hooks['perturbed'] = lambda *_: None
-    copy.__dict__['_layer'] = layer
-    copy.__class__ = _changed_class(type(m), compiled)
+    forward = _attention_forward if [*layer.which] == ['attention'] else _changed_forward
+    copy.__dict__['_layer'], layer.copy = layer, copy
+    copy.__class__ = _changed_class(type(m), forward, compiled)
     return copy
 
 
@@ -1040,6 +1058,7 @@ class _Plan:
     why: str = ''  # all rows run from the start
     static: list = None  # of (change, rows), for a `perturbed` network
     joins: str = ''  # what is said when rows join late
+    patch: object = None  # see `_patch_size`
 
     def late(self, call, copy_of, args, kwargs):
         "Drop the copies from the inputs; the reason, if that is not done."
@@ -1051,12 +1070,25 @@ class _Plan:
         if copies * math.prod(shape[2:] if len(shape) > 3 else shape[1:2]) < _WORTH_IT:
             return args, kwargs, 'too few and small copies to be worth it'
         device = call.first.device
-        drop = _Dropping(call.n, starts.to(device))
+        starts_there, refused = starts.to(device), []
+
+        def drop(o):
+            if len(o) == call.n:
+                return o[starts_there]
+            if len(o) != 1:
+                refused.append(o)
+            return o
+
         given = _given(self.net, args, kwargs)
         for name, o in given.items():
-            if not (o is None or isinstance(o, (bool, int, float)) or name in self.family.shared):
-                given[name] = drop(self.use_of(name, given), o)
-        if drop.refused:
+            if o is None or isinstance(o, (bool, int, float)) or name in self.family.shared:
+                continue
+            use = 'before' if name in self.family.inputs else self.use_of(name, given)
+            if use == 'before':
+                given[name] = _mapped(drop, o)
+            elif use is None:
+                _mapped(refused.append, o)
+        if refused:
             return args, kwargs, 'an input is used between the blocks'
         at = torch.full((call.n,), -1)
         at[starts] = torch.arange(len(starts))
@@ -1068,8 +1100,6 @@ class _Plan:
 @patch
 def use_of(self: _Plan, name, given):
     "Is an input used before the rows join, after, or is that not known (None)?"
-    if name in self.family.inputs:
-        return 'before'
     if name not in _RESIDUALS:
         return None
     if all(b.startswith('up_blocks') for b in self.blocks):
@@ -1080,21 +1110,6 @@ def use_of(self: _Plan, name, given):
     if down or not control or name == 'down_intrablock_additional_residuals':
         return None
     return 'after' if late else 'before'
-
-
-class _Dropping:
-    "Rows that join late are dropped from inputs that are used before they join."
-
-    def __init__(self, n, starts):
-        self.n, self.starts, self.refused, self.use = n, starts, False, None
-
-    def __call__(self, use, o):
-        self.use = use
-        return _mapped(self.drop, o)
-
-    def drop(self, o):
-        self.refused |= self.use is None or len(o) not in (1, self.n)
-        return o[self.starts] if self.use == 'before' and len(o) == self.n else o
 
 
 # %% ../nbs/05_perturb.ipynb #54b68d4b
@@ -1121,12 +1136,13 @@ class _Root:
 
     def __call__(self, *args, **kwargs):
         plan, asked = self.plan, _thread.asked
-        if 'torch._dynamo' in sys.modules:
-            _refuse_tracing()
         first = _first(args, kwargs)
         if asked is not None and asked.plan is plan:
-            applied, copy_of = asked.for_rows(len(first))
+            applied, copy_of = asked.applied, asked.copy_of
+            if len(first) != asked.n or _thread.part is not None:
+                applied, copy_of = asked.for_rows(len(first))
         elif plan.static is not None:
+            _refuse_tracing()
             applied, copy_of = plan.fixed(len(first)), None
         else:
             return self.forward(*args, **kwargs)
@@ -1134,7 +1150,7 @@ class _Root:
             _refuse_checkpointing(plan.net)
         if first.device.type != 'cpu':
             applied = [Applied(c, r.to(first.device), s) for c, r, s in applied]
-        call = _Call(plan.net, len(first), first, applied, kwargs.get('img_ids'))
+        call = _Call(plan.net, len(first), first, applied, kwargs.get('img_ids'), plan.patch)
         args, kwargs, why = plan.late(call, copy_of, args, kwargs)
         before, _thread.call = _thread.call, call
         try:
@@ -1193,6 +1209,8 @@ def _check_finite(out, first):
 
 def _refuse_tracing():
     "An error inside of a function that torch.compile compiles, or runs uncompiled in part."
+    if 'torch._dynamo' not in sys.modules:
+        return
     inside = torch.compiler.is_compiling()
     try:
         from torch._C._dynamo.eval_frame import get_eval_frame_callback
@@ -1261,7 +1279,8 @@ def _planned(net, layers, compiled, static):
         if None in blocks:
             family, why = None, 'a changed layer is not in a block'
     joins = f'rows join late, at {", ".join(blocks)}' if family else ''
-    return _Plan(net, list(layers.values()), family, tuple(blocks), why, static, joins)
+    patch = _patch_size(net)
+    return _Plan(net, list(layers.values()), family, tuple(blocks), why, static, joins, patch)
 
 
 def _copied(D, root, layers, plan):
@@ -1301,6 +1320,9 @@ def _copied(D, root, layers, plan):
 
 
 # %% ../nbs/05_perturb.ipynb #34a0279b
+_layers_of_applied = attrgetter('change.key')
+
+
 class PerturbedDenoiser:
     "A denoiser that evaluates some rows of a batch with changed layers. It lives as long as a run."
 
@@ -1324,7 +1346,8 @@ class PerturbedDenoiser:
         "The estimates of all rows."
         if not applied:
             return self.D(x, sigma, **cond)
-        shadow, plan = self._shadow_for(applied)
+        key = tuple(map(_layers_of_applied, applied))
+        shadow, plan = self._shadows.get(key) or self._new_shadow(key, applied)
         asked = _Asked(applied, copy_of, len(x), plan, [])
         before = _thread.asked, _thread.part
         _thread.asked, _thread.part = asked, None
@@ -1337,15 +1360,11 @@ class PerturbedDenoiser:
         self.joins = asked.ran[-1]
         return out
 
-    def _shadow_for(self, applied):
-        key = ()
-        for change, _, _ in applied:
-            layers = change.layers
-            key += layers.key if isinstance(layers, Layers) else (repr(layers), change.kind)
-        if key not in self._shadows:
-            layered = [a.change.layers_of(self.D) for a in applied]
-            self._shadows[key] = _shadow(self.D, layered)
-        return self._shadows[key]
+    def _new_shadow(self, key, applied):
+        _refuse_tracing()
+        layered = [a.change.layers_of(self.D) for a in applied]
+        shadow = self._shadows[key] = _shadow(self.D, layered)
+        return shadow
 
     def __getstate__(self):
         return {**self.__dict__, '_shadows': {}}

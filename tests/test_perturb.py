@@ -583,7 +583,7 @@ def test_own_network():
     perturbed(net, look)(x)
     assert grids == [((2, 5), slice(0, 10))]
     assert far(perturbed(net, BLIND)(x), net(x)) > 1e-3
-    assert 'OwnNet' in PerturbedDenoiser(net)._shadow_for([Applied(BLIND, [0], [0])])[1].why
+    assert 'OwnNet' in PerturbedDenoiser(net)._new_shadow(0, [Applied(BLIND, [0], [0])])[1].why
 
 
 @pytest.mark.parametrize('tokens', [10, 7])
