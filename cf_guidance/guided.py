@@ -570,6 +570,8 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
     run = self._current_run(x, level, step)
     if run.n is None:
         self._first_evaluation(run, x, level, cond)
+    if known:
+        _check_known(known, x, len(self.terms))
     active = self._activity(sigma, level, step, run, whole)
     pos, negs = self._estimates(x, sigma, cond, active, known, run, step)
     run.before = run.states.copy(), run.stopped.copy()
@@ -594,11 +596,22 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
 @patch
 def _first_evaluation(self: GuidedDenoiser, run, x, level, cond):
     "Ask the negatives whether they fit, and begin to count."
+    shape = getattr(self.inner_model, 'latent_shape', None)
+    if shape is not None and len(shape) == x.ndim - 1 == 3 and x.shape[1] != shape[0]:
+        raise ValueError(f'x: expected {shape[0]} channels, got the shape {tuple(x.shape)}')
     for t in self.terms:
         t.neg.check(self.inner_model, x, cond)
     run.n, run.first = len(x), _highest(level)
     with torch.inference_mode(False):
         run.nfe_per_sample = torch.zeros(run.n, dtype=torch.long)
+
+
+def _check_known(known, x, n_terms):
+    names = 'pos', *range(n_terms)
+    if not isinstance(known, Mapping) or not all(k in names for k in known):
+        raise ValueError(f'known: expected predictions by name, of {names}, got {known!r:.40}')
+    for k, v in known.items():
+        _same_shape(v, x, f'known[{k!r}]')
 
 
 # %% ../nbs/06_guided.ipynb #62168cb0
@@ -692,6 +705,8 @@ _CHURN = 1.01 * math.sqrt(2)  # samplers that add noise raise sigma by at most s
 @patch
 def _current_run(self: GuidedDenoiser, x, level, step):
     "The run that an evaluation belongs to; a new one when the noise rises."
+    if not (step is None or isinstance(step, Integral)):
+        raise TypeError(f'step: expected the number of the step, or None, got {step!r:.40}')
     run = self._runs.run or self.start()
     if run.last is None:
         return run

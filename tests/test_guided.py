@@ -741,6 +741,7 @@ def test_weights_per_step_need_sigmas_or_a_step():
 
 
 LOOPS = {
+    'cfg++': lambda G: sample(G, X, SIGMAS, karras.euler_cfg_pp, C),
     'euler': lambda G: sample(G, 10 * X, SIGMAS, karras.euler, C),
     'heun': lambda G: sample(G, 10 * X, SIGMAS, karras.heun, C),
     'churn': lambda G: sample(G, 10 * X, SIGMAS, karras.heun, C, generator=1, s_churn=4.0),
@@ -1693,8 +1694,8 @@ def g(neg=NONE, D=never, **kw):
     return GuidedDenoiser(D, neg, **kw)
 
 
-def ask(neg=NONE, x=X, sigma=1.0, cond=C, step=None, D=never, **kw):
-    return g(neg, D, **kw)(x, sigma, step=step, **cond)
+def ask(neg=NONE, x=X, sigma=1.0, cond=C, step=None, known=None, D=never, **kw):
+    return g(neg, D, **kw)(x, sigma, step=step, known=known, **cond)
 
 
 class Sized:
@@ -1850,6 +1851,12 @@ ERRORS = [
         for o in (None, 3.0, torch.ones(2), torch.tensor(1.0), 'a')
     ],
     (lambda: ask(cond={}), ValueError, 'negative conditions:'),
+    *[(lambda o=o: ask(step=o), TypeError, 'step:') for o in ('a', 1.5, torch.ones(2))],
+    *[
+        (lambda o=o: ask(known=o), ValueError, 'known')
+        for o in (3, 'pos', {'neg': X}, {1: X}, {'pos': X[:1]}, {0: X[:1]}, {0: None})
+    ],
+    (lambda: ask(D=Sized(4, 8, 8), x=torch.ones(6, 3, 8, 8)), ValueError, 'x: expected 4 channels'),
     *[(lambda t=t: enter(g().watch(t)), TypeError, 'term:') for t in ('a', None, 1.0, True)],
     *[(lambda t=t: enter(g().watch(t)), IndexError, 'term:') for t in (1, -1)],
     # the wrappers
