@@ -21,6 +21,7 @@ __all__ = [
 # %% ../nbs/11_continuous.ipynb #3
 import inspect
 import math
+from importlib import import_module
 from itertools import pairwise
 from numbers import Real
 
@@ -587,14 +588,11 @@ def guided(
 
 
 # %% ../nbs/11_continuous.ipynb #f3be7b79
+_IN_LAB = dict(train='training', ImageEval='metrics')
+
+
 def __getattr__(name):
     "`train` and `ImageEval` belong to the lesson but live in the lab, which is imported on use."
-    if name == 'train':
-        from cf_guidance.lab.training import train
-
-        return train
-    if name == 'ImageEval':
-        from cf_guidance.lab.metrics import ImageEval
-
-        return ImageEval
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name not in _IN_LAB:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'cf_guidance.lab.{_IN_LAB[name]}'), name)

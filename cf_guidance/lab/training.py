@@ -116,6 +116,7 @@ def _load(self: _Run):
     return step
 
 
+# %% ../../nbs/lab/04_training.ipynb #ced372cf
 @patch
 def save(self: _Run):
     "Save the state, and a line of what was done since the last time."
