@@ -603,56 +603,59 @@ class _Call:
     latents: torch.Tensor  # (B, ...)
     time: torch.Tensor  # (B,)
     args: dict  # the other arguments, nested
-    leaves: dict  # what is in them, flat
+    conditions: dict  # tensors in them with one row per sample, by dotted names
     positional: tuple  # arguments given by position; the first is that of the latents
-
-    def is_condition(self, name, value):
-        "Is it a tensor with one row per sample?"
-        if not torch.is_tensor(value) or not value.ndim or name in _POSITIONS:
-            return False
-        return len(value) == len(self.latents)
-
-    def conditions(self):
-        return {k: v for k, v in self.leaves.items() if self.is_condition(k, v)}
 
     def halves(self):
         "The two halves of the batch as calls of their own."
         n, halves = len(self.latents) // 2, []
         for s in (slice(0, n), slice(n, 2 * n)):
-            leaves = {k: v[s] if self.is_condition(k, v) else v for k, v in self.leaves.items()}
-            halves.append(replace(self, latents=self.latents[s], time=self.time[s], leaves=leaves))
+            some = {}
+            for k, v in self.conditions.items():
+                some[k] = v[s]
+            halves.append(_Call(self.latents[s], self.time[s], self.args, some, self.positional))
         return halves
 
     def ask(self, net, latents, time, conditions):
         "Ask the network the same, with other latents, times and conditions."
-        first, *positional = self.positional
-        leaves = {**self.leaves, **conditions}
-        given = {k: _unflatten(v, k, leaves) for k, v in self.args.items()}
-        given |= {first: latents, 'timestep': time}
+        first, given = self.positional[0], {}
+        for k, v in self.args.items():
+            nested = isinstance(v, (dict, list, tuple))
+            given[k] = _unflatten(v, k, conditions) if nested else conditions.get(k, v)
         if 'txt_ids' in given:
             given['txt_ids'] = _one_per_token(given['txt_ids'], given['encoder_hidden_states'])
-        return net(*[given.pop(k) for k in positional], **given)
+        given[first], given['timestep'] = latents, time
+        positional = []
+        for k in self.positional[1:]:
+            positional.append(given.pop(k))
+        return net(*positional, **given)
 
 
 # %% ../nbs/09_pipelines.ipynb #e1bb6c05
-def _one_per_token(ids, text):
-    "Positions for a text of another length: they are all 0."
-    return ids if len(ids) == text.shape[1] else ids[:1].expand(text.shape[1], -1)
-
-
 def _read_call(signature, args, kwargs):
     "A call of a network."
     given = dict(signature.bind(*args, **kwargs).arguments)
-    first, *_ = names = [*given]
-    latents, time = given.pop(first), given.pop('timestep')
+    names = tuple(given)
+    latents, time = given.pop(names[0]), given.pop('timestep')
     given |= given.pop('kwargs', {})
     time = torch.as_tensor(time, device=latents.device)
     if time.ndim == 0 or len(time) == 1:
         time = time.expand(len(latents))
-    leaves = {n: leaf for k, v in given.items() for n, leaf in _flatten(v, k).items()}
-    # pipelines change dicts that they have passed, so the nesting is copied
-    given = {k: _unflatten(v, k, leaves) for k, v in given.items()}
-    return _Call(latents, time, given, leaves, (first, *names[: len(args)]))
+    conditions = {}
+    for k, v in given.items():
+        leaves = {k: v}
+        if isinstance(v, (dict, list, tuple)):
+            # pipelines change dicts that they have passed, so the nesting is copied
+            leaves, given[k] = _flatten(v, k), _unflatten(v, k, {})
+        for name, o in leaves.items():
+            if torch.is_tensor(o) and o.ndim and len(o) == len(latents) and name not in _POSITIONS:
+                conditions[name] = o
+    return _Call(latents, time, given, conditions, (names[0], *names[: len(args)]))
+
+
+def _one_per_token(ids, text):
+    "Positions for a text of another length: they are all 0."
+    return ids if len(ids) == text.shape[1] else ids[:1].expand(text.shape[1], -1)
 
 
 def _unwrapped(net):
@@ -677,13 +680,14 @@ class _LoopNet(nn.Module):
 
     def forward(self, x, t, **cond):
         loop, beside = self.loop, cond.pop(_BESIDE, None)
-        call, unit = loop.call, loop.family.time_unit
+        call, packed = loop.call, loop.family.pack > 1
         x = x if beside is None else torch.cat([x, beside.to(x)], 1)
         # at the noise level of the loop, the network is told the loop's own time
-        time = torch.where(t == loop.time, call.time[0], t / unit).to(call.time.dtype)
-        out = call.ask(self.net, loop.pack(x).to(call.latents.dtype), time, cond)
+        time = torch.where(t == loop.time, call.time[0], t / loop.family.time_unit)
+        z = (loop.pack(x) if packed else x).to(call.latents.dtype)
+        out = call.ask(self.net, z, time.to(call.time.dtype), cond)
         out = out[0] if isinstance(out, tuple) else getattr(out, 'sample', out)
-        return loop.unpack(out).float()
+        return (loop.unpack(out) if packed else out).float()
 
 
 # %% ../nbs/09_pipelines.ipynb #1cf05e35
@@ -694,7 +698,7 @@ class _Loop:
         self.net, self.family, self.device, self.pipe = net, family, device, pipe
         self.signature = _signature(net)
         self.call, self.time, self.first = None, None, None
-        self.D = self.G = None
+        self.D, self.scales = None, {}
 
     def denoiser(self, scheduler):
         "The network with the noise levels of a scheduler."
@@ -706,32 +710,28 @@ class _Loop:
     def read(self, args, kwargs):
         return _read_call(self.signature, args, kwargs)
 
-    def predict(self, call, sigma, step):
-        "The guided prediction for a call of the network."
-        self.call = call
-        x, cond = self.inputs(call, sigma)
-        self.time = self.D.sigma_to_t(torch.full((1,), sigma, device=x.device))
-        x0 = self.G(x, sigma, step=step, **cond)
-        return self.output(self.D.prediction_of(x0, x, sigma), call.latents)
-
     def inputs(self, call, sigma):
         "Noisy images and conditions, from what the network is given."
-        z, c = self.unpack(call.latents).float(), self.channels()
-        cond = call.conditions()
+        z = self.unpack(call.latents) if self.family.pack > 1 else call.latents
+        c, cond = self.channels(), dict(call.conditions)
         if z.shape[1] > c:
             z, cond[_BESIDE] = z[:, :c], z[:, c:]
-        return z / self.scale(sigma), cond
+        return z.float() / self.scale(sigma), cond
 
     def scale(self, sigma):
         "The factor of the network's input."
-        return self.D.scalings(torch.tensor(sigma, dtype=torch.float64))[2].item()
+        if sigma not in self.scales:
+            levels = torch.tensor(sigma, dtype=torch.float64)
+            self.scales[sigma] = self.D.scalings(levels)[2].item()
+        return self.scales[sigma]
 
     def output(self, pred, latents):
         "A prediction as the network would return it; pipelines do not use a variance."
-        out_channels = _unwrapped(self.net).config.get('out_channels')
-        if self.family.pack == 1 and out_channels == 2 * pred.shape[1]:
+        if self.family.pack > 1:
+            return self.pack(pred).to(latents.dtype)
+        if _unwrapped(self.net).config.get('out_channels') == 2 * pred.shape[1]:
             pred = torch.cat([pred, torch.zeros_like(pred)], 1)
-        return self.pack(pred).to(latents.dtype)
+        return pred.to(latents.dtype)
 
 
 # %% ../nbs/09_pipelines.ipynb #3402450e
@@ -745,9 +745,7 @@ def channels(self: _Loop):
 @patch
 def unpack(self: _Loop, z):
     "Tokens as a picture."
-    if self.family.pack == 1:
-        return z
-    ids = self.call.leaves['img_ids'].reshape(-1, 3)
+    ids = self.call.args['img_ids'].reshape(-1, 3)
     h, w = (int(o) + 1 for o in ids[:, 1:].amax(0))
     f = self.pipe.vae_scale_factor
     return self.pipe._unpack_latents(z, 2 * h * f, 2 * w * f, f)
@@ -756,15 +754,17 @@ def unpack(self: _Loop, z):
 @patch
 def pack(self: _Loop, x):
     "A picture as tokens."
-    return x if self.family.pack == 1 else self.pipe._pack_latents(x, *x.shape)
+    return self.pipe._pack_latents(x, *x.shape)
 
 
 # %% ../nbs/09_pipelines.ipynb #3a0bae29
 def _conditions_like(call, pos):
     "The conditions of a negative call, with as many rows as those of the positive one."
-    n, out = len(pos.latents), {}
-    for k in pos.conditions():
-        v = call.leaves.get(k)
+    n, out, leaves = len(pos.latents), {}, {}
+    for k, v in call.args.items():
+        leaves |= _flatten(v, k)
+    for k in pos.conditions:
+        v = leaves.get(k)
         if not torch.is_tensor(v) or not v.ndim or len(v) not in (1, n):
             got = tuple(v.shape) if torch.is_tensor(v) else type(v).__name__
             raise ValueError(f'negative prompt: expected 1 or {n} rows of {k}, got {got}')
@@ -822,8 +822,10 @@ class _Run(_Loop):
         self.given = _checked_arguments(self.stock, sd, args, kwargs)
         if 'guidance_scale' in self.given:  # as the call will do itself
             vars(self.clone)['_guidance_scale'] = self.given['guidance_scale']
-        self.prompted = any(isinstance(t.neg, NegativePrompt) for t in self.options.terms)
-        self.timesteps, self.evaluations, self.index, self.report = None, None, -1, None
+        negatives = enumerate(t.neg for t in self.options.terms)
+        self.prompted = [i for i, neg in negatives if isinstance(neg, NegativePrompt)]
+        self.timesteps, self.evaluations, self.index = None, None, -1
+        self.G = self.report = None
         self.watching = ExitStack()
         refuse_caches(_unwrapped(net))
         _refuse_own_guidance(self)
@@ -870,7 +872,7 @@ def _both_halves(self: _Run, call):
     if self.evaluations is None and not torch.equal(first.latents, second.latents):
         raise ValueError('pipe: it evaluates prompt and negative prompt at different latents')
     pos, neg = (second, first) if self.family.negative == 'first' else (first, second)
-    out = self.guide(pos, neg.conditions())
+    out = self.guide(pos, neg.conditions)
     return torch.cat([out, out])
 
 
@@ -895,23 +897,31 @@ def guide(self: _Run, call, negative):
     "The guided prediction; without a negative prompt, a callback has switched it off."
     if self.clone.scheduler.timesteps is not self.timesteps:
         self.begin(call)
-    self.index = self._next_index(call)
-    sigma, step = self.evaluations.sigmas[self.index], self.evaluations.steps[self.index]
+    at = self.evaluations
+    self.index = self.index + 1 if 0 <= self.index < len(at.times) - 1 else self._first_index(call)
+    self.call, self.time = call, self.model_times[self.index]
+    sigma, step = at.sigmas[self.index], at.steps[self.index]
+    x, cond = self.inputs(call, sigma)
     if step < self.options.zero_init:
-        return torch.zeros_like(
-            call.latents[:, : None if self.family.pack > 1 else self.channels()]
-        )
-    prompts = [i for i, t in enumerate(self.G.terms) if isinstance(t.neg, NegativePrompt)]
-    for i in prompts:
-        self.G.terms[i].neg.cond = call.conditions() if negative is None else negative
-    if negative is not None or not prompts:
-        return self.predict(call, sigma, step)
-    stopped, n = self.G.run.stopped, len(call.latents)
-    before = {i: stopped.get(i, torch.zeros(n, dtype=torch.bool)) for i in prompts}
-    stopped.update({i: torch.ones(n, dtype=torch.bool) for i in prompts})
-    out = self.predict(call, sigma, step)
+        return self.output(torch.zeros_like(x), call.latents)
+    for i in self.prompted:
+        self.G.terms[i].neg.cond = cond if negative is None else negative
+    if negative is None and self.prompted:
+        x0 = self._without_prompts(x, sigma, step, cond)
+    else:
+        x0 = self.G(x, sigma, step=step, **cond)
+    return self.output(self.D.prediction_of(x0, x, sigma), call.latents)
+
+
+@patch
+def _without_prompts(self: _Run, x, sigma, step, cond):
+    "The guided estimate where all terms of negative prompts are off."
+    stopped, n = self.G.run.stopped, len(x)
+    before = {i: stopped.get(i, torch.zeros(n, dtype=torch.bool)) for i in self.prompted}
+    stopped.update({i: torch.ones(n, dtype=torch.bool) for i in self.prompted})
+    x0 = self.G(x, sigma, step=step, **cond)
     stopped.update(before)
-    return out
+    return x0
 
 
 # %% ../nbs/09_pipelines.ipynb #6ddea1cc
@@ -923,6 +933,8 @@ def begin(self: _Run, call):
     self.D = self.denoiser(scheduler)
     self.evaluations = _evaluations(scheduler, self.D)
     _refuse_endless(scheduler, self.D, self.evaluations)
+    sigmas = torch.tensor(self.evaluations.sigmas, device=self.device)
+    self.model_times = self.D.sigma_to_t(sigmas)
     options, begins = self.options, self.evaluations.begins
     D = self.D if options.max_batch is None else Microbatched(self.D, options.max_batch)
     self.G = GuidedDenoiser(D, *self._terms(len(call.latents)), post=options.posts)
@@ -953,11 +965,8 @@ def _refuse_endless(scheduler, D, evaluations):
 
 
 @patch
-def _next_index(self: _Run, call):
-    "The number of this evaluation: the next one, or, for the first, the one at its time."
-    n = len(self.evaluations.times)
-    if 0 <= self.index < n - 1:
-        return self.index + 1
+def _first_index(self: _Run, call):
+    "The number of the first evaluation: the one at its time."
     first = getattr(self.clone.scheduler, 'begin_index', None) or 0
     times = torch.tensor(self.evaluations.times[first:]).to(call.time.dtype)
     times = (times / self.family.time_unit).to(call.time.dtype)  # rounded as the pipeline did
@@ -1469,8 +1478,6 @@ def _term_of(tfm, num_steps):
         g = torch.stack([torch.as_tensor(o) for o in g])
     if torch.is_tensor(g) and g.ndim == 1:
         g = g.tolist()
-    elif torch.is_tensor(g) and g.ndim > 2 and g[0, 0].numel() == 1:
-        g = g.flatten(1)  # (steps, n, 1, 1, 1), which broadcasts in any formula
     if rule is not None:
         return Term(NegativePrompt(), Weight.of(g, 'guide_tfm'), rule)
     num_steps = num_steps or (50 if g is None else len(g))
