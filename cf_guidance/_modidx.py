@@ -2533,16 +2533,8 @@ d = {
                 'pipelines.html#_call.ask',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Call.conditions': (
-                'pipelines.html#_call.conditions',
-                'cf_guidance/pipelines.py',
-            ),
             'cf_guidance.pipelines._Call.halves': (
                 'pipelines.html#_call.halves',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Call.is_condition': (
-                'pipelines.html#_call.is_condition',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._EDMVelocity': (
@@ -2621,10 +2613,6 @@ d = {
             ),
             'cf_guidance.pipelines._Loop.pack': (
                 'pipelines.html#_loop.pack',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._Loop.predict': (
-                'pipelines.html#_loop.predict',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Loop.read': (
@@ -2717,8 +2705,8 @@ d = {
                 'pipelines.html#_run._both_halves',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Run._next_index': (
-                'pipelines.html#_run._next_index',
+            'cf_guidance.pipelines._Run._first_index': (
+                'pipelines.html#_run._first_index',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Run._second_call': (
@@ -2727,6 +2715,10 @@ d = {
             ),
             'cf_guidance.pipelines._Run._terms': (
                 'pipelines.html#_run._terms',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Run._without_prompts': (
+                'pipelines.html#_run._without_prompts',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Run.answer': (
