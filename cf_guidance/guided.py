@@ -568,8 +568,12 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
     sigma, cond = _per_sample(sigma, x), _expand_rows(cond, len(x), x.device)
     level = sigma.detach().double().cpu()
     run = self._current_run(x, level, step)
+    if run.names != cond.keys():
+        self._check_negatives(run, x, cond)
     if run.n is None:
-        self._first_evaluation(run, x, level, cond)
+        run.n, run.first = len(x), _highest(level)
+        with torch.inference_mode(False):
+            run.nfe_per_sample = torch.zeros(run.n, dtype=torch.long)
     if known:
         _check_known(known, x, len(self.terms))
     active = self._activity(sigma, level, step, run, whole)
@@ -594,16 +598,14 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
 
 
 @patch
-def _first_evaluation(self: GuidedDenoiser, run, x, level, cond):
-    "Ask the negatives whether they fit, and begin to count."
+def _check_negatives(self: GuidedDenoiser, run, x, cond):
+    "Ask the negatives whether they fit: at first, and when there are other conditions."
     shape = getattr(self.inner_model, 'latent_shape', None)
     if shape is not None and len(shape) == x.ndim - 1 == 3 and x.shape[1] != shape[0]:
         raise ValueError(f'x: expected {shape[0]} channels, got the shape {tuple(x.shape)}')
     for t in self.terms:
         t.neg.check(self.inner_model, x, cond)
-    run.n, run.first = len(x), _highest(level)
-    with torch.inference_mode(False):
-        run.nfe_per_sample = torch.zeros(run.n, dtype=torch.long)
+    run.names = set(cond)
 
 
 def _check_known(known, x, n_terms):
@@ -623,6 +625,7 @@ class Run:
     weights: list = field(default_factory=list)  # the weight of each term, bound to `sigmas`
     sigma_max: float = math.inf  # largest noise level of the model
     n: int | None = None  # number of samples
+    names: set | None = None  # of the conditions that the negatives have been checked for
     evaluations: int = 0  # how often the denoiser was called
     nfe_per_sample: torch.Tensor | None = None  # (B,) network evaluations
     last_nfe: torch.Tensor | None = None  # (B,) of the last call

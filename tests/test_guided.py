@@ -1,6 +1,7 @@
 "Guided denoisers: weights, negatives, terms, runs, costs, and what must raise."
 
 import copy
+import inspect
 import math
 import pickle
 import threading
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from cf_guidance import karras
 from cf_guidance.denoisers import Denoiser, DiscreteDenoiser, FlowDenoiser, from_x0, to_x0
@@ -2039,3 +2041,68 @@ def test_offloaded_networks():
     G = GuidedDenoiser(Denoiser(DiscreteDenoiser(net)), Term(NONE, 4.0), Term(other, 2.0))
     close(G(X, 2.0, **C), want)  # a copy of the same weights: no difference
     hooks.remove_hook_from_module(net, recurse=True)
+
+
+# --- what a called negative wants to see of the positive's forward ---
+
+
+class Seeing(Called):
+    "The mean of the positive's first layer, per sample."
+
+    def observe(self, sigma, cond):
+        seen = {}
+
+        def look(out, site):
+            for sample_, o in zip(site.samples.tolist(), out, strict=True):
+                seen[sample_] = o.mean()
+            return out
+
+        return Change('a', look, kind='output'), seen
+
+    def __call__(self, D, x, sigma, cond, pos=None, rows=None, generators=None, seen=None):
+        return torch.stack([seen[i] for i in rows.tolist()])[:, None].expand(x.shape)
+
+
+@pytest.mark.parametrize('size', [None, 1, 2, 5])
+@pytest.mark.parametrize('w', [3.0, torch.tensor([3.0, 1.0, 2.0, 1.0, 0.0, 2.0])])
+def test_a_called_negative_sees_the_positive(w, size):
+    net = Net().requires_grad_(False)
+    D = DiscreteDenoiser(net)
+    G = GuidedDenoiser(D if size is None else Microbatched(D, size), Term(Seeing(), w))
+    pos, w = D(X, 2.0, **C), torch.as_tensor(w).expand(6)[:, None]
+    neg = net.a(X / (1 + 2.0**2) ** 0.5).mean(1, keepdim=True).expand(6, 4)
+    close(G(X, 2.0, **C), torch.where(w == 1, pos, neg + w * (pos - neg)), 1e-3)
+
+
+# --- every sampler, other conditions in a run, compiled once ---
+
+
+SHELLS = [k for k in dir(karras) if k.startswith('sample_')]
+
+
+@pytest.mark.parametrize('name', SHELLS)
+def test_samplers_with_the_names_of_k_diffusion(name):
+    f = getattr(karras, name)
+    kw = dict(generator=1) if 'generator' in inspect.signature(f).parameters else {}
+    G = GuidedDenoiser(toy, NONE, w=0.6 if 'cfg_pp' in name else 2.0)
+    out = f(G, 10 * X, get_sigmas_karras(20, 0.01, 10.0), extra_args=C, disable=True, **kw)
+    assert out.isfinite().all()
+    assert G.nfe >= 2 * 6 * 20
+
+
+def test_other_conditions_are_checked_within_a_run():
+    G = GuidedDenoiser(toy, NONE, w=2.0)
+    G(X, 2.0, **C)
+    with pytest.raises(ValueError, match='negative conditions: expected names among'):
+        G(X, 1.0, words=C['c'])
+    G(X, 1.0, **C)
+    assert G.run.nfe_per_sample.tolist() == [4] * 6
+
+
+def test_a_compiled_network_is_not_compiled_at_each_step():
+    torch._dynamo.reset()
+    count = CompileCounter()
+    net = torch.compile(Net().requires_grad_(False), backend=count)
+    G = GuidedDenoiser(DiscreteDenoiser(net), NONE, w=[2.0 + i for i in range(8)])
+    counts = [count.frame_count for _ in samples(G, 10 * X, SIGMAS, karras.euler, C)]
+    assert 0 < counts[0] == counts[-1]
