@@ -570,6 +570,10 @@ d = {
                 'guided.html#guideddenoiser._call',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.GuidedDenoiser._check_negatives': (
+                'guided.html#guideddenoiser._check_negatives',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.GuidedDenoiser._combine': (
                 'guided.html#guideddenoiser._combine',
                 'cf_guidance/guided.py',
@@ -588,10 +592,6 @@ d = {
             ),
             'cf_guidance.guided.GuidedDenoiser._evaluate': (
                 'guided.html#guideddenoiser._evaluate',
-                'cf_guidance/guided.py',
-            ),
-            'cf_guidance.guided.GuidedDenoiser._first_evaluation': (
-                'guided.html#guideddenoiser._first_evaluation',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.GuidedDenoiser._generators': (
@@ -758,6 +758,10 @@ d = {
             ),
             'cf_guidance.guided._check_interval_reaches': (
                 'guided.html#_check_interval_reaches',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._check_known': (
+                'guided.html#_check_known',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._check_same_samples': (
@@ -2257,8 +2261,8 @@ d = {
                 'perturb.html#perturbeddenoiser.__init__',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb.PerturbedDenoiser._shadow_for': (
-                'perturb.html#perturbeddenoiser._shadow_for',
+            'cf_guidance.perturb.PerturbedDenoiser._new_shadow': (
+                'perturb.html#perturbeddenoiser._new_shadow',
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb.Site': ('perturb.html#site', 'cf_guidance/perturb.py'),
@@ -2308,19 +2312,6 @@ d = {
                 'perturb.html#_call.sites',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._Dropping': ('perturb.html#_dropping', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._Dropping.__call__': (
-                'perturb.html#_dropping.__call__',
-                'cf_guidance/perturb.py',
-            ),
-            'cf_guidance.perturb._Dropping.__init__': (
-                'perturb.html#_dropping.__init__',
-                'cf_guidance/perturb.py',
-            ),
-            'cf_guidance.perturb._Dropping.drop': (
-                'perturb.html#_dropping.drop',
-                'cf_guidance/perturb.py',
-            ),
             'cf_guidance.perturb._Family': ('perturb.html#_family', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._Family.block_of': (
                 'perturb.html#_family.block_of',
@@ -2365,6 +2356,10 @@ d = {
             ),
             'cf_guidance.perturb._Thread': ('perturb.html#_thread', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._as_given': ('perturb.html#_as_given', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._attention_forward': (
+                'perturb.html#_attention_forward',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._attentions': (
                 'perturb.html#_attentions',
                 'cf_guidance/perturb.py',

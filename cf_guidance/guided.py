@@ -597,6 +597,7 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
     return parts
 
 
+# %% ../nbs/06_guided.ipynb #d4bdf3e1
 @patch
 def _check_negatives(self: GuidedDenoiser, run, x, cond):
     "Ask the negatives whether they fit: at first, and when there are other conditions."
