@@ -108,7 +108,7 @@ def _per_sample(sigma, x):
         value = _check_number('sigma', sigma, 'a finite number from 0 up', _is_sigma)
         return torch.full((len(x),), value, **like)
     # reading a tensor on a GPU would make the CPU wait, so only those on the CPU are checked
-    if sigma.device.type == 'cpu' and not ((sigma >= 0) & (sigma < math.inf)).all():
+    if sigma.device.type == 'cpu' and sigma.numel() and not _all_sigmas(sigma):
         raise ValueError(f'sigma: expected finite numbers from 0 up, got {sigma.tolist()!s:.60}')
     sigma = sigma.to(**like)
     return sigma if sigma.ndim else sigma.repeat(len(x))
@@ -116,6 +116,11 @@ def _per_sample(sigma, x):
 
 def _is_sigma(value):
     return 0 <= value < math.inf
+
+
+def _all_sigmas(sigma):
+    lowest, highest = sigma.aminmax()
+    return lowest.item() >= 0 and highest.item() < math.inf
 
 
 def _column(sigma, x):
