@@ -1,14 +1,22 @@
-"""What does guidance cost beside the networks that it must run? Both sides of every ratio are timed in one run, alternating, and the medians compared.
+"""What does guidance cost beside the networks that it must run?
 
-    python benchmarks/guided.py         # the embedded model, and a step of a network in the shape of Stable Diffusion 1.5, on the CPU
-    python benchmarks/guided.py --busy  # on a machine that does other work: time of the processor instead of that of the day, one thread
+Both sides of every ratio are timed in one run, alternating, and the medians compared.
+
+    python benchmarks/guided.py         # the embedded model and Stable Diffusion 1.5's shape, CPU
+    python benchmarks/guided.py --busy  # on a busy machine: one thread, only its own time counts
 
 The table is printed and kept as JSON beside this file.
 """
 
-import argparse, copy, itertools, platform, time
-import torch
+import argparse
+import copy
+import itertools
+import math
+import platform
+import time
+
 import samplers
+import torch
 from samplers import BATCH, alternate, normal, stopwatch
 from sweep import report
 
@@ -21,7 +29,7 @@ PROMPTS = [
 
 
 def embedded():
-    "The embedded model as a denoiser, another of its kind, conditions for a batch, and the empty prompt."
+    "The embedded model as a denoiser, another of its kind, conditions of a batch, empty prompt."
     from cf_guidance.denoisers import DiscreteDenoiser
     from cf_guidance.lab.fashion import quiet
     from cf_guidance.pipelines import MinimalDiffusion
@@ -49,11 +57,11 @@ def steps(D, other, cond, neg, repeats, calls):
     from cf_guidance.schedules import get_cos_sched
     from cf_guidance.transforms import full_norm
 
-    x, ladder, rows = normal(BATCH, 4, 8, 8) * 3, D.get_sigmas_karras(50), {}
+    x, sigmas, rows = normal(BATCH, 4, 8, 8) * 3, D.get_sigmaskarras(50), {}
     guided = {
         'CFG': GuidedDenoiser(D, neg, w=4.0),
         'CFG, a weight a step': GuidedDenoiser(
-            D, neg, w=get_cos_sched(len(ladder) - 1), sigmas=ladder
+            D, neg, w=get_cos_sched(len(sigmas) - 1), sigmas=sigmas
         ),
         'CFG, a weight a sample': GuidedDenoiser(D, neg, w=torch.linspace(1.5, 7.5, BATCH)),
         'full_norm': GuidedDenoiser(D, neg, w=0.2, rule=full_norm),
@@ -105,10 +113,10 @@ def interval(D, cond, neg, repeats, n):
     from cf_guidance import karras
     from cf_guidance.guided import GuidedDenoiser
 
-    ladder = D.get_sigmas_karras(n)
-    third = len(ladder[:-1]) // 3
-    lo, hi = ladder[2 * third].item(), ladder[third].item()
-    x = normal(BATCH, 4, 8, 8) * ladder[0]
+    sigmas = D.get_sigmaskarras(n)
+    third = len(sigmas[:-1]) // 3
+    lo, hi = sigmas[2 * third].item(), sigmas[third].item()
+    x = normal(BATCH, 4, 8, 8) * sigmas[0]
     models = {
         'full': GuidedDenoiser(D, neg, w=4.0),
         'interval': GuidedDenoiser(D, neg, w=4.0, interval=(lo, hi)),
@@ -116,12 +124,12 @@ def interval(D, cond, neg, repeats, n):
     }
 
     def run(G):
-        return lambda: karras.sample(G, x, ladder, karras.euler, cond)
+        return lambda: karras.sample(G, x, sigmas, karras.euler, cond)
 
     t = samplers.seconds({k: run(G) for k, G in models.items()}, 1, repeats)
-    nfe = {k: int(G.nfe_per_sample[0]) for k, G in models.items() if k != 'none'}
+    nfe = {k: int(G.run.nfe_per_sample[0]) for k, G in models.items() if k != 'none'}
     return {
-        f'CFG in {len(ladder) - 1} steps, s': (t['full'], ''),
+        f'CFG in {len(sigmas) - 1} steps, s': (t['full'], ''),
         '  in a third of the steps / in all': (t['interval'] / t['full'], 'goal 0.69'),
         '  evaluations, likewise': (nfe['interval'] / nfe['full'], ''),
         '  unguided / in all': (t['none'] / t['full'], ''),
@@ -131,6 +139,7 @@ def interval(D, cond, neg, repeats, n):
 def pag_pipeline(unet):
     "diffusers' pipeline for perturbed-attention guidance in the middle of a network."
     from diffusers import DDIMScheduler, StableDiffusionPAGPipeline, StableDiffusionPipeline
+
     from cf_guidance.lab.fashion import fashion_path
 
     pipe = StableDiffusionPipeline.from_pretrained(fashion_path())
@@ -145,7 +154,10 @@ def pag_pipeline(unet):
 
 
 def pag(unet, n, batch, repeats):
-    "PAG alone, weight 4 (their scale is 3), against diffusers' pipeline: the same latents at the end, and the time to get there."
+    """PAG alone, weight 4 (their scale is 3), against diffusers' pipeline.
+
+    The same latents at the end, and the time to get there.
+    """
     from cf_guidance import karras
     from cf_guidance.attention import PAG
     from cf_guidance.denoisers import DiscreteDenoiser
@@ -160,16 +172,8 @@ def pag(unet, n, batch, repeats):
     p.scheduler.set_timesteps(n)
     sigmas = torch.cat([D.t_to_sigma(p.scheduler.timesteps.float()), torch.zeros(1)])
     start = x * (1 + sigmas[0] ** 2).sqrt()
-    guided = {
-        k: GuidedDenoiser(D, PAG(unet, share=k == 'ours'), w=4.0)
-        for k in ('ours', 'ours, without the shared prefix')
-    }
-    fs = {
-        k: lambda G=G: karras.sample(
-            G, start, sigmas, karras.euler, dict(encoder_hidden_states=emb)
-        )
-        for k, G in guided.items()
-    }
+    G, cond = GuidedDenoiser(D, PAG(unet), w=4.0), dict(encoder_hidden_states=emb)
+    fs = dict(ours=lambda: karras.sample(G, start, sigmas, karras.euler, cond))
     fs['theirs'] = lambda: (
         p(
             prompt_embeds=emb,
@@ -186,15 +190,54 @@ def pag(unet, n, batch, repeats):
         for o in ends.values()
     ), 'the latents differ'
     t = samplers.seconds(fs, 1, repeats)
-    name = f'PAG, {sum(o.numel() for o in unet.parameters()) / 1e6:.0f} M parameters, latents of {unet.config.sample_size}, steps {n}'
+    size = f'{sum(o.numel() for o in unet.parameters()) / 1e6:.0f} M parameters'
+    name = f'PAG, {size}, latents of {unet.config.sample_size}, steps {n}'
     return {
         f'{name}: theirs, s': (t['theirs'], ''),
         f'  {name}: theirs / ours': (t['theirs'] / t['ours'], 'goal 1.15'),
-        f'  {name}: theirs / ours without the shared prefix': (
-            t['theirs'] / t['ours, without the shared prefix'],
-            '',
-        ),
     }
+
+
+def cfg_pag(D, batch, repeats, goal):
+    """One step of CFG and PAG in the middle, in one forward.
+
+    With rows that join late, with all rows from the start, as the library decides, and against
+    the bare network on three rows per sample.
+    """
+    from cf_guidance import perturb
+    from cf_guidance.attention import PAG
+    from cf_guidance.guided import GuidedDenoiser, Term
+
+    net, own = D.inner_model, perturb._WORTH_IT
+    size, width = net.config.sample_size, net.config.cross_attention_dim
+    x, emb = normal(batch, net.config.in_channels, size, size), normal(batch, 12, width)
+    cond, empty = dict(encoder_hidden_states=emb), dict(encoder_hidden_states=emb[:1] * 0)
+    rows, three = torch.cat([x] * 3), torch.cat([emb] * 3)
+
+    def step(worth_it):
+        G = GuidedDenoiser(D, Term(empty, 4.0), Term(PAG(D), 2.0))
+
+        def f():
+            perturb._WORTH_IT = worth_it
+            try:
+                return G(x, 3.0, **cond)
+            finally:
+                perturb._WORTH_IT = own
+
+        return f
+
+    fs = {'decided': step(own), 'late rows': step(0), 'full rows': step(math.inf)}
+    assert torch.allclose(fs['late rows'](), fs['full rows'](), atol=1e-4), 'the rows differ'
+    fs['three bare rows'] = lambda: net(rows, torch.full((3 * batch,), 500), three)
+    t = samplers.seconds(fs, 1, repeats)
+    name = f'CFG + PAG, latents of {size}, batch {batch}'
+    fastest = min(t[k] for k in fs if k != 'decided')
+    out = {f'{name}: {k}, ms': (v * 1e3, '') for k, v in t.items()}
+    if goal:
+        out[f'  {name}: ours / three bare rows'] = t['decided'] / t['three bare rows'], goal
+    else:
+        out[f'  {name}: ours / the fastest'] = t['decided'] / fastest, 'goal 1.05'
+    return out
 
 
 def sd15(size):
@@ -216,7 +259,7 @@ def main():
         '--sd15',
         type=int,
         default=64,
-        help='size of latents for the large network, which needs 4 GB and minutes; 0: without it',
+        help='size of latents for the large network (4 GB, minutes); 0: without it',
     )
     p.add_argument(
         '--busy',
@@ -227,6 +270,8 @@ def main():
     if args.busy:
         samplers.clock = time.thread_time
         torch.set_num_threads(1)
+    from cf_guidance.denoisers import DiscreteDenoiser
+
     D, other, cond, neg = embedded()
     with torch.no_grad():
         rows = {
@@ -234,8 +279,12 @@ def main():
             **interval(D, cond, neg, args.repeats, args.steps),
             **pag(None, args.steps, BATCH, args.repeats),
         }
+        for batch in (1, 4, 16):
+            rows |= cfg_pag(D, batch, 3 * args.repeats, None)
         if args.sd15:
-            rows |= pag(sd15(args.sd15), 1, 1, 1)
+            large = sd15(args.sd15)
+            rows |= pag(large, 1, 1, 1)
+            rows |= cfg_pag(DiscreteDenoiser(large), 1, 3, 'goal 0.907')
     report(
         rows,
         'guided',

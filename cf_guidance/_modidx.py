@@ -454,6 +454,10 @@ d = {
                 'denoisers.html#_add_noise',
                 'cf_guidance/denoisers.py',
             ),
+            'cf_guidance.denoisers._all_sigmas': (
+                'denoisers.html#_all_sigmas',
+                'cf_guidance/denoisers.py',
+            ),
             'cf_guidance.denoisers._as_sigma': (
                 'denoisers.html#_as_sigma',
                 'cf_guidance/denoisers.py',

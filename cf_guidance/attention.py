@@ -14,6 +14,10 @@ __all__ = [
     'SLG',
     'TPG',
     'SAG',
+    'ADAPTERS',
+    'Change',
+    'find_layers',
+    'perturbed',
 ]
 
 # %% ../nbs/08_attention.ipynb #ce2d51a5
@@ -31,6 +35,7 @@ from torch.nn import functional as F
 from .guided import Called, Conditions, Queries, Query
 from .noise import _check_number, _check_whole, split_generator
 from .perturb import (
+    ADAPTERS,
     Applied,
     Change,
     Layers,
@@ -41,8 +46,11 @@ from .perturb import (
     _refuse_checkpointing,
     _refuse_tracing,
     find_layers,
+    perturbed,
     refuse_caches,
 )
+
+_all_ = ['ADAPTERS', 'Change', 'find_layers', 'perturbed']
 
 
 # %% ../nbs/08_attention.ipynb #09a462e3

@@ -264,6 +264,7 @@ def _patch_size(net):
     return p if isinstance(p, int) else None
 
 
+# %% ../nbs/05_perturb.ipynb #9185e52b
 @functools.cache
 def _image_tokens(
     cls,  # name of the network's class
@@ -884,6 +885,7 @@ def _path_copy(m, children, name):
     return copy
 
 
+# %% ../nbs/05_perturb.ipynb #13abdfee
 def _changed_copy(layer, children, compiled):
     "A copy of a layer that is changed itself, and perhaps has changed layers inside."
     m = layer.module
@@ -967,6 +969,8 @@ _RESIDUALS = (
     'down_intrablock_additional_residuals',
     'mid_block_additional_residual',
 )
+
+# %% ../nbs/05_perturb.ipynb #9633e93e
 _TRANSFORMER = 'hidden_states', 'encoder_hidden_states', 'pooled_projections', 'timestep'
 _FAMILIES = dict(
     UNet2DModel=_Family(('sample', 'timestep', 'class_labels'), _UNET),
@@ -1193,6 +1197,7 @@ def fixed(self: _Plan, n):
     return [Applied(c, rows, rows) for c, rows in picked]
 
 
+# %% ../nbs/05_perturb.ipynb #54474dfc
 @patch
 def check_ran(self: _Plan, call):
     for layer in self.layers:
@@ -1207,6 +1212,7 @@ def _check_finite(out, first):
         raise FloatingPointError('the output of the perturbed network is not finite')
 
 
+# %% ../nbs/05_perturb.ipynb #a5cac226
 def _refuse_tracing():
     "An error inside of a function that torch.compile compiles, or runs uncompiled in part."
     if 'torch._dynamo' not in sys.modules:
@@ -1283,6 +1289,7 @@ def _planned(net, layers, compiled, static):
     return _Plan(net, list(layers.values()), family, tuple(blocks), why, static, joins, patch)
 
 
+# %% ../nbs/05_perturb.ipynb #ad8105bc
 def _copied(D, root, layers, plan):
     joins = plan.family.modules(plan.net) if plan.family else {}
     joins = {m: _Join(plan.family, name in plan.blocks) for name, m in joins.items()}
