@@ -20,9 +20,12 @@ def needs(
     "Around imports: if a package of `extra` is missing, raise an `ImportError` that names both."
     try:
         yield
-    except ModuleNotFoundError as e:
+    except ImportError as e:
         package = (e.name or '').partition('.')[0]
-        if package not in _PACKAGES[extra]:
+        missing = isinstance(e, ModuleNotFoundError) or hasattr(e, 'extra')
+        if not missing or package not in _PACKAGES[extra]:
             raise
         message = f'{who} needs {package}: pip install "cf_guidance[{extra}]"'
-        raise ImportError(message, name=package) from None
+        error = ImportError(message, name=package)
+        error.extra = extra  # an outer `needs` knows it by this, and names its own extra instead
+        raise error from None

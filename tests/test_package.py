@@ -9,7 +9,8 @@ import pytest
 from conftest import CFG, MODULES, ROOT, copy_repo, python
 
 # The extra that each module needs at its import; all others need none.
-EXTRA = {'guiders': 'diffusers', 'lab.plots': 'lab', 'plots': 'lab'}
+EXTRA = {'guiders': 'diffusers', 'pipelines': 'diffusers'}
+EXTRA |= {f'{lab}{m}': 'lab' for m in ('plots', 'sweeps') for lab in ('', 'lab.')}
 
 # Import a module while every package that its extra does not install is hidden.
 HIDDEN = """
@@ -134,6 +135,15 @@ def test_needs_names_the_extra():
     ):
         with needs('lab', 'plots'):
             raise ModuleNotFoundError("No module named 'pandas'", name='pandas')
+
+
+def test_outer_needs_names_its_own_extra():
+    from cf_guidance._extras import needs
+
+    with pytest.raises(ImportError, match=r'^sweeps needs diffusers: .*\[lab\]"$'):
+        with needs('lab', 'sweeps'):
+            with needs('diffusers', 'pipelines'):
+                raise ModuleNotFoundError("No module named 'diffusers'", name='diffusers')
 
 
 def test_needs_leaves_other_errors_alone():
