@@ -243,8 +243,6 @@ def _make_rule(cls, fields):
 # %% ../nbs/01_transforms.ipynb #1e206529
 def _checked_state(state, like):
     "A state in the dtype of the predictions, if it has one row per sample."
-    if state is None:
-        return None
     if not torch.is_tensor(state):
         raise TypeError(f'state: expected None or a tensor, got {_short(state)}')
     if not state.ndim or len(state) != len(like):
@@ -296,8 +294,11 @@ class Rule(_Formula):
         if state is not None and not self.stateful:
             name = self.__name__
             raise TypeError(f'state: expected None, {name} has no state, got {_short(state)}')
-        neg, pos = (o.to(_wide(dtype, o.device)) for o in (neg, pos))
-        w, state = _broadcast_weight(w, neg), _checked_state(state, neg)
+        wide = _wide(dtype, neg.device)
+        neg, pos = neg.to(wide), pos.to(wide)
+        w = _broadcast_weight(w, neg)
+        if state is not None:
+            state = _checked_state(state, neg)
         if not neg.numel():
             pred, state = pos.clone(), None
         elif self.stateful:
@@ -305,7 +306,7 @@ class Rule(_Formula):
         else:
             pred = self.formula(neg, pos, w, **self.settings)
         pred = _at_weight(self.neg_at, w, neg, _at_weight(self.pos_at, w, pos, pred))
-        pred = _narrow(pred, dtype)
+        pred = pred if pred.dtype == dtype else _narrow(pred, dtype)
         return (pred, state) if self.stateful else pred
 
 
