@@ -188,10 +188,10 @@ def test_nearest_in_the_logarithm():
     assert got.tolist() == [7.0, 7.0, 7.0, 5.0, 5.0, 5.0, 1.0, 1.0]
 
 
-@each('ladder', [torch.float32, torch.float64])
+@each('kind', [torch.float32, torch.float64])
 @each('dtype', [torch.float32, torch.float64])
-def test_each_level_has_its_value(ladder, dtype):
-    sigmas = torch.linspace(10, 0, 21, dtype=ladder) ** 1.3
+def test_each_level_has_its_value(kind, dtype):
+    sigmas = torch.linspace(10, 0, 21, dtype=kind) ** 1.3
     got = on_sigmas(torch.arange(20.0), sigmas)(sigmas[:-1].to(dtype))
     assert torch.equal(got, torch.arange(20.0, dtype=dtype))
 
