@@ -169,15 +169,17 @@ def _defaults(formula, args):
     return {p.name: p.default for p in params if p.kind is p.KEYWORD_ONLY}
 
 
-# %% ../nbs/01_transforms.ipynb #52b268d2
+# %% ../nbs/01_transforms.ipynb #460bf5bf
 @dataclass(frozen=True, repr=False)
 class _Formula:
     "What a `Rule` and a `PostRule` share: a formula with a name, a space and settings."
 
-    formula: Callable
-    space: str = field(default='any', kw_only=True)
-    axes: int = field(default=1, kw_only=True)
+    formula: Callable  # a plain function; its keyword-only parameters are the settings
+    space: str = field(default='any', kw_only=True)  # of the predictions
+    axes: int = field(default=1, kw_only=True)  # that a prediction has, at least
+    # (smallest, largest) of each setting
     limits: dict = field(default_factory=dict, kw_only=True, compare=False)
+    # all settings by name: those given, and the defaults of the formula
     settings: dict = field(default_factory=dict, kw_only=True, hash=False)
 
     def _args(self):
@@ -261,14 +263,14 @@ def _at_weight(at, w, end, pred):
     return end.clone() if w == at else pred
 
 
-# %% ../nbs/01_transforms.ipynb #930c2851
+# %% ../nbs/01_transforms.ipynb #9c3232f5
 @dataclass(frozen=True, repr=False)
 class Rule(_Formula):
     "How a negative and a positive prediction become one: `rule(neg, pos, w) -> pred`."
 
-    pos_at: float | None = field(default=1.0, kw_only=True)
-    neg_at: float | None = field(default=None, kw_only=True)
-    stateful: bool = field(default=False, kw_only=True)
+    pos_at: float | None = field(default=1.0, kw_only=True)  # weight that gives exactly `pos`
+    neg_at: float | None = field(default=None, kw_only=True)  # weight that gives exactly `neg`
+    stateful: bool = field(default=False, kw_only=True)  # does it take and return a state?
 
     def _args(self):
         return ('neg', 'pos', 'w', 'state') if self.stateful else ('neg', 'pos', 'w')
