@@ -506,3 +506,12 @@ def test_bad_input(md, what):
 def test_odd_sizes():
     with pytest.raises(ValueError, match='30'):
         minimal(height=30).sample('a red bag', CFG)
+
+
+def test_weights_may_have_a_shape_that_broadcasts():
+    "Sweeps give (steps, images, 1, 1, 1), which works in any formula of a transform."
+    pipe = MinimalDiffusion(progress=False).load()
+    wide = torch.tensor([[1.0, 4.0]] * 3)[..., None, None, None]
+    narrow = wide.flatten(1)
+    a, b = (pipe.sample('a red bag', GuidanceTfm({'g': g}), [0, 0]) for g in (wide, narrow))
+    assert torch.equal(a, b)
