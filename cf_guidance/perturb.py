@@ -515,7 +515,7 @@ class _Call:
             memo = self.memo.setdefault(i, {})
             site = Site(layer.name, rows, samples, memo)
             site._call, site._tokens, site._own = self, change.tokens, own
-            yield change.fn, site, None if len(rows) == n else rows
+            yield change.fn, site, None if len(rows) == n else rows.to(own.device)
 
 
 # %% ../nbs/05_perturb.ipynb #5f5cde5e
@@ -1039,11 +1039,13 @@ class _Join:
 
 @patch
 def expand(self: _Call, o):
-    "A tensor with all rows, if it has those that are kept. The same tensor is expanded once."
+    "A tensor with all rows, if it has those that are kept."
     if len(o) != self.kept:
         return o
-    if id(o) not in self.expanded:
-        self.expanded[id(o)] = o, o[self.index]
+    if o.ndim > 3:  # a skip connection, which only one block is given
+        return o[self.index.to(o.device)]
+    if id(o) not in self.expanded:  # an embedding, which all blocks are given
+        self.expanded[id(o)] = o, o[self.index.to(o.device)]
     return self.expanded[id(o)][1]
 
 

@@ -243,6 +243,35 @@ def test_residuals_of_other_networks(layers, kind, monkeypatch):
     assert joins.startswith('rows join late') == saved
 
 
+def test_ip_adapter(monkeypatch):
+    "Its image embeddings are in a list, and go to the blocks in a tuple with the text"
+    from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+    from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+
+    case = Case('sd')
+    net, attn2 = case.net, find_layers(case.net, lambda n, m: n.endswith('attn2'))
+    processors = {}
+    for name, m in find_layers(
+        net, lambda n, m: n.rpartition('.')[2] in ('attn1', 'attn2')
+    ).items():
+        width = m.to_q.in_features
+        own = IPAdapterAttnProcessor2_0(width, 16, (2,)) if name in attn2 else AttnProcessor2_0()
+        processors[f'{name}.processor'] = own
+    net.set_attn_processor(processors)
+    net.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(16, 16, 2)])
+    net.register_to_config(encoder_hid_dim_type='ip_image_proj')
+    randomized(net)
+    images, forward = rand(6, 1, 16, seed=5), case.kwargs
+    case.kwargs = lambda rows=slice(None): {
+        **forward(rows),
+        'added_cond_kwargs': dict(image_embeds=[images[rows]]),
+    }
+    full, _ = evaluate(case, BLIND, 10**9, monkeypatch)
+    late, joins = evaluate(case, BLIND, 0, monkeypatch)
+    assert joins.startswith('rows join late')
+    assert far(late, full) < 1e-5
+
+
 def test_a_table_with_as_many_rows_as_samples(monkeypatch):
     "Rotary embeddings of 29 tokens, for 29 rows of which 28 run from the start"
     case = Case('flux')
