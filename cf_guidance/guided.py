@@ -735,14 +735,13 @@ def _highest(level):
 
 
 def _check_same_samples(terms, run, x, level, step):
-    "At the noise level of the last evaluation `x` must be near what it was there."
+    "At its first noise level a run meets each sample once: a batch that was cut shows there."
     last_x, last_level, last_step = run.last
     if step != last_step or not torch.allclose(level, last_level, rtol=1e-6, atol=0):
         return
     apart = (x - last_x).flatten(1).norm(dim=1) / last_x.flatten(1).norm(dim=1).clamp(min=1e-30)
-    # a sampler may come back to a level with a better `x` (as Heun's does), but not to the first
     at_first = math.isclose(_highest(level), run.first, rel_tol=1e-6)
-    if bool((apart > (1e-3 if at_first else 0.5)).any()):
+    if at_first and bool((apart > 1e-3).any()):
         raise ValueError(
             f'other samples at sigma={level[0]:.4g} than this run remembers: call start() for a '
             'new run, and do not cut a batch of a guided denoiser that remembers'
