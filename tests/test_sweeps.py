@@ -485,7 +485,7 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 
 def start(*args, cwd, **kw):
-    code = 'from cf_guidance._cli import cf_sweep; cf_sweep()'
+    code = 'print("ready", flush=True); from cf_guidance._cli import cf_sweep; cf_sweep()'
     return subprocess.Popen(
         [sys.executable, '-c', code, *args],
         cwd=cwd,
@@ -498,12 +498,11 @@ def start(*args, cwd, **kw):
 
 def test_closed_pipe(tmp_path):
     args = ['--prompt', BAG, '--values', '1', '--steps', '1', '--seeds', '0']
-    read, write = os.pipe()
-    process = start(*args, cwd=tmp_path, stdout=write)
-    os.close(write)
-    os.close(read)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+    process = start(*args, cwd=tmp_path, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 2
     assert len(lines(err)) == 1
 
 
@@ -511,6 +510,7 @@ def test_closed_pipe(tmp_path):
 def test_ctrl_c(seconds, tmp_path):
     "While torch is imported, and while the sweep runs."
     process = start('--steps', '900', cwd=tmp_path, stdout=subprocess.PIPE)
+    process.stdout.readline()
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
