@@ -705,7 +705,7 @@ BAD_WEIGHTS = [
     torch.ones(2),
     torch.ones(3, 4),
     [1.0, 2.0],
-    object(),
+    pytest.param(object(), id='object'),
 ]
 
 
