@@ -765,9 +765,10 @@ def test_gradient_checkpointing(make):
 def test_caches():
     "A cached positive would silence the negative"
     den, x, sigma, cond = case('flux')
-    den.inner_model.net.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
+    at = dict(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
+    den.inner_model.net.enable_cache(diffusers.PyramidAttentionBroadcastConfig(**at))
     G = GuidedDenoiser(den, SLG(den, 'transformer_blocks.0'), w=3.0)
-    with pytest.raises(RuntimeError, match='FirstBlockCache is on'):
+    with pytest.raises(RuntimeError, match='PyramidAttentionBroadcast is on'):
         G(x, sigma, **cond)
     assert G.nfe == 0
 
