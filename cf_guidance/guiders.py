@@ -135,6 +135,7 @@ def _saved_negative(where, neg):
     return dict(name=name, **_plain(where, settings))
 
 
+# %% ../nbs/10_guiders.ipynb #2bb2d428
 def _as_negative(o, net):
     "A negative from its name and settings, for a network."
     name, settings = _name_and_settings(o)
@@ -583,6 +584,7 @@ def forward(self: Guider, pred_cond, pred_uncond=None):
     return GuiderOutput(pred=self._guided(call, pred_cond, pred_uncond), **out)
 
 
+# %% ../nbs/10_guiders.ipynb #639fb334
 @patch
 def _guided(self: Guider, call, pred_cond, pred_uncond):
     "The guided prediction for a call of the network."
