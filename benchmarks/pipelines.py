@@ -116,10 +116,12 @@ def tcfg_or_svd(device, repeats):
 def pipeline(unet, device):
     "A stock pipeline, with the embedded network or another one."
     from diffusers import StableDiffusionPipeline
-    from cf_guidance.lab.fashion import fashion_path, quiet
+
+    from cf_guidance.lab.fashion import quiet
+    from cf_guidance.pipelines import embedded_path
 
     quiet()
-    pipe = StableDiffusionPipeline.from_pretrained(fashion_path()).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(embedded_path()).to(device)
     if unet is not None:
         pipe.unet = unet.to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -127,16 +129,15 @@ def pipeline(unet, device):
 
 
 def stock(unet, n, batch, repeats, device, thirds=True):
-    "`guided(pipe, NegativePrompt())` against the pipeline's own guidance, and guidance in a third of the steps."
-    from cf_guidance.pipelines import NegativePrompt, guided, ladder_of
+    "A guided pipeline against the pipeline's own guidance, and guidance in a third of the steps."
+    from cf_guidance.pipelines import guided, sigmas_of
     from cf_guidance.schedules import interval_of_fractions
 
     pipe = pipeline(unet, device)
     unet, emb = pipe.unet, normal(batch, 12, pipe.unet.config.cross_attention_dim).to(device)
     x = normal(batch, 4, *(unet.config.sample_size,) * 2).to(device)
-    third = interval_of_fractions(ladder_of(pipe, n), 1 / 3, 2 / 3)
 
-    def run():
+    def run(pipe):
         return pipe(
             prompt_embeds=emb,
             negative_prompt_embeds=0 * emb,
@@ -145,31 +146,25 @@ def stock(unet, n, batch, repeats, device, thirds=True):
             output_type='latent',
         ).images
 
-    def inside(*terms, **kw):
-        def _run():
-            with guided(pipe, *terms, **kw):
-                return run()
-
-        return _run
-
-    fs = {'theirs': run, 'ours': inside(NegativePrompt())} | (
-        {'third': inside(interval=third)} if thirds else {}
-    )
-    ends = {k: f() for k, f in fs.items()}
-    assert torch.allclose(
-        ends['ours'], ends['theirs'], atol=1e-3 * ends['theirs'].abs().max().item()
-    ), 'the latents differ'
-    t = samplers.seconds({k: synced(f, device) for k, f in fs.items()}, 1, repeats)
-    name = f'{sum(o.numel() for o in unet.parameters()) / 1e6:.0f} M parameters, latents of {unet.config.sample_size}, {batch} prompts, {n} steps'
+    pipes = dict(theirs=pipe, ours=guided(pipe))
+    if thirds:
+        pipes['third'] = guided(
+            pipe, interval=interval_of_fractions(sigmas_of(pipe, n), 1 / 3, 2 / 3)
+        )
+    theirs, ours = run(pipe), run(pipes['ours'])
+    assert (theirs - ours).abs().max() < 1e-3 * theirs.abs().max(), 'the latents differ'
+    fs = {k: synced(lambda p=p: run(p), device) for k, p in pipes.items()}
+    t = samplers.seconds(fs, 1, repeats)
+    size = sum(o.numel() for o in unet.parameters()) / 1e6
+    name = f'{size:.0f} M, latents of {unet.config.sample_size}, {batch} prompts, {n} steps'
     rows = {
         f"{name}: the pipeline's own CFG, s": (t['theirs'], ''),
-        f'  {name}: guided(pipe, CFG) / own': (t['ours'] / t['theirs'], 'goal 1.02'),
+        f'  {name}: guided(pipe) / own': (t['ours'] / t['theirs'], 'goal 1.02'),
     }
-    return rows | (
-        {f'  {name}: a third of the steps guided / own': (t['third'] / t['theirs'], 'goal 0.69')}
-        if thirds
-        else {}
-    )
+    if thirds:
+        share = t['third'] / t['theirs']
+        rows[f'  {name}: a third of the steps guided / own'] = share, 'goal 0.69'
+    return rows
 
 
 def main():

@@ -698,11 +698,12 @@ class _Loop:
         self.net, self.family, self.device, self.pipe = net, family, device, pipe
         self.signature = _signature(net)
         self.call, self.time, self.first = None, None, None
-        self.D, self.scales = None, {}
+        self.D, self.known = None, {}
 
     def denoiser(self, scheduler):
         "The network with the noise levels of a scheduler."
-        D = _scheduler_denoiser(scheduler, _LoopNet(self))
+        times = scheduler.timesteps
+        D = _scheduler_denoiser(scheduler, _LoopNet(self), not times.is_floating_point())
         if hasattr(D, 'sigmas'):
             D.sigmas = D.sigmas.to(self.device)
         return D
@@ -716,14 +717,14 @@ class _Loop:
         c, cond = self.channels(), dict(call.conditions)
         if z.shape[1] > c:
             z, cond[_BESIDE] = z[:, :c], z[:, c:]
-        return z.float() / self.scale(sigma), cond
+        return z.float() / self.scalings(sigma)[2], cond
 
-    def scale(self, sigma):
-        "The factor of the network's input."
-        if sigma not in self.scales:
-            levels = torch.tensor(sigma, dtype=torch.float64)
-            self.scales[sigma] = self.D.scalings(levels)[2].item()
-        return self.scales[sigma]
+    def scalings(self, sigma):
+        "The denoiser's c_skip, c_out and c_in, as numbers."
+        if sigma not in self.known:
+            level = torch.tensor(sigma, dtype=torch.float64)
+            self.known[sigma] = [c.item() for c in self.D.scalings(level)]
+        return self.known[sigma]
 
     def output(self, pred, latents):
         "A prediction as the network would return it; pipelines do not use a variance."
@@ -910,7 +911,8 @@ def guide(self: _Run, call, negative):
         x0 = self._without_prompts(x, sigma, step, cond)
     else:
         x0 = self.G(x, sigma, step=step, **cond)
-    return self.output(self.D.prediction_of(x0, x, sigma), call.latents)
+    c_skip, c_out, _ = self.scalings(sigma)
+    return self.output((x0 - c_skip * x) / c_out, call.latents)
 
 
 @patch
@@ -1093,7 +1095,6 @@ class _TermReport:
     negative: str  # kind of the negative
     guided: float  # evaluations that it changed, per image
     scale: float  # mean effective scale of all terms, measured against this negative
-    joins: str = ''  # where the rows of a perturbed network join the batch
 
 
 @dataclass(frozen=True)
@@ -1103,18 +1104,19 @@ class _Report:
     sigmas: list  # noise level of each evaluation
     nfe: list  # network evaluations of each image
     terms: list  # one `_TermReport` each
+    joins: str = ''  # where the rows of a perturbed network join the batch
 
     def __repr__(self):
-        n = len(self.sigmas)
-        per_image = sum(self.nfe) / max(1, len(self.nfe))
+        n, images = len(self.sigmas), len(self.nfe)
         lines = [
-            f'{n} evaluations of {len(self.nfe)} images, sigma {self.sigmas[0]:.3g} to '
-            f'{self.sigmas[-1]:.3g}; network: {per_image:g} per image, {sum(self.nfe)} in all'
+            f'{n} evaluations from sigma {self.sigmas[0]:.3g} to {self.sigmas[-1]:.3g}, '
+            f'{sum(self.nfe)} of the network ({sum(self.nfe) / images:g} per image)'
         ]
         for t in self.terms:
             scale = '' if math.isnan(t.scale) else f', effective scale {t.scale:.3g}'
-            joins = f', {t.joins}' if t.joins else ''
-            lines.append(f'  {t.negative}: guided {t.guided:g} of {n}{scale}{joins}')
+            lines.append(f'  {t.negative}: guided {t.guided:g} of {n}{scale}')
+        if self.joins:
+            lines.append(f'  perturbed network: {self.joins}')
         return '\n'.join(lines)
 
 
@@ -1130,11 +1132,11 @@ def _report_of(run):
     terms = []
     for i, t in enumerate(run.G.terms):
         name = type(t.neg).__name__.replace('_PromptOfCall', 'NegativePrompt')
-        joins = getattr(state.perturbed[1], 'joins', '') if state.perturbed else ''
-        terms.append(_TermReport(name, state.guided[i] / n, state.effective_scale(i), joins))
+        terms.append(_TermReport(name, state.guided[i] / n, state.effective_scale(i)))
         if not state.guided[i] and run.options.warns:
             warnings.warn(f'{name} never guided: {_why_idle(t, walked)}', stacklevel=4)
-    return _Report(walked, nfe, terms)
+    joins = state.perturbed[1].joins if state.perturbed else ''
+    return _Report(walked, nfe, terms, joins)
 
 
 def _why_idle(term, sigmas):
@@ -1444,7 +1446,7 @@ def _as_guidance(guide_tfm, num_steps):
         guide_tfm = T.GuidanceTfm({'g': [7.5] * (num_steps or 50)})
     many = isinstance(guide_tfm, (list, tuple))
     if many or isinstance(guide_tfm, (Term, Negative)):
-        terms = GuidedDenoiser(nn.Identity(), *(guide_tfm if many else [guide_tfm])).terms
+        terms = _checked_terms(guide_tfm if many else [guide_tfm])
     elif not callable(guide_tfm) or isinstance(guide_tfm, (type, nn.Module)):
         raise TypeError(
             'guide_tfm: expected a GuidanceTfm, a function tfm(u, t, idx), a Term or a list of '
@@ -1464,6 +1466,16 @@ def _as_guidance(guide_tfm, num_steps):
 
 
 # %% ../nbs/09_pipelines.ipynb #cea27488
+def _checked_terms(terms):
+    "Terms of a list, each given as a `Term` or a negative."
+    if not terms:
+        raise TypeError('guide_tfm: expected at least one Term, got an empty list')
+    for t in terms:
+        if not isinstance(t, (Term, Negative, Mapping, Denoiser)):
+            raise TypeError(f'guide_tfm: expected Terms in the list, got {type(t).__name__}')
+    return [t if isinstance(t, Term) else Term(t) for t in terms]
+
+
 def _term_of(tfm, num_steps):
     "A transform as a term."
     rule = _CLASSIC.get(type(tfm))
@@ -1515,7 +1527,8 @@ def sample(
         generator = 0 if self.generator is None else self.generator
     prompts, negatives, generators = _per_image(terms, prompt, negative_prompt, generator)
     if self.embedded:
-        _check_words(prompts + negatives)
+        _check_words('prompt', prompts)
+        _check_words('negative_prompt', negatives)
     sd = _guide(self.pipe, _Guidance(terms, [], 0, self.batch_size, warns=False))
     sd.set_progress_bar_config(disable=not self.progress)
     _seed_noise(sd.scheduler, generators)
@@ -1540,14 +1553,16 @@ def _per_image(terms, prompt, negative_prompt, generator):
         for t in terms
         if t.w.values is not None and t.w.values.ndim == 1 + t.w.per_step
     ]
-    _check_prompts('prompt', prompt, none=False)
-    _check_prompts('negative_prompt', negative_prompt, none=False)
+    given = dict(prompt=prompt, negative_prompt=negative_prompt)
+    for name, o in given.items():
+        _check_prompts(name, o, none=False)
+    lengths = [1 if isinstance(o, str) else len(o) for o in given.values()]
     many = isinstance(generator, (list, tuple, range))
-    lengths = [len(o) for o in (prompt, negative_prompt) if not isinstance(o, str)]
-    n = max([1, *lengths, *columns, *([len(generator)] if many else [])])
-    for name, o in dict(prompt=prompt, negative_prompt=negative_prompt).items():
-        if not isinstance(o, str) and len(o) not in (1, n):
-            raise ValueError(f'{name}: expected one or {n} (one per image), got {len(o)}')
+    # the first of them that is not for one image says how many there are
+    n = next((o for o in [*lengths, *columns, len(generator) if many else 1] if o != 1), 1)
+    for name, length in zip(given, lengths, strict=True):
+        if length not in (1, n):
+            raise ValueError(f'{name}: expected one or {n} (one per image), got {length}')
     for c in columns:
         if c != n:
             raise ValueError(f'guide_tfm: expected weights for {n} images, got {c} columns')
@@ -1576,19 +1591,19 @@ _WORDS = set(
 )
 
 
-def _check_words(prompts):
+def _check_words(name, prompts):
     "An error for words that the embedded model has never seen."
     for p in dict.fromkeys(prompts):
         words = p.lower().split()
         unknown = [w for w in words if w not in _WORDS]
         if unknown:
             raise ValueError(
-                f'prompt: the embedded model does not know {", ".join(map(repr, unknown))[:60]}; '
+                f'{name}: the embedded model does not know {", ".join(map(repr, unknown))[:60]}; '
                 'it knows the garments and colours of cf_guidance.lab.fashion'
             )
         if len(words) + 2 * words.count('t-shirt') > 10:
             raise ValueError(
-                f'prompt: expected at most 10 words (t-shirt counts as 3), got {p!r:.60}'
+                f'{name}: expected at most 10 words (t-shirt counts as 3), got {p!r:.60}'
             )
 
 

@@ -376,6 +376,22 @@ def test_checkpoints(tmp_path):
     assert lcm.sample('a red bag', Term(PAG(lcm.unet), 2.0)).isfinite().all()
 
 
+def test_revision(monkeypatch, tmp_path):
+    "A model of the hub is loaded from one commit, which is recorded."
+    folder = tmp_path / '1234abcd'
+    diffusers.StableDiffusionPipeline.from_pretrained(embedded_path()).save_pretrained(folder)
+    asked = {}
+
+    def download(name, **kw):
+        asked.update(kw, name=name)
+        return str(folder)
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, 'download', download)
+    md = MinimalDiffusion('someone/model', revision='main', progress=False).load()
+    assert asked == dict(name='someone/model', revision='main', use_safetensors=True)
+    assert md.revision == '1234abcd'
+
+
 def test_not_finite():
     md = minimal()
     md.vae.register_forward_hook(lambda m, a, out: out)
@@ -407,7 +423,10 @@ class Loose(GuidanceTfm):
 P, N = 'a red bag', dict(num_steps=3)
 BAD = {  # what is done -> what the error says
     'a word': (call('a red astronaut'), "prompt: the embedded model does not know 'astronaut'"),
-    'a negative word': (call(P, negative_prompt=['dragon'], **N), "does not know 'dragon'"),
+    'a negative word': (
+        call(P, negative_prompt=['dragon'], **N),
+        "negative_prompt: the embedded model does not know 'dragon'",
+    ),
     'too long': (call('a red bag on ' * 4), 'prompt: expected at most 10 words'),
     'None': (call(None), 'prompt: expected a string or a list of strings, got NoneType'),
     'a number': (call(5), 'prompt: expected a string or a list of strings, got int'),
@@ -421,7 +440,7 @@ BAD = {  # what is done -> what the error says
         call([P] * 3, negative_prompt=['', '']),
         r'negative_prompt: expected one or 3 \(one per image\), got 2',
     ),
-    'prompts': (call([P] * 2, generator=[1, 2, 3]), 'prompt: expected one or 3 .* got 2'),
+    'prompts': (call([P] * 2, generator=[1, 2, 3]), 'generator: expected .* a list of 2, got'),
     'seeds': (
         call([P] * 3, generator=[1, 2]),
         'generator: expected .* a list of 3, got a list of 2',
@@ -437,11 +456,11 @@ BAD = {  # what is done -> what the error says
     'inf': (call(P, GuidanceTfm({'g': [float('inf')] * 3})), 'guide_tfm: expected finite values'),
     'columns': (
         call([P] * 2, GuidanceTfm({'g': torch.ones(5, 3)})),
-        r'prompt: expected one or 3 \(one per image\), got 2',
+        'guide_tfm: expected weights for 2 images, got 3 columns',
     ),
     'rows': (
         call([P] * 2, GuidanceTfm({'g': [torch.ones(5)] * 3})),
-        r'prompt: expected one or 5 \(one per image\), got 2',
+        'guide_tfm: expected weights for 2 images, got 5 columns',
     ),
     'more seeds': (
         call(P, GuidanceTfm({'g': torch.ones(5, 3)}), generator=[1, 2]),
@@ -452,8 +471,8 @@ BAD = {  # what is done -> what the error says
         'guide_tfm: expected weights for 4 images, got 3 columns',
     ),
     'a class': (call(P, GuidanceTfm), 'guide_tfm: expected a GuidanceTfm, .* got GuidanceTfm'),
-    'a list': (call(P, [5]), 'neg: expected a Negative'),
-    'empty': (call(P, []), 'terms: expected at least one'),
+    'a list': (call(P, [5]), 'guide_tfm: expected Terms in the list, got int'),
+    'empty': (call(P, []), 'guide_tfm: expected at least one Term'),
     'a dict': (call(P, {'g': [1.0]}), 'guide_tfm: expected a GuidanceTfm, .* got dict'),
     'float': (call(P, 3.0), 'guide_tfm: expected a GuidanceTfm, .* got float'),
     'a network': (lambda md: md.sample(P, md.unet), 'guide_tfm: expected a GuidanceTfm'),

@@ -9,6 +9,7 @@ from pipeline_helpers import (
     PROMPTS,
     W,
     close,
+    controlled,
     ddim,
     dit,
     euler_discrete,
@@ -487,6 +488,15 @@ def test_loss_trains():
     loss.sum().backward()
     assert loss.shape == (2,)
     assert pipe.transformer.proj_out.weight.grad.abs().sum() > 0
+
+
+def test_only_conditions():
+    "A pipeline that evaluates more than its network gives conditions, and no denoiser."
+    D = pipeline_denoiser(controlled('StableDiffusionControlNetPipeline', sd(ddim())))
+    cond = D.cond(PROMPTS)
+    assert cond.keys() == {'encoder_hidden_states'}
+    with pytest.raises(ValueError, match='only the pipeline itself can evaluate its controlnet'):
+        D(noise_of(D), 1.0, **cond)
 
 
 BAD = {  # what is done -> what the error says
