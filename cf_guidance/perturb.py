@@ -230,20 +230,11 @@ class Change:
 
 
 # %% ../nbs/05_perturb.ipynb #516719c9
-_IMAGE_FIRST = 'SD3Transformer2DModel', 'HunyuanImageTransformer2DModel'
+_IMAGE_FIRST = 'SD3 HunyuanImage'.split()
 _IMAGE_LAST = (
-    'AuraFlowTransformer2DModel',
-    'BriaTransformer2DModel',
-    'ChromaTransformer2DModel',
-    'CogView3PlusTransformer2DModel',
-    'CogView4Transformer2DModel',
-    'Flux2Transformer2DModel',
-    'FluxTransformer2DModel',
-    'GlmImageTransformer2DModel',
-    'LongCatImageTransformer2DModel',
-    'OvisImageTransformer2DModel',
-    'QwenImageTransformer2DModel',
-)
+    'AuraFlow Bria Chroma CogView3Plus CogView4 Flux Flux2 GlmImage LongCatImage OvisImage '
+    'QwenImage'
+).split()
 
 
 # %% ../nbs/05_perturb.ipynb #bc26410e
@@ -286,9 +277,9 @@ def _image_tokens(
         count = shape[1] if len(shape) == 3 else 0
     if count == n:
         return slice(0, n)
-    if count and n > count and cls in _IMAGE_FIRST:
+    if count and n > count and cls.removesuffix('Transformer2DModel') in _IMAGE_FIRST:
         return slice(0, count)
-    if count and n > count and cls in _IMAGE_LAST:
+    if count and n > count and cls.removesuffix('Transformer2DModel') in _IMAGE_LAST:
         return slice(n - count, n)
     return None
 
@@ -645,43 +636,23 @@ def _attention_forward(self, *args, **kwargs):
 
 
 # %% ../nbs/05_perturb.ipynb #ba0d9dc8
-_TEXT_FIRST = 'encoder_hidden_states', 'hidden_states'
-_IMAGE_THEN_TEXT = _TEXT_FIRST[::-1]
-_RETURNS = {
-    **dict.fromkeys(
-        (
-            'AuraFlowJointTransformerBlock',
-            'BriaSingleTransformerBlock',
-            'BriaTransformerBlock',
-            'ChromaTransformerBlock',
-            'Flux2SingleTransformerBlock',
-            'Flux2TransformerBlock',
-            'FluxSingleTransformerBlock',
-            'FluxTransformerBlock',
-            'JointTransformerBlock',
-            'LongCatImageSingleTransformerBlock',
-            'LongCatImageTransformerBlock',
-            'OvisImageSingleTransformerBlock',
-            'OvisImageTransformerBlock',
-            'QwenImageTransformerBlock',
-        ),
-        _TEXT_FIRST,
-    ),
-    **dict.fromkeys(
-        (
-            'CogVideoXBlock',
-            'CogView3PlusTransformerBlock',
-            'CogView4TransformerBlock',
-            'GlmImageTransformerBlock',
-            'HunyuanImageSingleTransformerBlock',
-            'HunyuanImageTransformerBlock',
-            'HunyuanVideoSingleTransformerBlock',
-            'HunyuanVideoTransformerBlock',
-            'MochiTransformerBlock',
-        ),
-        _IMAGE_THEN_TEXT,
-    ),
-}
+_TEXT_FIRST = (
+    'AuraFlowJoint BriaSingle Bria Chroma Flux2Single Flux2 FluxSingle Flux Joint '
+    'LongCatImageSingle LongCatImage OvisImageSingle OvisImage QwenImage'
+).split()
+_IMAGE_THEN_TEXT = (
+    'CogVideoXBlock CogView3Plus CogView4 GlmImage HunyuanImageSingle HunyuanImage '
+    'HunyuanVideoSingle HunyuanVideo Mochi'
+).split()
+
+
+def _returns(block):
+    "Names of the inputs that stand where the outputs of a block do; None: not known."
+    name = type(block).__name__.removesuffix('TransformerBlock')
+    text, image = 'encoder_hidden_states', 'hidden_states'
+    if name in _TEXT_FIRST:
+        return text, image
+    return (image, text) if name in _IMAGE_THEN_TEXT else None
 
 
 # %% ../nbs/05_perturb.ipynb #c428a982
@@ -690,7 +661,7 @@ def _as_given(layer, out, args, kwargs):
     if torch.is_tensor(out):
         own, outs = (_first(args, kwargs),), (out,)
     else:
-        names = _RETURNS.get(type(layer.module).__name__)
+        names = _returns(layer.module)
         if not isinstance(out, tuple) or names is None or len(out) != len(names):
             raise ValueError(
                 f'{layer.name}: which inputs a skipped {type(layer.module).__name__} returns, '
