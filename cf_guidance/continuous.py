@@ -273,7 +273,7 @@ def _clipped(x_0, noise, x_t, t, clip):
     if clip is None:
         return x_0, noise
     a, s = _legs(t, x_t)
-    x_0 = x_0.clamp(-clip, clip)
+    x_0 = x_0.clamp(-float(clip), float(clip))
     return x_0, (x_t - a * x_0) / s
 
 
@@ -366,7 +366,13 @@ def ddim_noisify(
     "Put noise back (DDIM, arXiv:2010.02502, eq. 12, in continuous time)."
     _check_eta(eta)
     _check_images('x_0_pred', x_0_pred)
-    if not _as_times(t_next, 't_next') < _as_times(t):
+    if not torch.is_tensor(noise_pred) or noise_pred.shape != x_0_pred.shape:
+        shape = tuple(x_0_pred.shape)
+        raise ValueError(f'noise_pred: expected a tensor of shape {shape}, got {_got(noise_pred)}')
+    for name, o in (('t', _as_times(t)), ('t_next', _as_times(t_next, 't_next'))):
+        if o.ndim:
+            raise ValueError(f'{name}: expected one number, got shape {tuple(o.shape)}')
+    if not t_next < t:
         raise ValueError(f't_next: expected a time before t={float(t):g}, got {float(t_next):g}')
     (_, s), (a_next, s_next) = _legs(t, x_0_pred), _legs(t_next, x_0_pred)
     fresh = eta * s_next / s * _lost(t, t_next).sqrt()

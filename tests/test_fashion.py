@@ -312,6 +312,7 @@ BAD = [
     (lambda: adherence(REAL, None), 'prompts'),
     (lambda: adherence(REAL, [None, 'a bag']), 'prompt'),
     (lambda: adherence(REAL, ['a hat'] * 2), "'hat'"),
+    (lambda: adherence(REAL, ['a bag'] * 2, 5), 'net'),
     (lambda: wilson('a', 1), 'k'),
     (lambda: wilson(1.5, 2), 'k'),
     (lambda: wilson(3, 2), 'k'),

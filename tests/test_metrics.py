@@ -322,6 +322,8 @@ BAD = [
     (lambda: get_features(X, 5), 'features'),
     (lambda: ImageEval(None), 'real'),
     (lambda: ImageEval([1]), 'real'),
+    (lambda: ImageEval(X[:9], head=5), 'head'),
+    (lambda: kid(F300, F300, subsets=10**9), 'subsets'),
     (lambda: EVALUATE.fid(None), 'x'),
     (lambda: EVALUATE.fid(X[:, :, :28]), '(1000, 1, 28, 32)'),
     (lambda: EVALUATE.fid(GREY[:, None]), 'uint8'),

@@ -588,6 +588,12 @@ BAD += [
     (lambda f: synthetic_set(lambda g: {}, 3, f, NET, **QUIET), 'draw'),
     (lambda f: synthetic_set(lambda g: dict(a=torch.zeros(7)), 3, f, NET, **QUIET), 'draw'),
     (lambda f: fine_tune(tiny(), None, f, 1), 'data'),
+    (lambda f: fine_tune(tiny(), (GREY, LABELS), f, 1, lr=X_0), 'lr'),
+    (lambda f: fine_tune(tiny(), (GREY, LABELS), f, 1, b'x'), 'batch_size'),
+    (lambda f: synthetic_set(None, 3, f, NET), 'draw'),
+    (lambda f: few(tiny(), f, 1, accelerator='a'), 'accelerator'),
+    (lambda f: few(tiny(), f, 1, save_every=math.nan), 'save_every'),
+    (lambda f: few(tiny(), f, 1, save_every=-1), 'save_every'),
     (lambda f: fine_tune(None, (GREY, LABELS), f, 1), 'model'),
 ]
 for o in (0, -1, 1.5, True, 'a'):

@@ -153,13 +153,13 @@ def fashion_mnist(
 
 
 # %% ../../nbs/lab/00_fashion.ipynb #fb54cd43
-def _read_weights(file):
+def _read_weights(file, name='file'):
     "Tensors of a safetensors file; an error that names it if it cannot be read."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not Path(file).is_file():
-        raise FileNotFoundError(f'expected a safetensors file, but there is no {file}')
+        raise FileNotFoundError(f'{name}: expected a safetensors file, but there is no {file}')
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError):
@@ -381,7 +381,7 @@ def load_net(
     if folder is None:
         weights = _embedded_weights('fashion-net', file)
     else:
-        weights = _read_weights(_as_path('folder', folder) / file)
+        weights = _read_weights(_as_path('folder', folder) / file, 'folder')
     return _with_weights(FashionNet, weights, device)
 
 
@@ -447,6 +447,8 @@ def adherence(
         raise TypeError(f'prompts: expected a list of {len(x)} texts, got {_got(prompts)}')
     if len(x) != len(prompts):
         raise ValueError(f'prompts: expected {len(x)}, one per image, got {len(prompts)}')
+    if net is not None and not callable(net):
+        raise TypeError(f'net: expected a FashionNet, or None, got {_got(net)}')
     asked = [[math.nan if o is None else o for o in _parse_prompt(p)] for p in prompts]
     asked = torch.tensor(asked, dtype=torch.float32).view(len(x), 3)
     net = _classifier(str(x.device)) if net is None else net

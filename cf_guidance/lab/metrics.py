@@ -386,7 +386,9 @@ def kid(
     x, ref = _pair(x, ref, 4)
     n, generator = min(len(x), len(ref)), _generator(generator)
     size = min(1000, n // 2) if size is None else size
-    _check_whole('subsets', subsets, 'a whole number from 1', 1)
+    _check_whole('subsets', subsets, 'a whole number from 1 to 100000', 1)
+    if subsets > 100_000:
+        raise ValueError(f'subsets: expected a whole number from 1 to 100000, got {subsets}')
     _check_whole('size', size, f'a whole number from 2 to {n}', 2)
     if size > n:
         raise ValueError(f'size: expected a whole number from 2 to {n}, got {size}')
@@ -509,6 +511,8 @@ class ImageEval:
     ):
         if not torch.is_tensor(real):
             raise TypeError(f'real: expected images (M, ...) or features, got {_got(real)}')
+        if head is not None and not callable(head):
+            raise TypeError(f'head: expected a function of features, got {_got(head)}')
         self.of_fashion = features is None
         if features is None:
             net = _classifier(str(real.device))

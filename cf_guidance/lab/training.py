@@ -162,7 +162,7 @@ def _check_plan(folder, was, now):
         )
 
 
-def _check_settings(model, steps, lr, ema, weight_decay=0.01, seed=0):
+def _check_settings(model, steps, lr, ema, weight_decay=0.01, seed=0, save_every=60):
     _check_whole('steps', steps, 'a whole number from 1', 1)
     _check_whole('seed', seed, 'a whole number from 0')
     for k, v, high in (('lr', lr, math.inf), ('ema', ema, 1), ('weight_decay', weight_decay, 1)):
@@ -170,6 +170,8 @@ def _check_settings(model, steps, lr, ema, weight_decay=0.01, seed=0):
         if not (number and 0 <= v < high) or k == 'lr' and v == 0:
             wanted = 'a finite number above 0' if k == 'lr' else 'a number from 0 to below 1'
             raise ValueError(f'{k}: expected {wanted}, got {_got(v)}')
+    if not isinstance(save_every, Real) or isinstance(save_every, bool) or not save_every >= 0:
+        raise ValueError(f'save_every: expected seconds from 0, got {_got(save_every)}')
     types = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else None
     if types != {torch.float32}:
         got = type(model).__name__ if not types else ', '.join(map(str, types))
@@ -241,7 +243,7 @@ def fit(
     progress: bool = True,  # show a bar
 ) -> nn.Module:  # a copy of the model with the averaged weights
     "Train any network with AdamW and a one-cycle schedule. Call it again to go on after a kill."
-    _check_settings(model, steps, lr, ema, weight_decay, seed)
+    _check_settings(model, steps, lr, ema, weight_decay, seed, save_every)
     if not callable(loss):
         raise TypeError(f'loss: expected loss(model, generator), got {_got(loss)}')
     size = sum(p.numel() for p in model.parameters())
@@ -279,9 +281,9 @@ def train(
     "Train with AdamW. Averaged weights at 10, 25, 50 and 100 % are kept, in half precision."
     if not hasattr(model, 'batch') or not hasattr(model, 'n_classes'):
         raise TypeError(f'model: expected a ContinuousDDPM, got {type(model).__name__}')
-    _check_settings(model, steps, lr, ema, seed=seed)
+    _check_settings(model, steps, lr, ema, seed=seed, save_every=save_every)
     _check_whole('batch_size', batch_size, 'a whole number from 1', 1)
-    acc = accelerator or _accelerator()
+    acc = _accelerator() if accelerator is None else accelerator
     x_0, labels = _check_data(model, data, batch_size, acc)
     model.to(acc.device).train().requires_grad_(True)
     plan = dict(steps=steps, batch_size=batch_size, lr=lr, ema=ema, seed=seed, images=len(x_0))
@@ -367,6 +369,8 @@ def _check_data(model, data, batch_size, acc):
     "Images and labels, checked and moved to the device."
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise TypeError(f'data: expected (images, labels), or (images, None), got {_got(data)}')
+    if not hasattr(acc, 'num_processes'):
+        raise TypeError(f'accelerator: expected an accelerate.Accelerator, got {_got(acc)}')
     if batch_size % acc.num_processes:
         n = acc.num_processes
         raise ValueError(f'batch_size: expected a multiple of the {n} devices, got {batch_size}')
@@ -774,6 +778,8 @@ def synthetic_set(
 
     with needs('diffusers', 'synthetic_set'):
         from tqdm import tqdm
+    if not callable(draw):
+        raise TypeError(f'draw: expected draw(generators), got {_got(draw)}')
     _check_whole('n', n, 'a whole number from 1', 1)
     _check_whole('batch_size', batch_size, 'a whole number from 1', 1)
     _check_whole('seed', seed, 'a whole number from 0')
@@ -839,7 +845,10 @@ def fine_tune(
     save_every: float = 60.0,  # seconds between two saves
 ) -> dict:  # steps -> a copy of the model that was trained for that long
     "Copies of a model that were trained further, for several lengths. Call it again after a kill."
-    _check_whole('steps', steps, 'a whole number from 1', 1)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model: expected a ContinuousDDPM, got {_got(model)}')
+    _check_settings(model, steps, lr, ema=0, seed=seed, save_every=save_every)
+    _check_whole('batch_size', batch_size, 'a whole number from 1', 1)
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise TypeError(f'data: expected (images, labels), or (images, None), got {_got(data)}')
     tensors = [torch.as_tensor(o) for o in data if o is not None]
@@ -855,6 +864,7 @@ def fine_tune(
     return {k: _with_file(model, file) for k, file in files.items() if file.exists()}
 
 
+# %% ../../nbs/lab/04_training.ipynb #0f63e028
 def _with_file(model, file):
     "A copy of the model with the weights in a file."
     new = copy.deepcopy(model).eval().requires_grad_(False)
