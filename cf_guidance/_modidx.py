@@ -2457,6 +2457,7 @@ d = {
                 'perturb.html#_refuse_tracing',
                 'cf_guidance/perturb.py',
             ),
+            'cf_guidance.perturb._returns': ('perturb.html#_returns', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._rows': ('perturb.html#_rows', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._run_changed': (
                 'perturb.html#_run_changed',
@@ -2581,6 +2582,10 @@ d = {
                 'pipelines.html#_guidedpipeline.components',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._GuidedPipeline.interrupt': (
+                'pipelines.html#_guidedpipeline.interrupt',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._GuidedPipeline.report': (
                 'pipelines.html#_guidedpipeline.report',
                 'cf_guidance/pipelines.py',
@@ -2618,8 +2623,8 @@ d = {
                 'pipelines.html#_loop.read',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Loop.scale': (
-                'pipelines.html#_loop.scale',
+            'cf_guidance.pipelines._Loop.scalings': (
+                'pipelines.html#_loop.scalings',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Loop.unpack': (
@@ -2774,6 +2779,10 @@ d = {
             ),
             'cf_guidance.pipelines._checked_arguments': (
                 'pipelines.html#_checked_arguments',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._checked_terms': (
+                'pipelines.html#_checked_terms',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._component': (

@@ -1243,14 +1243,16 @@ def _trace(parts, active, i, x, sigma):
     moved = torch.stack([o.on for o in active]).any(0)
     tiny = 4 * torch.finfo(x.dtype).eps * neg.float().flatten(1).norm(dim=1)
     apart = (parts.pos - neg).float().flatten(1).norm(dim=1) > tiny
-    pred, pos, neg = _as_noise(x, sigma, parts.pred, parts.pos, neg)
-    d = pos - neg
+    # the scale is the same in all spaces, but noise says nothing where there is only noise
+    d = (parts.pos - neg).float().flatten(1)
+    scale = ((parts.pred - neg).float().flatten(1) * d).sum(1) / d.square().sum(1)
+    pos, neg = _as_noise(x, sigma, parts.pos, neg)
     both = (a.on & ~a.neg_only).to(x.device)
     alone = torch.where(moved, math.nan, 1.0).where(~a.neg_only, 0.0).to(d)
-    size = d.norm(dim=1)
-    scale = (((pred - neg) * d).sum(1) / size**2).where(apart, math.nan).where(both, alone)
+    scale = scale.where(apart, math.nan).where(both, alone)
     cosine = torch.cosine_similarity(pos, neg).where(both, math.nan)
-    return Trace(sigma, scale, cosine, (size / neg.norm(dim=1)).where(both, math.nan))
+    ratio = (pos - neg).norm(dim=1) / neg.norm(dim=1)
+    return Trace(sigma, scale, cosine, ratio.where(both, math.nan))
 
 
 # %% ../nbs/06_guided.ipynb #10b0ed83

@@ -817,7 +817,7 @@ class _Run(_Loop):
         super().__init__(net, family, sd._execution_device, self.clone)
         vars(self.clone).update(vars(sd))
         vars(self.clone).update(
-            {self.name: _stand_in(net, self.answer), '_run': self},
+            {self.name: _stand_in(net, self.answer), '_run': self, '_owner': sd},
             scheduler=deepcopy(sd.scheduler),
         )
         self.given = _checked_arguments(self.stock, sd, args, kwargs)
@@ -1175,13 +1175,14 @@ class _GuidedPipeline:
         return cls._plain(*args, **kwargs)  # type(sd)(**sd.components) is a plain pipeline
 
     def __reduce__(self):
-        mine = ('_guidance', '_reports', '_run')
+        mine = ('_guidance', '_reports', '_run', '_owner')
         plain = object.__new__(self._plain)
         vars(plain).update({k: v for k, v in vars(self).items() if k not in mine})
         vars(plain)[_network_name(plain)] = self.components[_network_name(plain)]
         return _guide, (plain, replace(self._guidance, watched=[]))
 
     def _call(self, *args, **kwargs):
+        vars(self).pop('_interrupt', None)
         run = _Run(self, args, kwargs)
         out = run.result(args, kwargs)
         self._reports.last = run.report
@@ -1192,6 +1193,12 @@ class _GuidedPipeline:
         "All components; during a call, the real network in place of its stand-in."
         parts, run = super().components, vars(self).get('_run')
         return parts if run is None else {**parts, run.name: run.net}
+
+    @property
+    def interrupt(self):
+        "Stop? A callback sets `_interrupt` of the pipeline that it gets; others, that of `sd`."
+        owner = vars(self).get('_owner')
+        return vars(self).get('_interrupt', False) or owner is not None and owner.interrupt
 
     @property
     def report(self):
@@ -1242,6 +1249,7 @@ def _guide(pipe, guidance):
     vars(sd).update(vars(pipe))
     own = dict(scheduler=deepcopy(pipe.scheduler), _guidance=guidance)
     vars(sd).update(own, _reports=threading.local())
+    vars(sd).pop('_interrupt', None)
     return sd
 
 
@@ -1490,8 +1498,6 @@ def _term_of(tfm, num_steps):
         g = torch.stack([torch.as_tensor(o) for o in g])
     if torch.is_tensor(g) and g.ndim == 1:
         g = g.tolist()
-    elif torch.is_tensor(g) and g.ndim > 2 and g[0, 0].numel() == 1:
-        g = g.flatten(1)  # (steps, n, 1, 1, 1), which broadcasts in any formula
     if rule is not None:
         return Term(NegativePrompt(), Weight.of(g, 'guide_tfm'), rule)
     num_steps = num_steps or (50 if g is None else len(g))
