@@ -44,7 +44,7 @@ from .fashion import PARTS, adherence, quiet
 from .metrics import saturation, step_distance
 
 with needs('lab', 'cf_guidance.lab.sweeps'):
-    from cf_guidance.pipelines import MinimalDiffusion
+    from cf_guidance.pipelines import MinimalDiffusion, _check_words
 
 
 # %% ../../nbs/lab/03_sweeps.ipynb #7
@@ -194,7 +194,8 @@ def _default_pipeline():
 def _checked_expts(schedules):
     "The experiments, or an error unless each has a title and as many weights as the others."
     expts = list(schedules) if isinstance(schedules, (list, tuple)) else [None]
-    if not all(isinstance(e, Mapping) and {'schedule', 'title'} <= e.keys() for e in expts):
+    known = [isinstance(e, Mapping) and {'schedule', 'title'} <= e.keys() for e in expts]
+    if not all(known):
         raise TypeError(
             "schedules: expected dicts with 'schedule' and 'title', as from create_expts, "
             f'got {_short(schedules)}'
@@ -293,12 +294,7 @@ def run(
 
 # %% ../../nbs/lab/03_sweeps.ipynb #e0092fe5
 def _sample(pipeline, prompts, tfm, generators, negative_prompt):
-    "Pixels and evaluations of each image; errors name the arguments of `run`."
-    if negative_prompt and getattr(pipeline, 'embedded', False):
-        try:
-            _check_prompts([negative_prompt])
-        except ValueError as e:
-            raise ValueError(f'negative_{e}') from None
+    "Pixels and evaluations of each image."
     pixels, nfe = pipeline.sample(
         prompts, tfm, generators, negative_prompt=negative_prompt, return_nfe=True
     )
@@ -326,6 +322,9 @@ def _show(images):
 
 
 # %% ../../nbs/lab/03_sweeps.ipynb #33
+_RESULT = {'pixels', 'expts', 'prompts', 'seeds', 'nfe'}  # of what `run` returns
+
+
 def measure(
     res: dict,  # from `run`
     classify: bool = True,  # ask the embedded classifier? It knows the embedded model's pictures
@@ -334,7 +333,7 @@ def measure(
     with needs('lab', 'measure'):
         import pandas as pd
 
-    if not isinstance(res, Mapping) or not {'pixels', 'expts', 'prompts', 'nfe'} <= res.keys():
+    if not isinstance(res, Mapping) or not _RESULT <= res.keys() or not res['expts']:
         raise TypeError(f'res: expected the result of run, got {_short(res)}')
     x, expts = res['pixels'], res['expts']
     if not x.isfinite().all():
@@ -533,11 +532,12 @@ def _write(file, save):
 # %% ../../nbs/lab/03_sweeps.ipynb #47
 def _check_pipeline(kwargs):
     "Raise an error for options that `MinimalDiffusion` does not have, before a model is loaded."
-    known = [o for o in inspect.signature(MinimalDiffusion).parameters if o != 'model_name']
-    _check_names('pipeline_kwargs', kwargs, [o for o in known if o not in ('self', 'generator')])
+    ours = ('model_name', 'generator', 'num_steps')  # `sweep` has its own arguments for these
+    known = [o for o in inspect.signature(MinimalDiffusion).parameters if o not in ours]
+    _check_names('pipeline_kwargs', kwargs, known)
     try:
-        device = torch.device(kwargs.get('device', 'cpu'))
-    except (RuntimeError, TypeError):
+        device = torch.device(str(kwargs.get('device', 'cpu')))
+    except RuntimeError:
         raise ValueError(f'device: expected cpu, cuda or mps, got {kwargs["device"]!r}') from None
     count = torch.cuda.device_count() if device.type == 'cuda' else math.inf
     if (device.index or 0) >= count:
@@ -560,13 +560,6 @@ def _check_model(model):
 
 
 # %% ../../nbs/lab/03_sweeps.ipynb #997530ea
-def _check_prompts(prompts):
-    "Raise an error for words that the embedded model does not know."
-    from cf_guidance.pipelines import _check_words
-
-    _check_words(prompts)
-
-
 def _check_labels(prompts):
     "Different printable texts, for the labels of the sheet."
     prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -583,10 +576,7 @@ def _settings(model, prompts, transform, values, seeds, pipeline, **others):
     _check_model(model)
     prompts = _check_labels(prompts)
     if str(model) == 'fashion-sd':
-        try:
-            _check_prompts(prompts)
-        except ValueError as e:
-            raise ValueError(str(e).replace('prompt:', 'prompts:', 1)) from None
+        _check_words('prompts', prompts)
     _check_names('transform', [transform], _TRANSFORMS)
     seeds = [_whole('seeds', s, 0) for s in _distinct('seeds', seeds, 'whole numbers')]
     _check_pipeline(pipeline)
@@ -598,7 +588,7 @@ def _settings(model, prompts, transform, values, seeds, pipeline, **others):
 
 
 _PIPELINE = dict(scheduler=None, device='cpu', dtype=torch.float32, height=None, width=None)
-_NOT_SETTINGS = ('progress', 'batch_size')  # these do not change the pictures
+_NOT_SETTINGS = ('progress', 'batch_size', 'use_safetensors')  # these do not change the pictures
 
 
 # %% ../../nbs/lab/03_sweeps.ipynb #48
