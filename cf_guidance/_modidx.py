@@ -2529,12 +2529,12 @@ d = {
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Call': ('pipelines.html#_call', 'cf_guidance/pipelines.py'),
-            'cf_guidance.pipelines._Call.ask': (
-                'pipelines.html#_call.ask',
-                'cf_guidance/pipelines.py',
-            ),
             'cf_guidance.pipelines._Call.halves': (
                 'pipelines.html#_call.halves',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Call.query': (
+                'pipelines.html#_call.query',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._EDMVelocity': (
@@ -2725,12 +2725,12 @@ d = {
                 'pipelines.html#_run._without_prompts',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Run.answer': (
-                'pipelines.html#_run.answer',
-                'cf_guidance/pipelines.py',
-            ),
             'cf_guidance.pipelines._Run.begin': (
                 'pipelines.html#_run.begin',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Run.forward': (
+                'pipelines.html#_run.forward',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Run.guidance_scale': (

@@ -69,7 +69,7 @@ class _Family:
     call: Callable | None = None
     pack: int = 1  # latent pixels along the side of a token, beyond the network's own patches
     time_unit: float = 1.0  # of the network's time, in that of the scheduler
-    # where the negative prompt is: 'first' or 'last' in the batch, or asked in a 'second call'
+    # where the negative prompt is: 'first' or 'last' in the batch, or in a 'second call'
     negative: str = 'first'
 
 
@@ -616,8 +616,8 @@ class _Call:
             halves.append(_Call(self.latents[s], self.time[s], self.args, some, self.positional))
         return halves
 
-    def ask(self, net, latents, time, conditions):
-        "Ask the network the same, with other latents, times and conditions."
+    def query(self, net, latents, time, conditions):
+        "Call the network in the same way, with other latents, times and conditions."
         first, given = self.positional[0], {}
         for k, v in self.args.items():
             nested = isinstance(v, (dict, list, tuple))
@@ -685,14 +685,14 @@ class _LoopNet(nn.Module):
         # at the noise level of the loop, the network is told the loop's own time
         time = torch.where(t == loop.time, call.time[0], t / loop.family.time_unit)
         z = (loop.pack(x) if packed else x).to(call.latents.dtype)
-        out = call.ask(self.net, z, time.to(call.time.dtype), cond)
+        out = call.query(self.net, z, time.to(call.time.dtype), cond)
         out = out[0] if isinstance(out, tuple) else getattr(out, 'sample', out)
         return (loop.unpack(out) if packed else out).float()
 
 
 # %% ../nbs/09_pipelines.ipynb #1cf05e35
 class _Loop:
-    "A network inside somebody else's loop; a guided denoiser answers in its place."
+    "A network inside somebody else's loop, which a guided denoiser stands in for."
 
     def __init__(self, net, family, device, pipe=None):
         self.net, self.family, self.device, self.pipe = net, family, device, pipe
@@ -817,7 +817,7 @@ class _Run(_Loop):
         super().__init__(net, family, sd._execution_device, self.clone)
         vars(self.clone).update(vars(sd))
         vars(self.clone).update(
-            {self.name: _stand_in(net, self.answer), '_run': self, '_owner': sd},
+            {self.name: _stand_in(net, self.forward), '_run': self, '_owner': sd},
             scheduler=deepcopy(sd.scheduler),
         )
         self.given = _checked_arguments(self.stock, sd, args, kwargs)
@@ -840,7 +840,7 @@ class _Run(_Loop):
         self.report = _report_of(self)
         return out
 
-    def answer(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         "What the pipeline gets when it calls its network."
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
@@ -879,17 +879,17 @@ def _both_halves(self: _Run, call):
 
 @patch
 def _second_call(self: _Run, call):
-    "The prompt comes first, and its answer waits for the negative prompt."
+    "The prompt comes first, and its output is filled in with the negative prompt."
     if self.first is None:
         z = call.latents
         if self.family.pack == 1:
             z = z[:, : self.channels()]
         self.first = call, torch.full_like(z, math.nan)
         return self.first[1]
-    (pos, answer), self.first = self.first, None
+    (pos, output), self.first = self.first, None
     if self.evaluations is None and not torch.equal(pos.latents, call.latents):
         raise ValueError('pipe: it evaluates prompt and negative prompt at different latents')
-    return answer.copy_(self.guide(pos, _conditions_like(call, pos)))
+    return output.copy_(self.guide(pos, _conditions_like(call, pos)))
 
 
 # %% ../nbs/09_pipelines.ipynb #8d24b4a4
@@ -1323,7 +1323,7 @@ class MinimalDiffusion:
         "Load the pipeline, and return self."
         pipe = _load_pipeline(self)
         try:
-            pipe = pipe.to(self.device)
+            pipe = pipe if pipe.device == torch.device(self.device) else pipe.to(self.device)
         except (AssertionError, RuntimeError) as e:
             reason = str(e).splitlines()[0][:80]
             raise ValueError(f'device: {self.device!r} is not available here ({reason})') from None
@@ -1338,9 +1338,11 @@ def _load_pipeline(md):
     "The pipeline that `model_name` names."
     name = md.model_name
     if hasattr(name, 'components'):
-        pipe = copy(name)
-        _stock_class(pipe)
-        return pipe
+        _stock_class(name)
+        if isinstance(name, _GuidedPipeline):
+            raise TypeError('model_name: expected a plain pipeline, got one that is guided already')
+        md.device, md.dtype = str(name.device), name.dtype
+        return copy(name)
     if not isinstance(name, (str, Path)) or not str(name).strip('\x00 '):
         raise TypeError(f'model_name: expected a name, a folder or a pipeline, got {name!r:.60}')
     try:
@@ -1564,7 +1566,7 @@ def _per_image(terms, prompt, negative_prompt, generator):
         _check_prompts(name, o, none=False)
     lengths = [1 if isinstance(o, str) else len(o) for o in given.values()]
     many = isinstance(generator, (list, tuple, range))
-    # the first of them that is not for one image says how many there are
+    # the first of them that is not for one image gives their number
     n = next((o for o in [*lengths, *columns, len(generator) if many else 1] if o != 1), 1)
     for name, length in zip(given, lengths, strict=True):
         if length not in (1, n):
