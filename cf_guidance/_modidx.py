@@ -1742,10 +1742,6 @@ d = {
                 'lab/sweeps.html#_check_pipeline',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._check_prompts': (
-                'lab/sweeps.html#_check_prompts',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._checked_expts': (
                 'lab/sweeps.html#_checked_expts',
                 'cf_guidance/lab/sweeps.py',

@@ -1531,9 +1531,8 @@ def sample(
     if num_steps is not None:
         _check_whole('num_steps', num_steps)
     terms, num_steps = _as_guidance(guide_tfm, num_steps)
-    if generator is None:
-        generator = 0 if self.generator is None else self.generator
-    prompts, negatives, generators = _per_image(terms, prompt, negative_prompt, generator)
+    seeds = next(o for o in (generator, self.generator, 0) if o is not None)
+    prompts, negatives, generators = _per_image(terms, prompt, negative_prompt, seeds)
     if self.embedded:
         _check_words('prompt', prompts)
         _check_words('negative_prompt', negatives)
