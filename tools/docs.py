@@ -55,6 +55,20 @@ def finish(site, names, url):
             f.rename(f.with_stem(names[f.stem]))
 
 
+def unlink_hidden(site):
+    "Take away links of nbdev to symbols that their page does not show, such as helpers."
+    pages = {p: p.read_text(encoding='utf-8') for p in site.rglob('*.html')}
+    ids = {p: Page(p).ids for p in pages}
+    link = re.compile(r'<a href="([^"#]*)#([^"]+)" target="_blank">(<code>[^<]*</code>)</a>')
+    for p, text in pages.items():
+
+        def keep(m, p=p):
+            f = target(site, p, m[1])
+            return m[0] if unquote(m[2]) in ids.get(f, [unquote(m[2])]) else m[3]
+
+        p.write_text(link.sub(keep, text), encoding='utf-8')
+
+
 def build():
     "Build the site and return the problems that smalldocs reports."
     from smalldocs.site import build as render
@@ -67,6 +81,7 @@ def build():
     problems = render(cache, quiet=True).warnings
     cfg = get_config()
     finish(cache / DOCS.name, names, cfg.doc_host + cfg.doc_baseurl)
+    unlink_hidden(cache / DOCS.name)
     shutil.rmtree(DOCS, ignore_errors=True)
     shutil.move(cache / DOCS.name, DOCS)
     return problems
