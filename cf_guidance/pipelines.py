@@ -1048,11 +1048,8 @@ def _refuse_own_guidance(run):
         if 'true_cfg_scale' in given:
             need = f'true_cfg_scale above 1 (got {given["true_cfg_scale"]}) and a negative prompt'
         else:
-            need = f'guidance_scale above 1 (got {given.get("guidance_scale")})'
-        raise ValueError(
-            f'NegativePrompt: this call evaluates no negative prompt; it needs {need}, and a '
-            'network that was not distilled for a weight'
-        )
+            need = f'guidance_scale above 1 (got {given.get("guidance_scale")}) and no distilled network'
+        raise ValueError(f'NegativePrompt: this call evaluates no negative prompt; it needs {need}')
 
 
 # %% ../nbs/09_pipelines.ipynb #d77ed249
@@ -1355,8 +1352,8 @@ def _load_pipeline(md):
     told = unet is not None and unet.config.get('addition_embed_type')
     if told and _FAMILIES[_stock_class(pipe).__name__] is not _XL:
         raise ValueError(
-            f'model_name: the U-Net of {str(name)!r:.60} needs {told!r} conditions (as in Stable '
-            f'Diffusion XL), which {type(pipe).__name__} does not give'
+            f'model_name: its U-Net needs {told!r} conditions, which {type(pipe).__name__} does '
+            'not give'
         )
     return pipe
 

@@ -613,5 +613,6 @@ def call_without(D):
 @pytest.mark.parametrize('what', BAD)
 def test_bad_input(what):
     f, says = BAD[what]
-    with pytest.raises((ValueError, TypeError), match=says):
+    with pytest.raises((ValueError, TypeError), match=says) as e:
         f()
+    assert len(str(e.value)) < 160
