@@ -1048,7 +1048,8 @@ def _refuse_own_guidance(run):
         if 'true_cfg_scale' in given:
             need = f'true_cfg_scale above 1 (got {given["true_cfg_scale"]}) and a negative prompt'
         else:
-            need = f'guidance_scale above 1 (got {given.get("guidance_scale")}) and no distilled network'
+            scale = given.get('guidance_scale')
+            need = f'guidance_scale above 1 (got {scale}) and no distilled network'
         raise ValueError(f'NegativePrompt: this call evaluates no negative prompt; it needs {need}')
 
 
