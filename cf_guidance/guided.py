@@ -567,7 +567,7 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
     "One evaluation, in the five steps of the list above."
     sigma, cond = _per_sample(sigma, x), _expand_rows(cond, len(x), x.device)
     level = sigma.detach().double().cpu()
-    run = self._current_run(x, level, step)
+    run = self._current_run(x, level, step, cond)
     if run.names != cond.keys():
         self._check_negatives(run, x, cond)
     if run.n is None:
@@ -590,7 +590,7 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
         self._note_stopped(x, sigma, pos, negs, active, run)
     run.nfe_per_sample += run.last_nfe
     run.evaluations += 1
-    run.last = x.detach().clone() if self.remembers else None, level, step
+    run.last = _kept(x, cond) if self.remembers else None, level, step
     parts = Parts(pred, pos, negs[0], tuple(negs))
     for record in self._runs.recorders:
         record(parts, active, x, sigma)
@@ -638,7 +638,8 @@ class Run:
     generators: dict = field(default_factory=dict)  # per term: one per sample
     before: tuple = ({}, {})  # `states` and `stopped` before the last evaluation
     first: float = 0.0  # noise level of the first evaluation
-    last: tuple | None = None  # x (if needed), sigma (on the CPU) and step of the last evaluation
+    # of the last evaluation: x and conditions (if needed), sigma (on the CPU), and step
+    last: tuple | None = None
     inner_takes_step: bool = False  # does the denoiser inside want the step as well?
     perturbed: tuple | None = None  # the denoiser, and the perturbed one made of it
 
@@ -707,7 +708,7 @@ _CHURN = 1.01 * math.sqrt(2)  # samplers that add noise raise sigma by at most s
 
 
 @patch
-def _current_run(self: GuidedDenoiser, x, level, step):
+def _current_run(self: GuidedDenoiser, x, level, step, cond):
     "The run that an evaluation belongs to; a new one when the noise rises."
     if not (step is None or isinstance(step, Integral)):
         raise TypeError(f'step: expected the number of the step, or None, got {step!r:.40}')
@@ -725,7 +726,7 @@ def _current_run(self: GuidedDenoiser, x, level, step):
     if n != run.n:
         raise ValueError(f'this run remembers {run.n} samples, got {n}: call start() for a new run')
     if self.remembers:
-        _check_same_samples(self.terms, run, x, level, step)
+        _check_same_samples(self.terms, run, x, level, step, cond)
     return run
 
 
@@ -734,14 +735,23 @@ def _highest(level):
     return max(level.tolist(), default=0.0)
 
 
-def _check_same_samples(terms, run, x, level, step):
+def _kept(x, cond):
+    return x.detach().clone(), {k: v.detach() for k, v in cond.items()}
+
+
+def _same_cond(a, b):
+    "Are they the same conditions, for samples that begin with the same noise?"
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def _check_same_samples(terms, run, x, level, step, cond):
     "At its first noise level a run meets each sample once: a batch that was cut shows there."
-    last_x, last_level, last_step = run.last
+    (last_x, last_cond), last_level, last_step = run.last
     if step != last_step or not torch.allclose(level, last_level, rtol=1e-6, atol=0):
         return
     apart = (x - last_x).flatten(1).norm(dim=1) / last_x.flatten(1).norm(dim=1).clamp(min=1e-30)
     at_first = math.isclose(_highest(level), run.first, rel_tol=1e-6)
-    if at_first and bool((apart > 1e-3).any()):
+    if at_first and (bool((apart > 1e-3).any()) or not _same_cond(cond, last_cond)):
         raise ValueError(
             f'other samples at sigma={level[0]:.4g} than this run remembers: call start() for a '
             'new run, and do not cut a batch of a guided denoiser that remembers'

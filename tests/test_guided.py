@@ -897,6 +897,14 @@ def test_identical_halves_give_the_same_pictures(name):
     )
 
 
+@pytest.mark.parametrize('name', REMEMBERING)
+def test_a_cut_batch_of_the_same_noise_raises(name):
+    "As in a sweep of conditions: all samples begin alike, and only their conditions differ."
+    x = 10 * X[:1].repeat(6, 1)
+    with pytest.raises(ValueError, match='samples'):
+        euler_loop(cut(remembering(name)), x, SIGMAS)
+
+
 def test_a_batch_without_memory_may_be_cut():
     G = GuidedDenoiser(toy, NONE, w=3.0, interval=(0.3, 5.0))
     close(euler_loop(cut(G), 10 * X, SIGMAS), euler_loop(G, 10 * X, SIGMAS), 1e-4)
@@ -927,7 +935,7 @@ def test_nothing_is_kept_alive_by_a_run():
     G = GuidedDenoiser(toy, NONE, w=3.0, rule=momentum)
     x = X.clone().requires_grad_()
     G(x, 1.0, **C)
-    assert not G.run.last[0].requires_grad
+    assert not G.run.last[0][0].requires_grad
     assert not any(torch.is_tensor(o) and o.requires_grad for o in G.run.scale_sums[0])
 
 
