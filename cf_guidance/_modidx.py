@@ -809,6 +809,7 @@ d = {
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._is_number': ('guided.html#_is_number', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._kept': ('guided.html#_kept', 'cf_guidance/guided.py'),
             'cf_guidance.guided._nearest_step': (
                 'guided.html#_nearest_step',
                 'cf_guidance/guided.py',
@@ -825,6 +826,7 @@ d = {
                 'guided.html#_refuse_inner_memory',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided._same_cond': ('guided.html#_same_cond', 'cf_guidance/guided.py'),
             'cf_guidance.guided._same_inputs': (
                 'guided.html#_same_inputs',
                 'cf_guidance/guided.py',

@@ -1498,6 +1498,8 @@ def _term_of(tfm, num_steps):
         g = torch.stack([torch.as_tensor(o) for o in g])
     if torch.is_tensor(g) and g.ndim == 1:
         g = g.tolist()
+    elif torch.is_tensor(g) and g.ndim > 2 and g[0, 0].numel() == 1:
+        g = g.flatten(1)  # (steps, n, 1, 1, 1), which broadcasts in any formula
     if rule is not None:
         return Term(NegativePrompt(), Weight.of(g, 'guide_tfm'), rule)
     num_steps = num_steps or (50 if g is None else len(g))
