@@ -21,12 +21,7 @@ from cf_guidance.transforms import (
     apg,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning'),
-    pytest.mark.filterwarnings('ignore:__array_wrap__ must accept:DeprecationWarning'),
-    pytest.mark.filterwarnings('ignore:Should have t:UserWarning'),  # of torchsde
-    pytest.mark.filterwarnings('ignore::FutureWarning:diffusers'),
-]
+pytestmark = pytest.mark.filterwarnings('ignore:Should have t:UserWarning')  # of torchsde
 PROMPTS = [
     'a red sneaker on a blue background',
     'a green dress on a white background',

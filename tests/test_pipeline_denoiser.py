@@ -32,9 +32,6 @@ from cf_guidance.guided import GuidedDenoiser
 from cf_guidance.karras import euler, heun, sample
 from cf_guidance.pipelines import _FAMILIES, _Family, pipeline_denoiser
 
-# of schedulers of diffusers under newer versions of numpy
-pytestmark = pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')
-
 
 def agrees(pipe, D=None, guided=True, told=False, steps=3, tol=1e-4, **kw):
     """Euler's method on the denoiser ends where the stock pipeline does, also after decoding.
