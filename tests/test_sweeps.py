@@ -501,7 +501,8 @@ def test_closed_pipe(tmp_path):
     process = start(*args, cwd=tmp_path, stdout=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
-    err = process.stderr.read()
+    with process.stderr:
+        err = process.stderr.read()
     assert process.wait(timeout=120) == 2
     assert len(lines(err)) == 1
 

@@ -210,7 +210,7 @@ def _checked_expts(schedules):
 
 # %% ../../nbs/lab/03_sweeps.ipynb #18
 def _columns(expts, rows):
-    "The schedules as (steps, N, 1, 1, 1), a shape that any formula of a transform broadcasts."
+    "The schedules as (steps, N, 1, 1, 1), a shape that broadcasts in any formula of a transform."
     g = [torch.as_tensor(e['schedule'], dtype=torch.float64) for e in expts]
     return torch.stack(g, 1).repeat(1, rows)[..., None, None, None].float()
 
@@ -247,15 +247,16 @@ def _guidance(guide_tfm, weights):
             "guide_tfm: expected a GuidanceTfm class or a function of {'g': weights}, "
             f'got {_short(guide_tfm)}'
         )
-    return guide_tfm({'g': weights})
+    classic = guide_tfm in _TRANSFORMS.values()
+    return guide_tfm({'g': weights.flatten(1) if classic else weights})
 
 
 # %% ../../nbs/lab/03_sweeps.ipynb #19
 def run(
     prompt,  # a string, or a list of them
     schedules: list,  # experiments: dicts with 'schedule' and 'title', as from `create_expts`
-    # called once with `{'g': weights}`, (steps, N, 1, 1, 1): a class of transforms, or a function
-    # that returns a transform or terms
+    # called once with `{'g': weights}`: a class of transforms, or a function that returns a
+    # transform or terms; its weights are (steps, N, 1, 1, 1), for the classic classes (steps, N)
     guide_tfm=GuidanceTfm,
     generator=1024,  # seed, `torch.Generator`, or a list of them; each prompt is drawn from each
     show_each: bool = False,  # display the images one by one as well?
