@@ -21,7 +21,12 @@ from cf_guidance.transforms import (
     apg,
 )
 
-pytestmark = pytest.mark.filterwarnings('ignore:Should have t:UserWarning')  # of torchsde
+# of torchsde, and of schedulers of diffusers under newer versions of numpy
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:Should have t:UserWarning'),
+    pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning'),
+    pytest.mark.filterwarnings('ignore:__array_wrap__ must accept:DeprecationWarning'),
+]
 PROMPTS = [
     'a red sneaker on a blue background',
     'a green dress on a white background',

@@ -63,7 +63,12 @@ except ImportError:  # before 0.35
         FluxIPAdapterJointAttnProcessor2_0 as FluxIPAdapterAttnProcessor,
     )
 
-pytestmark = pytest.mark.filterwarnings('ignore:Should have t:UserWarning')  # of torchsde
+# of torchsde, and of schedulers of diffusers under newer versions of numpy
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:Should have t:UserWarning'),
+    pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning'),
+    pytest.mark.filterwarnings('ignore:__array_wrap__ must accept:DeprecationWarning'),
+]
 BIN = dict(use_resolution_binning=False)
 LATENTS = torch.randn(4, 4, 8, 8, generator=seeded(7))
 V = dict(prediction_type='v_prediction')
