@@ -83,12 +83,12 @@ d = {
                 'attention.html#_attentionmap',
                 'cf_guidance/attention.py',
             ),
-            'cf_guidance.attention._AttentionMap.look': (
-                'attention.html#_attentionmap.look',
-                'cf_guidance/attention.py',
-            ),
             'cf_guidance.attention._AttentionMap.of': (
                 'attention.html#_attentionmap.of',
+                'cf_guidance/attention.py',
+            ),
+            'cf_guidance.attention._AttentionMap.record': (
+                'attention.html#_attentionmap.record',
                 'cf_guidance/attention.py',
             ),
             'cf_guidance.attention._Blurred': (

@@ -86,7 +86,7 @@ def _checked_width(sigma):
 def gaussian_blur(
     x: torch.Tensor,  # (..., H, W)
     sigma: float,  # standard deviation in pixels: 0 is no blur, above 9999 is the mean
-    # pixels that the blur looks at along an axis; None: up to three standard deviations
+    # width of the blur's kernel in pixels; None: up to three standard deviations
     kernel: int = None,
     dims: tuple = (-2, -1),  # the axes that are height and width
 ) -> torch.Tensor:  # in the shape and type of `x`
@@ -127,8 +127,8 @@ class _Blurred:
 
 
 def blurred(
-    # standard deviation of the blur in tokens: 0 is plain attention, above 9999 all tokens ask
-    # the mean question
+    # standard deviation of the blur in tokens: 0 is plain attention, above 9999 all tokens have
+    # the mean query
     sigma: float,
 ) -> Callable:  # function of a `Change`
     "Self-attention of the image with blurred queries (SEG, arXiv:2408.00760, eq. 13)."
@@ -320,7 +320,7 @@ class _AttentionMap:
     threshold: float
     masks: dict = field(default_factory=dict)  # by number of the sample: (1, h, w) bools
 
-    def look(self, q, k, v, site):
+    def record(self, q, k, v, site):
         image = site.image_of(q, k)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         q, k = q[..., image, :].float(), k[..., image, :].float()
@@ -345,7 +345,7 @@ class SAG(Called):
         net: nn.Module,  # the network, or a denoiser that has it inside
         layers=None,  # one self-attention, see `find_layers`; None: the first in the middle
         sigma: float = 1.0,  # standard deviation of the blur, in pixels of `x`
-        kernel: int = 9,  # pixels that the blur looks at along an axis
+        kernel: int = 9,  # width of the blur's kernel, in pixels
         threshold: float = 1.0,  # attention that counts as high, in shares of a token
         # blur the prediction under these conditions instead of the positive one; this costs one
         # evaluation more
@@ -382,8 +382,8 @@ class SAG(Called):
 @patch
 def observe(self: SAG, sigma=None, cond=None):
     if self.cond is None:
-        record = _AttentionMap(self.threshold)
-        return Change(self.layers, record.look, tokens=self.tokens), record
+        seen = _AttentionMap(self.threshold)
+        return Change(self.layers, seen.record, tokens=self.tokens), seen
 
 
 @patch
@@ -395,10 +395,10 @@ def __call__(self: SAG, D, x, sigma, cond, pos=None, rows=None, generators=None,
         cond = Conditions(own).queries(x, sigma, cond)[0].cond
     if seen is None:
         seen = _AttentionMap(self.threshold)
-        look = Applied(
-            Change(self.layers, seen.look, tokens=self.tokens), torch.arange(len(x)), rows
+        observing = Applied(
+            Change(self.layers, seen.record, tokens=self.tokens), torch.arange(len(x)), rows
         )
-        plain = PerturbedDenoiser(D)(x, sigma, cond, [look])
+        plain = PerturbedDenoiser(D)(x, sigma, cond, [observing])
     moved = x + seen.of(rows, x) * (self.blur(plain) - plain)
     neg = D(moved, sigma, **cond) + (x - moved)
     return neg if self.cond is None else pos - (plain - neg)

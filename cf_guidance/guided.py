@@ -206,7 +206,7 @@ class Negative:
 
 # %% ../nbs/06_guided.ipynb #25842482
 class Query(NamedTuple):
-    "One question to the denoiser."
+    "One query of the denoiser."
 
     x: torch.Tensor  # (B, ...) noisy images
     sigma: torch.Tensor  # (B,) noise levels
@@ -215,7 +215,7 @@ class Query(NamedTuple):
 
 
 class Queries(Negative):
-    "A negative that asks the guided denoiser itself."
+    "A negative that queries the guided denoiser itself."
 
     def queries(
         self,
@@ -224,7 +224,7 @@ class Queries(Negative):
         cond: dict,  # conditions of the positive, tensors with one row per sample
         generators=None,  # for negatives that draw: one `torch.Generator` per sample
     ) -> list:  # of `Query`, as many as `nfe`
-        "What to ask the denoiser."
+        "The queries of the denoiser."
         raise NotImplementedError(f'{type(self).__name__}.queries')
 
     def combine(
@@ -247,8 +247,8 @@ class Called(Negative):
         self,
         sigma: torch.Tensor,  # (B,) noise levels
         cond: dict,  # conditions of the positive
-    ):  # None, or a pair: a `Change` that leaves the positive as it is, and what its function fills
-        "What the negative wants to see of the positive's forward."
+    ):  # None, or a pair: a `Change` that only observes, and the record that it fills
+        "How to observe the positive's forward, for negatives that need it."
 
     def __call__(
         self,
@@ -259,7 +259,7 @@ class Called(Negative):
         pos: torch.Tensor | None = None,  # (b, ...) the positive prediction, if `needs_pos`
         rows: torch.Tensor | None = None,  # (b,) where the samples are in the batch
         generators=None,  # for negatives that draw: one `torch.Generator` per sample
-        seen=None,  # what the function of `observe` has filled; None: nothing was observed
+        seen=None,  # the record of `observe`, filled; None: nothing was observed
     ) -> torch.Tensor:  # (b, ...)
         "The negative prediction."
         raise NotImplementedError(f'{type(self).__name__}.__call__')
@@ -489,7 +489,7 @@ class GuidedDenoiser(Denoiser):
         stop=None,
         post=None,  # a `PostRule` such as `rescale`, or a list of them, for the sum of all terms
         # (n+1,) the sampler's noise levels, for weights with one value per step; None: `start`
-        # says them
+        # gets them
         sigmas=None,
     ):
         super().__init__(inner_model)
@@ -515,7 +515,7 @@ class GuidedDenoiser(Denoiser):
         sigma,  # (B,) noise levels, or one number
         *,
         step: int | None = None,  # step of the sampler; None: the nearest noise level
-        # predictions that somebody else has evaluated already, (B, ...): 'pos', or the number of a
+        # predictions that the caller has evaluated already, (B, ...), by 'pos' or the number of a
         # term
         known: dict | None = None,
         **cond,  # the positive's conditions by name: tensors with one row, or one per sample
@@ -600,7 +600,7 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
 # %% ../nbs/06_guided.ipynb #d4bdf3e1
 @patch
 def _check_negatives(self: GuidedDenoiser, run, x, cond):
-    "Ask the negatives whether they fit: at first, and when there are other conditions."
+    "Check that the negatives fit: at first, and when the names of the conditions change."
     shape = getattr(self.inner_model, 'latent_shape', None)
     if shape is not None and len(shape) == x.ndim - 1 == 3 and x.shape[1] != shape[0]:
         raise ValueError(f'x: expected {shape[0]} channels, got the shape {tuple(x.shape)}')
@@ -1253,7 +1253,7 @@ def _trace(parts, active, i, x, sigma):
     moved = torch.stack([o.on for o in active]).any(0)
     tiny = 4 * torch.finfo(x.dtype).eps * neg.float().flatten(1).norm(dim=1)
     apart = (parts.pos - neg).float().flatten(1).norm(dim=1) > tiny
-    # the scale is the same in all spaces, but noise says nothing where there is only noise
+    # the scale is the same in all spaces; noise predictions tell nothing where all is noise
     d = (parts.pos - neg).float().flatten(1)
     scale = ((parts.pred - neg).float().flatten(1) * d).sum(1) / d.square().sum(1)
     pos, neg = _as_noise(x, sigma, parts.pos, neg)

@@ -54,7 +54,7 @@ class _CannotSave(TypeError):
 
 
 def _plain(where, o):
-    "Numbers, names, lists and dicts of them, as JSON has them; infinity becomes a name."
+    "`o` as JSON can hold it: numbers, names, lists and dicts; infinity becomes a name."
     if o is None or isinstance(o, (bool, str)):
         return o
     if isinstance(o, Real):
@@ -602,7 +602,7 @@ def _guided(self: Guider, call, pred_cond, pred_uncond):
 
 @patch
 def __call__(self: Guider, data):
-    "The answer to a step, from its passes."
+    "The guided prediction of a step, from its passes."
     return self.forward(**{getattr(o, self._identifier_key): o.noise_pred for o in data})
 
 

@@ -137,7 +137,7 @@ def find_layers(
     # a function may choose any module
     kind: str = 'attention',
 ) -> Layers:  # modules by name
-    "The layers of a network that are meant. Raises an error if there are none."
+    "The layers of a network that match. Raises an error if none does."
     if kind not in _KINDS:
         raise ValueError(f'kind: expected one of {", ".join(_KINDS)}, got {kind!r}')
     net = _network_of(net)
@@ -223,7 +223,7 @@ class Change:
         object.__setattr__(self, 'key', key)
 
     def layers_of(self, net) -> Layers:  # modules by name
-        "The layers of this network that are meant."
+        "The layers of this network that match."
         if isinstance(self.layers, Layers) and self.layers.kind == self.kind:
             return self.layers
         return find_layers(net, self.layers, self.kind)
@@ -239,7 +239,7 @@ _IMAGE_LAST = (
 
 # %% ../nbs/05_perturb.ipynb #bc26410e
 def _grids(shape, patch):
-    "Rectangles (height, width) that the tokens of a picture (B, C, H, W) can form."
+    "Possible (height, width) of the tokens of a picture (B, C, H, W)."
     h, w = shape[-2:]
     for p in [patch] if patch else range(1, max(h, w) + 1):
         yield h // p, w // p
@@ -461,7 +461,7 @@ class _Asked(NamedTuple):
     copy_of: torch.Tensor  # (B,) the row of which a row is a copy, or None
     n: int  # rows
     plan: object  # the `_Plan` of the shadow
-    ran: list  # gets the text that says how the rows joined
+    ran: list  # gets the text for the report: how the rows joined
 
 
 class _Thread(threading.local):
@@ -471,7 +471,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_UNKNOWN = 'some rows of a batch that nobody has told about'
+_UNKNOWN = 'rows of an unknown part of the batch'
 
 
 # %% ../nbs/05_perturb.ipynb #4ca0cc7e
@@ -514,7 +514,7 @@ class _Call:
 def part_of_batch(
     rows,  # which rows of the batch are evaluated inside: a slice or a LongTensor
 ):
-    "Inside, a perturbed network is asked about these rows of the batch only."
+    "Inside, a perturbed network evaluates these rows of the batch only."
     before, asked = _thread.part, _thread.asked
     if before is None and asked is not None:
         _thread.part = torch.arange(asked.n)[rows]
@@ -606,7 +606,7 @@ class _Layer:
 
 
 def _run_changed(layer, call, kinds, args, kwargs):
-    "What a layer gives with some kinds of its changes: block around output around attention."
+    "The output of a layer with these kinds of changes: block around output around attention."
     kinds = [o for o in kinds if o in layer.which]
     if not kinds:
         return layer.run(*args, **kwargs)
@@ -991,7 +991,7 @@ def _mapped(f, o):
 
 # %% ../nbs/05_perturb.ipynb #35349ef0
 class _Join:
-    "A pre-hook of a block: rows join here, or what has too few rows is expanded."
+    "A pre-hook of a block: late rows join here, and inputs with too few rows are expanded."
 
     def __init__(self, family, first):
         self.family, self.first = family, first  # is a changed layer in this block?
@@ -1034,7 +1034,7 @@ class _Plan:
     blocks: tuple = ()  # those with a changed layer
     why: str = ''  # all rows run from the start
     static: list = None  # of (change, rows), for a `perturbed` network
-    joins: str = ''  # what is said when rows join late
+    joins: str = ''  # the text for the report when rows join late
     patch: object = None  # see `_patch_size`
 
     def late(self, call, copy_of, args, kwargs):
@@ -1146,7 +1146,7 @@ class _Root:
 # %% ../nbs/05_perturb.ipynb #76b63f2a
 @patch
 def for_rows(self: _Asked, n):
-    "What was asked for, for the `n` rows that came."
+    "The changes and copies for the `n` rows that the network is given."
     part = _thread.part
     expected = self.n if part is None else len(part)
     if n != expected:

@@ -1648,7 +1648,7 @@ def generate(
     generator=None,  # seed, `torch.Generator`, or a list with one per image
     **kwargs,  # of `MinimalDiffusion.sample`
 ):  # a PIL image for one prompt and one seed, else a list of them
-    "Images to look at."
+    "Images as PIL images."
     from diffusers.image_processor import VaeImageProcessor
 
     x = self.sample(prompt, guide_tfm, generator, **{**kwargs, 'return_nfe': False})

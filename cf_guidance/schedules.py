@@ -47,7 +47,7 @@ def _short(x, most=40):
 
 
 def _real(name, x, ok=lambda x: True, expected='a finite number (at most 1e100)'):
-    "`x` as a Python number, or an error that says what was expected."
+    "`x` as a Python number, or an error that names what was expected."
     y = _item(x)
     if isinstance(y, Real) and not isinstance(y, bool) and abs(y) <= 1e100 and ok(y):
         return y

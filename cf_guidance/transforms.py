@@ -81,7 +81,7 @@ def _is_finite(w):
 
 
 def _has_finite(t):
-    "Are the values of a tensor finite? A GPU would have to wait for the answer: it is not asked."
+    "Are the values of a tensor finite? Not tested on a GPU, which would have to wait."
     return torch.compiler.is_compiling() or t.device.type != 'cpu' or bool(t.isfinite().all())
 
 
@@ -713,7 +713,7 @@ def dynamic_threshold(
 
 # %% ../nbs/01_transforms.ipynb #96e054e0
 def _value_at(name, sched, idx):
-    "`sched[idx]`, or an error that says what is wrong with which."
+    "`sched[idx]`, or an error that names the schedule and what is wrong with it."
     if isinstance(sched, str | bytes | Mapping) or not hasattr(sched, '__len__'):
         raise TypeError(
             f'schedules[{name!r}]: expected a list with one value per step, got {_short(sched)}'

@@ -439,7 +439,7 @@ def adherence(
     prompts: list,  # N prompts
     net: FashionNet = None,  # the classifier; None: the embedded one
 ) -> torch.Tensor:  # (N, 3) for `PARTS`: 1 right, 0 wrong, nan left open
-    "Does the classifier see what the prompt asked for?"
+    "Does the classifier see what the prompt describes?"
     _check_pictures(x)
     if x.shape[1:] != (3, 32, 32):
         raise ValueError(f'x: expected images (N, 3, 32, 32), got shape {tuple(x.shape)}')
@@ -449,12 +449,12 @@ def adherence(
         raise ValueError(f'prompts: expected {len(x)}, one per image, got {len(prompts)}')
     if net is not None and not callable(net):
         raise TypeError(f'net: expected a FashionNet, or None, got {_got(net)}')
-    asked = [[math.nan if o is None else o for o in _parse_prompt(p)] for p in prompts]
-    asked = torch.tensor(asked, dtype=torch.float32).view(len(x), 3)
+    wanted = [[math.nan if o is None else o for o in _parse_prompt(p)] for p in prompts]
+    wanted = torch.tensor(wanted, dtype=torch.float32).view(len(x), 3)
     net = _classifier(str(x.device)) if net is None else net
     logits = [net(b.float() * 2 - 1) for b in x.split(500)]
     seen = torch.cat([torch.stack([o.argmax(1) for o in b], 1) for b in logits]).cpu()
-    return torch.where(asked.isnan(), asked, (seen == asked).float())
+    return torch.where(wanted.isnan(), wanted, (seen == wanted).float())
 
 
 # %% ../../nbs/lab/00_fashion.ipynb #fd12e01b

@@ -563,7 +563,7 @@ def _warn_of_range(x):
 def __call__(
     self: ImageEval,
     x,  # (N, ...) generated images, or their features
-    labels=None,  # (N,) classes that were asked for; None: accuracy is left out
+    labels=None,  # (N,) classes that were wanted; None: accuracy is left out
     generator=None,  # of `kid`
 ) -> dict:  # n, fid, kid, kid_std, precision, recall, and accuracy
     "A row of a table."
@@ -582,9 +582,9 @@ def __call__(
 def accuracy(
     self: ImageEval,
     x,  # (N, ...) generated images, or their features
-    labels,  # (N,) classes that were asked for
+    labels,  # (N,) classes that were wanted
 ) -> tuple:  # share, lower and upper end of its 95 % interval, N
-    "Share of images in which the head sees the class that was asked for."
+    "Share of images in which the head sees the wanted class."
     if self.head is None:
         raise ValueError('head: accuracy needs a function of features that gives logits, got None')
     return _class_accuracy(self.head(self.get_features(x)), labels)

@@ -178,7 +178,7 @@ def _grid_shape(n, rows, cols, most=None):
 
 # %% ../../nbs/lab/02_plots.ipynb #1d8c5a9a
 def _list_of(name, values, what):
-    "`values` as a list, or an error that says `what` they should be."
+    "`values` as a list, or an error that names `what` they should be."
     if isinstance(values, (str, bytes, Mapping, Image.Image)):
         values = None
     try:

@@ -328,7 +328,7 @@ _RESULT = {'pixels', 'expts', 'prompts', 'seeds', 'nfe'}  # of what `run` return
 
 def measure(
     res: dict,  # from `run`
-    classify: bool = True,  # ask the embedded classifier? It knows the embedded model's pictures
+    classify: bool = True,  # use the embedded classifier? It knows the embedded model's pictures
 ):  # `pandas.DataFrame`, one row per image
     "Measure the images of a run: adherence (1, 0 or nan), step, saturation and nfe."
     with needs('lab', 'measure'):
@@ -549,7 +549,7 @@ def _check_pipeline(kwargs):
 
 
 def _check_model(model):
-    "Raise an error for what cannot be a model."
+    "Raise an error unless `model` can be one."
     text = str(model) if isinstance(model, (str, Path)) else ''
     if text == 'fashion-sd' or Path(text).exists() and text:
         return
