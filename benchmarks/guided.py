@@ -208,7 +208,7 @@ def cfg_pag(D, batch, repeats, goal):
     from cf_guidance.attention import PAG
     from cf_guidance.guided import GuidedDenoiser, Term
 
-    net, own = D.inner_model, perturb._WORTH_IT
+    net, own = D.inner_model, perturb._MIN_POSITIONS_TO_JOIN
     size, width = net.config.sample_size, net.config.cross_attention_dim
     x, emb = normal(batch, net.config.in_channels, size, size), normal(batch, 12, width)
     cond, empty = dict(encoder_hidden_states=emb), dict(encoder_hidden_states=emb[:1] * 0)
@@ -218,11 +218,11 @@ def cfg_pag(D, batch, repeats, goal):
         G = GuidedDenoiser(D, Term(empty, 4.0), Term(PAG(D), 2.0))
 
         def f():
-            perturb._WORTH_IT = worth_it
+            perturb._MIN_POSITIONS_TO_JOIN = worth_it
             try:
                 return G(x, 3.0, **cond)
             finally:
-                perturb._WORTH_IT = own
+                perturb._MIN_POSITIONS_TO_JOIN = own
 
         return f
 

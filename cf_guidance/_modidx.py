@@ -570,10 +570,6 @@ d = {
                 'guided.html#guideddenoiser._apply_rule',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._call': (
-                'guided.html#guideddenoiser._call',
-                'cf_guidance/guided.py',
-            ),
             'cf_guidance.guided.GuidedDenoiser._check_negatives': (
                 'guided.html#guideddenoiser._check_negatives',
                 'cf_guidance/guided.py',
@@ -598,16 +594,20 @@ d = {
                 'guided.html#guideddenoiser._evaluate',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.GuidedDenoiser._evaluate_called': (
+                'guided.html#guideddenoiser._evaluate_called',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.GuidedDenoiser._generators': (
                 'guided.html#guideddenoiser._generators',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._note_stopped': (
-                'guided.html#guideddenoiser._note_stopped',
-                'cf_guidance/guided.py',
-            ),
             'cf_guidance.guided.GuidedDenoiser._post': (
                 'guided.html#guideddenoiser._post',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.GuidedDenoiser._update_stopped': (
+                'guided.html#guideddenoiser._update_stopped',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.GuidedDenoiser.forward': (
@@ -720,8 +720,8 @@ d = {
                 'guided.html#zeroinit.__init__',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.ZeroInit._or_still': (
-                'guided.html#zeroinit._or_still',
+            'cf_guidance.guided.ZeroInit._evaluate_or_still': (
+                'guided.html#zeroinit._evaluate_or_still',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.ZeroInit.forward': (
@@ -748,14 +748,21 @@ d = {
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._active': ('guided.html#_active', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._add_to_group': (
+                'guided.html#_add_to_group',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided._as_negative': (
                 'guided.html#_as_negative',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._as_noise': ('guided.html#_as_noise', 'cf_guidance/guided.py'),
             'cf_guidance.guided._as_posts': ('guided.html#_as_posts', 'cf_guidance/guided.py'),
             'cf_guidance.guided._as_terms': ('guided.html#_as_terms', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._chain': ('guided.html#_chain', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._broadcast_mask': (
+                'guided.html#_broadcast_mask',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._can_batch': ('guided.html#_can_batch', 'cf_guidance/guided.py'),
             'cf_guidance.guided._check_denoiser': (
                 'guided.html#_check_denoiser',
                 'cf_guidance/guided.py',
@@ -784,14 +791,12 @@ d = {
                 'guided.html#_checked_values',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._column': ('guided.html#_column', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._cut': ('guided.html#_cut', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._expand_rows': (
-                'guided.html#_expand_rows',
+            'cf_guidance.guided._entry_of_rows': (
+                'guided.html#_entry_of_rows',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._fit_together': (
-                'guided.html#_fit_together',
+            'cf_guidance.guided._expand_rows': (
+                'guided.html#_expand_rows',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._forward': ('guided.html#_forward', 'cf_guidance/guided.py'),
@@ -799,7 +804,6 @@ d = {
                 'guided.html#_forward_in_pieces',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._highest': ('guided.html#_highest', 'cf_guidance/guided.py'),
             'cf_guidance.guided._in_channels': (
                 'guided.html#_in_channels',
                 'cf_guidance/guided.py',
@@ -810,20 +814,25 @@ d = {
             ),
             'cf_guidance.guided._is_number': ('guided.html#_is_number', 'cf_guidance/guided.py'),
             'cf_guidance.guided._kept': ('guided.html#_kept', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._max_level': ('guided.html#_max_level', 'cf_guidance/guided.py'),
             'cf_guidance.guided._nearest_step': (
                 'guided.html#_nearest_step',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._noise_predictions': (
+                'guided.html#_noise_predictions',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._perturbed_forward': (
                 'guided.html#_perturbed_forward',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._put_in_group': (
-                'guided.html#_put_in_group',
-                'cf_guidance/guided.py',
-            ),
             'cf_guidance.guided._refuse_inner_memory': (
                 'guided.html#_refuse_inner_memory',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._rows_within': (
+                'guided.html#_rows_within',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._same_cond': ('guided.html#_same_cond', 'cf_guidance/guided.py'),
@@ -833,14 +842,20 @@ d = {
             ),
             'cf_guidance.guided._same_model': ('guided.html#_same_model', 'cf_guidance/guided.py'),
             'cf_guidance.guided._same_shape': ('guided.html#_same_shape', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._scatter_rows': (
+                'guided.html#_scatter_rows',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided._sigma_range': (
                 'guided.html#_sigma_range',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._spread': ('guided.html#_spread', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._take': ('guided.html#_take', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._slice_rows': ('guided.html#_slice_rows', 'cf_guidance/guided.py'),
             'cf_guidance.guided._trace': ('guided.html#_trace', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._within': ('guided.html#_within', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._wrapped_models': (
+                'guided.html#_wrapped_models',
+                'cf_guidance/guided.py',
+            ),
         },
         'cf_guidance.guiders': {
             'cf_guidance.guiders.Guider': ('guiders.html#guider', 'cf_guidance/guiders.py'),
@@ -966,6 +981,7 @@ d = {
                 'guiders.html#_unsaved.to_dict',
                 'cf_guidance/guiders.py',
             ),
+            'cf_guidance.guiders._as_json': ('guiders.html#_as_json', 'cf_guidance/guiders.py'),
             'cf_guidance.guiders._as_negative': (
                 'guiders.html#_as_negative',
                 'cf_guidance/guiders.py',
@@ -983,11 +999,11 @@ d = {
                 'guiders.html#_checked_term',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._config': ('guiders.html#_config', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._from_plain': (
-                'guiders.html#_from_plain',
+            'cf_guidance.guiders._config_value': (
+                'guiders.html#_config_value',
                 'cf_guidance/guiders.py',
             ),
+            'cf_guidance.guiders._from_json': ('guiders.html#_from_json', 'cf_guidance/guiders.py'),
             'cf_guidance.guiders._known_rules': (
                 'guiders.html#_known_rules',
                 'cf_guidance/guiders.py',
@@ -1001,7 +1017,6 @@ d = {
                 'guiders.html#_own_scheduler',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._plain': ('guiders.html#_plain', 'cf_guidance/guiders.py'),
             'cf_guidance.guiders._saved_negative': (
                 'guiders.html#_saved_negative',
                 'cf_guidance/guiders.py',
@@ -1024,7 +1039,10 @@ d = {
             ),
             'cf_guidance.guiders._settings': ('guiders.html#_settings', 'cf_guidance/guiders.py'),
             'cf_guidance.guiders._term_for': ('guiders.html#_term_for', 'cf_guidance/guiders.py'),
-            'cf_guidance.guiders._value': ('guiders.html#_value', 'cf_guidance/guiders.py'),
+            'cf_guidance.guiders._unwrapped_value': (
+                'guiders.html#_unwrapped_value',
+                'cf_guidance/guiders.py',
+            ),
             'cf_guidance.guiders._with_usual_weight': (
                 'guiders.html#_with_usual_weight',
                 'cf_guidance/guiders.py',
@@ -2274,9 +2292,16 @@ d = {
                 'perturb.html#site.image_of',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._Asked': ('perturb.html#_asked', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._Asked.for_rows': (
-                'perturb.html#_asked.for_rows',
+            'cf_guidance.perturb._Architecture': (
+                'perturb.html#_architecture',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Architecture.block_of': (
+                'perturb.html#_architecture.block_of',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._Architecture.modules': (
+                'perturb.html#_architecture.modules',
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb._Attention': ('perturb.html#_attention', 'cf_guidance/perturb.py'),
@@ -2305,22 +2330,13 @@ d = {
                 'perturb.html#_block.own_rows',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._Call': ('perturb.html#_call', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._Call.expand': (
-                'perturb.html#_call.expand',
+            'cf_guidance.perturb._Forward': ('perturb.html#_forward', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Forward.expand': (
+                'perturb.html#_forward.expand',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._Call.sites': (
-                'perturb.html#_call.sites',
-                'cf_guidance/perturb.py',
-            ),
-            'cf_guidance.perturb._Family': ('perturb.html#_family', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._Family.block_of': (
-                'perturb.html#_family.block_of',
-                'cf_guidance/perturb.py',
-            ),
-            'cf_guidance.perturb._Family.modules': (
-                'perturb.html#_family.modules',
+            'cf_guidance.perturb._Forward.sites': (
+                'perturb.html#_forward.sites',
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb._Join': ('perturb.html#_join', 'cf_guidance/perturb.py'),
@@ -2347,17 +2363,28 @@ d = {
                 'perturb.html#_plan.use_of',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._Root': ('perturb.html#_root', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._Root.__call__': (
-                'perturb.html#_root.__call__',
+            'cf_guidance.perturb._Request': ('perturb.html#_request', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._Request.for_rows': (
+                'perturb.html#_request.for_rows',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._Root.__init__': (
-                'perturb.html#_root.__init__',
+            'cf_guidance.perturb._ShadowForward': (
+                'perturb.html#_shadowforward',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._ShadowForward.__call__': (
+                'perturb.html#_shadowforward.__call__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._ShadowForward.__init__': (
+                'perturb.html#_shadowforward.__init__',
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb._Thread': ('perturb.html#_thread', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._as_given': ('perturb.html#_as_given', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._architecture_of': (
+                'perturb.html#_architecture_of',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._attention_forward': (
                 'perturb.html#_attention_forward',
                 'cf_guidance/perturb.py',
@@ -2400,11 +2427,14 @@ d = {
                 'perturb.html#_context_of',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._copied': ('perturb.html#_copied', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._family_of': ('perturb.html#_family_of', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._first': ('perturb.html#_first', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._given': ('perturb.html#_given', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._grids': ('perturb.html#_grids', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._copy_network': (
+                'perturb.html#_copy_network',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._first_input': (
+                'perturb.html#_first_input',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._image_grid': (
                 'perturb.html#_image_grid',
                 'cf_guidance/perturb.py',
@@ -2413,22 +2443,41 @@ d = {
                 'perturb.html#_image_tokens',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._in_part': ('perturb.html#_in_part', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._inputs_as_output': (
+                'perturb.html#_inputs_as_output',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._is_compiled': (
                 'perturb.html#_is_compiled',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._kind_of': ('perturb.html#_kind_of', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._map': ('perturb.html#_map', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._mapped': ('perturb.html#_mapped', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._masked': ('perturb.html#_masked', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._make_plan': ('perturb.html#_make_plan', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._map_outputs': (
+                'perturb.html#_map_outputs',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._map_tensors': (
+                'perturb.html#_map_tensors',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._match': ('perturb.html#_match', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._merge_masks': (
+                'perturb.html#_merge_masks',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._middle': ('perturb.html#_middle', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._multi_head': (
                 'perturb.html#_multi_head',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._named': ('perturb.html#_named', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._named_arguments': (
+                'perturb.html#_named_arguments',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._named_modules': (
+                'perturb.html#_named_modules',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._network_of': (
                 'perturb.html#_network_of',
                 'cf_guidance/perturb.py',
@@ -2437,16 +2486,25 @@ d = {
                 'perturb.html#_nothing_found',
                 'cf_guidance/perturb.py',
             ),
+            'cf_guidance.perturb._output_names': (
+                'perturb.html#_output_names',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._patch_size': (
                 'perturb.html#_patch_size',
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb._path': ('perturb.html#_path', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._path_copy': ('perturb.html#_path_copy', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._planned': ('perturb.html#_planned', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._positions': ('perturb.html#_positions', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._put': ('perturb.html#_put', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._rebound': ('perturb.html#_rebound', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._possible_grids': (
+                'perturb.html#_possible_grids',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._rebind_forward': (
+                'perturb.html#_rebind_forward',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._refuse_checkpointing': (
                 'perturb.html#_refuse_checkpointing',
                 'cf_guidance/perturb.py',
@@ -2455,16 +2513,27 @@ d = {
                 'perturb.html#_refuse_tracing',
                 'cf_guidance/perturb.py',
             ),
-            'cf_guidance.perturb._returns': ('perturb.html#_returns', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._rows': ('perturb.html#_rows', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._replace_rows': (
+                'perturb.html#_replace_rows',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._restrict_to_part': (
+                'perturb.html#_restrict_to_part',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._row_numbers': (
+                'perturb.html#_row_numbers',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._run_changed': (
                 'perturb.html#_run_changed',
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb._shadow': ('perturb.html#_shadow', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._type_name': ('perturb.html#_type_name', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._unpickled': ('perturb.html#_unpickled', 'cf_guidance/perturb.py'),
-            'cf_guidance.perturb._with_first': (
-                'perturb.html#_with_first',
+            'cf_guidance.perturb._with_first_input': (
+                'perturb.html#_with_first_input',
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb.find_layers': (

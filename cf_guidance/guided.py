@@ -369,7 +369,7 @@ def _check_denoiser(name, model):
 
 
 # %% ../nbs/06_guided.ipynb #f53e799b
-def _chain(D):
+def _wrapped_models(D):
     "A model and the models inside it, from the outside in."
     out = [D]
     while True:
@@ -390,7 +390,7 @@ def _same_model(a, b):
     "Are they one network in the same wrapping?"
     if a is b:
         return True
-    a, b = _chain(a), _chain(b)
+    a, b = _wrapped_models(a), _wrapped_models(b)
     if a[-1] is not b[-1] or any(isinstance(o, GuidedDenoiser) for o in a):
         return False
     kinds = [[type(o) for o in c if isinstance(o, Denoiser)] for c in (a, b)]
@@ -398,7 +398,7 @@ def _same_model(a, b):
 
 
 def _in_channels(D):
-    return getattr(getattr(_chain(D)[-1], 'config', None), 'in_channels', None)
+    return getattr(getattr(_wrapped_models(D)[-1], 'config', None), 'in_channels', None)
 
 
 # %% ../nbs/06_guided.ipynb #e8dc43ed
@@ -553,7 +553,7 @@ def _as_posts(post):
 
 def _refuse_inner_memory(model):
     "An inner guided denoiser sees other rows at each call, so it must not remember anything."
-    for o in _chain(model):
+    for o in _wrapped_models(model):
         if isinstance(o, GuidedDenoiser) and o.remembers:
             raise ValueError(
                 'a guided denoiser inside another one remembers (stop=, a stateful rule, or a '
@@ -571,7 +571,7 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
     if run.names != cond.keys():
         self._check_negatives(run, x, cond)
     if run.n is None:
-        run.n, run.first = len(x), _highest(level)
+        run.n, run.first = len(x), _max_level(level)
         with torch.inference_mode(False):
             run.nfe_per_sample = torch.zeros(run.n, dtype=torch.long)
     if known:
@@ -587,7 +587,7 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
         where = f'sigma={float(sigma[0]):.4g}' + ('' if step is None else f', step {step}')
         raise FloatingPointError(f'the guided estimate is not finite at {where}')
     if self.remembers:
-        self._note_stopped(x, sigma, pos, negs, active, run)
+        self._update_stopped(x, sigma, pos, negs, active, run)
     run.nfe_per_sample += run.last_nfe
     run.evaluations += 1
     run.last = _kept(x, cond) if self.remembers else None, level, step
@@ -715,7 +715,7 @@ def _current_run(self: GuidedDenoiser, x, level, step, cond):
     run = self._runs.run or self.start()
     if run.last is None:
         return run
-    n, now, before = len(x), _highest(level), _highest(run.last[1])
+    n, now, before = len(x), _max_level(level), _max_level(run.last[1])
     if step is not None and run.last[2] is not None:
         rises = step < run.last[2]
     else:
@@ -731,7 +731,7 @@ def _current_run(self: GuidedDenoiser, x, level, step, cond):
 
 
 # %% ../nbs/06_guided.ipynb #9619c30d
-def _highest(level):
+def _max_level(level):
     return max(level.tolist(), default=0.0)
 
 
@@ -750,7 +750,7 @@ def _check_same_samples(terms, run, x, level, step, cond):
     if step != last_step or not torch.allclose(level, last_level, rtol=1e-6, atol=0):
         return
     apart = (x - last_x).flatten(1).norm(dim=1) / last_x.flatten(1).norm(dim=1).clamp(min=1e-30)
-    at_first = math.isclose(_highest(level), run.first, rel_tol=1e-6)
+    at_first = math.isclose(_max_level(level), run.first, rel_tol=1e-6)
     if at_first and (bool((apart > 1e-3).any()) or not _same_cond(cond, last_cond)):
         raise ValueError(
             f'other samples at sigma={level[0]:.4g} than this run remembers: call start() for a '
@@ -840,7 +840,7 @@ class _Entry(NamedTuple):
     query: Query  # for the whole batch
 
 
-def _take(term, rows, query):
+def _entry_of_rows(term, rows, query):
     "An entry for some rows of a query."
     x, sigma, cond = query[:3]
     if len(rows) < len(x):
@@ -849,7 +849,7 @@ def _take(term, rows, query):
     return _Entry(term, rows, x, sigma, cond, query)
 
 
-def _fit_together(a, b):
+def _can_batch(a, b):
     "Do two entries fit into one batch?"
     if a.x.shape[1:] != b.x.shape[1:] or a.x.dtype != b.x.dtype or a.cond.keys() != b.cond.keys():
         return False
@@ -883,8 +883,8 @@ def _forward_in_pieces(D, group, observers, run, step):
     "The same for a `Microbatched` denoiser: a sample's rows stay together if they fit."
 
     def piece(samples):
-        seen = [(change, _within(rows, samples)) for change, rows in observers]
-        some = [_take(e.term, _within(e.rows, samples), e.query) for e in group]
+        seen = [(change, _rows_within(rows, samples)) for change, rows in observers]
+        some = [_entry_of_rows(e.term, _rows_within(e.rows, samples), e.query) for e in group]
         most = min(D.fitting, len(some))
         outs = _forward(D.inner_model, some[:most], seen, run, step)
         for i in range(most, len(some), most):
@@ -895,7 +895,7 @@ def _forward_in_pieces(D, group, observers, run, step):
     return [torch.cat(o) for o in zip(*pieces, strict=True)]
 
 
-def _within(rows, samples):
+def _rows_within(rows, samples):
     return rows[(rows >= samples.start) & (rows < samples.stop)]
 
 
@@ -932,12 +932,12 @@ def _same_inputs(a, b):
 
 
 # %% ../nbs/06_guided.ipynb #aaee203e
-def _column(mask, x):
+def _broadcast_mask(mask, x):
     "A mask (B,) in a shape that broadcasts over `x`."
     return mask.to(x.device).view(-1, *(1,) * (x.ndim - 1))
 
 
-def _spread(rows, y, fill):
+def _scatter_rows(rows, y, fill):
     "(B, ...) with `y` in `rows` and `fill` elsewhere."
     return y if len(rows) == len(fill) else fill.index_copy(0, rows.to(fill.device), y)
 
@@ -955,7 +955,7 @@ def _estimates(self: GuidedDenoiser, x, sigma, cond, active, known, run, step):
         outs = forward(D, group, observers if group is groups[0] else [], run, step)
         for e, o in zip(group, outs, strict=True):
             run.last_nfe[e.rows] += 1
-            o = _spread(e.rows, o, pos)  # the positive comes first
+            o = _scatter_rows(e.rows, o, pos)  # the positive comes first
             if e.term is None:
                 pos = o
             else:
@@ -968,10 +968,10 @@ def _estimates(self: GuidedDenoiser, x, sigma, cond, active, known, run, step):
         elif i in outputs:
             neg = _same_shape(t.neg.combine(outputs[i], x, sigma, pos), x, 'neg')
         elif isinstance(t.neg, Called) and bool(a.on.any()):
-            neg = self._call(i, a.on, x, sigma, cond, pos, observed, run)
-        negs.append(neg if bool(a.on.all()) else torch.where(_column(a.on, x), neg, pos))
+            neg = self._evaluate_called(i, a.on, x, sigma, cond, pos, observed, run)
+        negs.append(neg if bool(a.on.all()) else torch.where(_broadcast_mask(a.on, x), neg, pos))
     if bool(active[0].neg_only.any()):
-        pos = torch.where(_column(active[0].neg_only, x), negs[0], pos)
+        pos = torch.where(_broadcast_mask(active[0].neg_only, x), negs[0], pos)
     return pos, negs
 
 
@@ -982,7 +982,7 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
     groups, observed = [], {}
     rows = (~active[0].neg_only).nonzero().flatten()
     if 'pos' not in known and (len(rows) or not len(x)):
-        groups.append([_take(None, rows, Query(x, sigma, cond))])
+        groups.append([_entry_of_rows(None, rows, Query(x, sigma, cond))])
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
         rows = a.on.nonzero().flatten()
         if not len(rows) or i in known:
@@ -996,16 +996,16 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
                     f'{t.neg.nfe}'
                 )
             for q in queries:
-                _put_in_group(groups, _take(i, rows, q))
-        elif 'pos' not in known and (looked := t.neg.observe(sigma, cond)) is not None:
-            observed[i] = looked[0], rows, looked[1]
+                _add_to_group(groups, _entry_of_rows(i, rows, q))
+        elif 'pos' not in known and (observation := t.neg.observe(sigma, cond)) is not None:
+            observed[i] = observation[0], rows, observation[1]
     return groups, observed
 
 
-def _put_in_group(groups, entry):
+def _add_to_group(groups, entry):
     "Add an entry to the first group that it fits into, or begin one."
     for group in groups:
-        if _fit_together(group[0], entry):
+        if _can_batch(group[0], entry):
             group.append(entry)
             return
     groups.append([entry])
@@ -1023,7 +1023,7 @@ def _generators(self: GuidedDenoiser, i, run):
 
 
 @patch
-def _call(self: GuidedDenoiser, i, on, x, sigma, cond, pos, observed, run):
+def _evaluate_called(self: GuidedDenoiser, i, on, x, sigma, cond, pos, observed, run):
     "The output of a negative that is called, for the samples that need it."
     neg, rows = self.terms[i].neg, on.nonzero().flatten()
     at, gens = rows.to(x.device), self._generators(i, run) if neg.draws else None
@@ -1038,7 +1038,7 @@ def _call(self: GuidedDenoiser, i, on, x, sigma, cond, pos, observed, run):
         **({'seen': observed[i][2]} if i in observed else {}),
     )
     run.last_nfe[rows] += neg.nfe
-    return _spread(rows, _same_shape(y, x[at], 'neg'), pos)
+    return _scatter_rows(rows, _same_shape(y, x[at], 'neg'), pos)
 
 
 # %% ../nbs/06_guided.ipynb #c2ce1841
@@ -1057,11 +1057,15 @@ def _apply_rule(self: GuidedDenoiser, i, neg, pos, active, x, sigma, run):
         pred, new = rule(neg, pos, active.w, old)
         if new is not None:
             kept = torch.zeros_like(new) if old is None else old
-            new = torch.where(_column(active.on, x), new.detach(), kept)
+            new = torch.where(_broadcast_mask(active.on, x), new.detach(), kept)
         run.states[i] = new
     pred = _same_shape(pred, x, 'rule')
     pred = to_x0(pred, x, sigma, space) if convert else pred
-    return pred if bool(active.on.all()) else torch.where(_column(active.on, x), pred, unguided)
+    return (
+        pred
+        if bool(active.on.all())
+        else torch.where(_broadcast_mask(active.on, x), pred, unguided)
+    )
 
 
 # %% ../nbs/06_guided.ipynb #80a26a17
@@ -1099,23 +1103,23 @@ def _post(self: GuidedDenoiser, pred, pos, active, x, sigma):
             a, b = (from_x0(o, x, sigma, post.space) for o in (fixed, pos))
             fixed = to_x0(post(a, b), x, sigma, post.space)
     guided = torch.stack([a.on for a in active]).any(0)
-    return torch.where(_column(guided, x), fixed, pred)
+    return torch.where(_broadcast_mask(guided, x), fixed, pred)
 
 
 # %% ../nbs/06_guided.ipynb #7d5b8bcc
-def _as_noise(x, sigma, *estimates):
+def _noise_predictions(x, sigma, *estimates):
     "Estimates of the image as noise predictions, (B, ...) flat, in float32 or better."
     wide = torch.promote_types(x.dtype, torch.float32)
     return [from_x0(o.detach().to(wide), x.to(wide), sigma, 'eps').flatten(1) for o in estimates]
 
 
 @patch
-def _note_stopped(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
+def _update_stopped(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
     "Note which samples are no longer guided by which term."
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
         if t.stop is None or not bool(a.on.any()):
             continue
-        cosine = torch.cosine_similarity(*_as_noise(x, sigma, pos, negs[i])).cpu()
+        cosine = torch.cosine_similarity(*_noise_predictions(x, sigma, pos, negs[i])).cpu()
         new = a.on & ~a.neg_only & (cosine > t.stop)
         run.stopped[i] = new | run.stopped.get(i, torch.zeros_like(new))
 
@@ -1131,7 +1135,7 @@ class Microbatched(Denoiser):
     ):
         super().__init__(inner_model)
         _check_denoiser('inner_model', inner_model)
-        if any(isinstance(o, GuidedDenoiser) for o in _chain(inner_model)):
+        if any(isinstance(o, GuidedDenoiser) for o in _wrapped_models(inner_model)):
             raise ValueError(
                 'inner_model: expected the denoiser inside, as in '
                 'GuidedDenoiser(Microbatched(D, size), ...), got a GuidedDenoiser'
@@ -1151,7 +1155,7 @@ class Microbatched(Denoiser):
         sigma = _per_sample(sigma, x)
 
         def piece(s):
-            some = {k: _cut(v, s, len(x)) for k, v in cond.items()}
+            some = {k: _slice_rows(v, s, len(x)) for k, v in cond.items()}
             with part_of_batch(s):
                 return self.inner_model(x[s], sigma[s], **some)
 
@@ -1180,7 +1184,7 @@ class Microbatched(Denoiser):
 
 
 # %% ../nbs/06_guided.ipynb #a025a4e2
-def _cut(v, samples, n):
+def _slice_rows(v, samples, n):
     return v[samples] if torch.is_tensor(v) and v.ndim and len(v) == n else v
 
 
@@ -1214,17 +1218,17 @@ class ZeroInit(Denoiser):
         return self._last.nfe
 
     def forward(self, x, sigma, **cond):
-        return self._or_still(lambda: [self.inner_model(x, sigma, **cond)], 1, x, sigma)[0]
+        return self._evaluate_or_still(lambda: [self.inner_model(x, sigma, **cond)], 1, x, sigma)[0]
 
     def parts(self, x, sigma, **cond):
         def evaluate():
             p = self.inner_model.parts(x, sigma, **cond)
             return [*p[:3], *p.negs]
 
-        pred, pos, neg, *negs = self._or_still(evaluate, 3, x, sigma)
+        pred, pos, neg, *negs = self._evaluate_or_still(evaluate, 3, x, sigma)
         return Parts(pred, pos, neg, tuple(negs))
 
-    def _or_still(self, evaluate, n, x, sigma):
+    def _evaluate_or_still(self, evaluate, n, x, sigma):
         "What `evaluate` returns, or `n` estimates for a velocity of 0."
         moves = (_per_sample(sigma, x) <= self.above).cpu()
         still = to_x0(torch.zeros_like(x), x, sigma, 'flow')
@@ -1233,7 +1237,7 @@ class ZeroInit(Denoiser):
             return [still] * n
         outs, one = evaluate(), torch.ones(len(x), dtype=torch.long)
         self._last.nfe = getattr(self.inner_model, 'last_nfe', one)
-        return [torch.where(_column(moves, x), o, still) for o in outs]
+        return [torch.where(_broadcast_mask(moves, x), o, still) for o in outs]
 
 
 # %% ../nbs/06_guided.ipynb #e644b4ce
@@ -1256,7 +1260,7 @@ def _trace(parts, active, i, x, sigma):
     # the scale is the same in all spaces; noise predictions tell nothing where all is noise
     d = (parts.pos - neg).float().flatten(1)
     scale = ((parts.pred - neg).float().flatten(1) * d).sum(1) / d.square().sum(1)
-    pos, neg = _as_noise(x, sigma, parts.pos, neg)
+    pos, neg = _noise_predictions(x, sigma, parts.pos, neg)
     both = (a.on & ~a.neg_only).to(x.device)
     alone = torch.where(moved, math.nan, 1.0).where(~a.neg_only, 0.0).to(d)
     scale = scale.where(apart, math.nan).where(both, alone)

@@ -53,22 +53,22 @@ class _CannotSave(TypeError):
     "Something that works but cannot be written into a file."
 
 
-def _plain(where, o):
+def _as_json(where, o):
     "`o` as JSON can hold it: numbers, names, lists and dicts; infinity becomes a name."
     if o is None or isinstance(o, (bool, str)):
         return o
     if isinstance(o, Real):
         return o if not isinstance(o, float) or math.isfinite(o) else str(o)
     if torch.is_tensor(o) and not o.ndim:
-        return _plain(where, o.item())
+        return _as_json(where, o.item())
     if isinstance(o, (list, tuple)):
-        return [_plain(where, v) for v in o]
+        return [_as_json(where, v) for v in o]
     if isinstance(o, Mapping):
-        return {k: _plain(f'{where}.{k}', v) for k, v in o.items()}
+        return {k: _as_json(f'{where}.{k}', v) for k, v in o.items()}
     raise _CannotSave(f'{where}: expected numbers, names or lists to save, got {type(o).__name__}')
 
 
-def _from_plain(o):
+def _from_json(o):
     return float(o) if isinstance(o, str) and o in ('inf', '-inf') else o
 
 
@@ -87,7 +87,7 @@ def _as_rule(o, name='rule'):
     known = _known_rules()
     if o.get('name') not in known:
         raise ValueError(f'{name}: expected one of {", ".join(known)}, got {o.get("name")!r}')
-    settings = {k: _from_plain(v) for k, v in (o.get('settings') or {}).items()}
+    settings = {k: _from_json(v) for k, v in (o.get('settings') or {}).items()}
     return known[o['name']].of(**settings)
 
 
@@ -97,7 +97,7 @@ def _saved_rule(where, rule):
     if known is None or known.formula is not getattr(rule, 'formula', None):
         name = getattr(rule, '__name__', type(rule).__name__)
         raise _CannotSave(f'{where}: {name!r} is a function of yours, which cannot be saved')
-    return dict(name=rule.__name__, settings=_plain(where, dict(rule.settings)))
+    return dict(name=rule.__name__, settings=_as_json(where, dict(rule.settings)))
 
 
 # %% ../nbs/10_guiders.ipynb #21
@@ -132,7 +132,7 @@ def _saved_negative(where, neg):
     for k in settings:
         if k not in arguments:
             raise _CannotSave(f'{where}: {name} with {k}= cannot be saved')
-    return dict(name=name, **_plain(where, settings))
+    return dict(name=name, **_as_json(where, settings))
 
 
 # %% ../nbs/10_guiders.ipynb #2bb2d428
@@ -152,11 +152,11 @@ def _name_and_settings(o):
     for k in settings:
         if k not in arguments:
             raise TypeError(f'neg: {name} has no setting {k!r}; it has {", ".join(arguments)}')
-    return name, {k: _from_plain(v) for k, v in settings.items()}
+    return name, {k: _from_json(v) for k, v in settings.items()}
 
 
 # %% ../nbs/10_guiders.ipynb #26
-_TERM = ('neg', 'w', 'rule', 'interval', 'stop')
+_TERM_KEYS = ('neg', 'w', 'rule', 'interval', 'stop')
 
 
 def _saved_weight(where, weight):
@@ -171,7 +171,7 @@ def _saved_weight(where, weight):
 def _saved_term(where, t):
     "A term as a dict of names and numbers."
     if isinstance(t, Mapping):
-        saved = {k: _plain(f'{where}.{k}', v) for k, v in t.items() if k != 'rule'}
+        saved = {k: _as_json(f'{where}.{k}', v) for k, v in t.items() if k != 'rule'}
         if 'rule' in t:
             saved['rule'] = _saved_rule(f'{where}.rule', _as_rule(t['rule']))
         return saved
@@ -179,7 +179,7 @@ def _saved_term(where, t):
         neg=_saved_negative(f'{where}.neg', t.neg),
         w=_saved_weight(f'{where}.w', t.w),
         rule=_saved_rule(f'{where}.rule', t.rule),
-        interval=_plain(f'{where}.interval', t.interval),
+        interval=_as_json(f'{where}.interval', t.interval),
         stop=t.stop,
     )
 
@@ -208,8 +208,8 @@ def _checked_term(o):
     if not isinstance(o, Mapping) or 'neg' not in o:
         return _with_usual_weight(o if isinstance(o, Term) else Term(o))
     for k in o:
-        if k not in _TERM:
-            raise TypeError(f'terms: a term has no {k!r}; it has {", ".join(_TERM)}')
+        if k not in _TERM_KEYS:
+            raise TypeError(f'terms: a term has no {k!r}; it has {", ".join(_TERM_KEYS)}')
     name, _ = _name_and_settings(o['neg'])
     _term_for({**o, 'neg': 'NegativePrompt'}, None)  # checks the rest
     return _term_for(o, None) if name == 'NegativePrompt' else dict(o)
@@ -226,7 +226,7 @@ class _Unsaved:
         return {'not saved': str(self.error)}
 
 
-def _config(save, where, value):
+def _config_value(save, where, value):
     "What a config holds for a part of a guider."
     try:
         return None if value is None else save(where, value)
@@ -234,7 +234,7 @@ def _config(save, where, value):
         return _Unsaved(value, e)
 
 
-def _value(o):
+def _unwrapped_value(o):
     return o.value if isinstance(o, _Unsaved) else o
 
 
@@ -246,7 +246,7 @@ def _saved_scheduler(where, scheduler):
         raise _CannotSave(f'{where}: {name} is a class of yours, which cannot be saved')
     config = {k: v for k, v in scheduler.config.items() if not k.startswith('_')}
     config = {k: v.tolist() if hasattr(v, 'tolist') else v for k, v in config.items()}
-    return dict(_plain(where, config), _class_name=name)
+    return dict(_as_json(where, config), _class_name=name)
 
 
 def _own_scheduler(o):
@@ -343,9 +343,9 @@ class Guider(BaseGuidance):
             post = [] if post is None else [post]
         if not terms:
             raise TypeError('terms: expected at least one term')
-        self.scheduler = _own_scheduler(_value(scheduler))
-        self.terms = [_checked_term(_value(t)) for t in terms]
-        self.posts = _as_posts([_as_rule(_value(o), 'post') for o in post])
+        self.scheduler = _own_scheduler(_unwrapped_value(scheduler))
+        self.terms = [_checked_term(_unwrapped_value(t)) for t in terms]
+        self.posts = _as_posts([_as_rule(_unwrapped_value(o), 'post') for o in post])
         self.zero_init, self.max_batch = _checked_options(zero_init, max_batch)
         self.denoiser = None  # the guided denoiser of the last run
         self._levels = _scheduler_denoiser(self.scheduler, nn.Identity())
@@ -355,9 +355,9 @@ class Guider(BaseGuidance):
         self._captured, self._runs = [], _ThreadRuns()
         self._diffusers_load_id = 'null|null|null|null'
         self.register_to_config(
-            scheduler=_config(_saved_scheduler, 'scheduler', self.scheduler),
-            terms=[_config(_saved_term, f'terms[{i}]', t) for i, t in enumerate(self.terms)],
-            post=[_config(_saved_rule, f'post[{i}]', o) for i, o in enumerate(self.posts)],
+            scheduler=_config_value(_saved_scheduler, 'scheduler', self.scheduler),
+            terms=[_config_value(_saved_term, f'terms[{i}]', t) for i, t in enumerate(self.terms)],
+            post=[_config_value(_saved_rule, f'post[{i}]', o) for i, o in enumerate(self.posts)],
             zero_init=zero_init,
             max_batch=max_batch,
         )

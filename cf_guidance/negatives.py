@@ -25,7 +25,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .guided import Conditions, Model, Queries, Query, Weight, _column
+from .guided import Conditions, Model, Queries, Query, Weight, _broadcast_mask
 from .noise import _check_generators, _check_number, _check_whole, randn
 from .perturb import Change, _network_of, find_time_layers
 from .transforms import _perpendicular
@@ -71,7 +71,7 @@ class PerpNeg(Queries):
         wide = torch.promote_types(x.dtype, torch.float32)
         empty, *negs, pos = (o.to(wide) for o in (*outputs, pos))
         away = [
-            _column(w(sigma).to(wide), x) * _perpendicular(neg - empty, pos - empty)
+            _broadcast_mask(w(sigma).to(wide), x) * _perpendicular(neg - empty, pos - empty)
             for w, neg in zip(self.weights, negs, strict=True)
         ]
         return (empty + sum(away)).to(x.dtype)
@@ -368,4 +368,4 @@ class _TimeNoise:
     def __call__(self, out, site):
         seeds = [self.seeds[i] for i in site.samples.tolist()]
         size = self.size[site.samples.to(self.size.device)].to(out)
-        return out + _column(size, out) * randn(out.shape, seeds, out.device, out.dtype)
+        return out + _broadcast_mask(size, out) * randn(out.shape, seeds, out.device, out.dtype)

@@ -53,16 +53,18 @@ def _network_of(
         else:
             break
     if not isinstance(D, nn.Module):
-        raise TypeError(f'net: expected an nn.Module, or a denoiser around one, got {_kind_of(D)}')
+        raise TypeError(
+            f'net: expected an nn.Module, or a denoiser around one, got {_type_name(D)}'
+        )
     return D
 
 
-def _kind_of(o):
+def _type_name(o):
     return f'the class {o.__name__}' if isinstance(o, type) else type(o).__name__
 
 
 # %% ../nbs/05_perturb.ipynb #acfbb2cd
-def _named(net):
+def _named_modules(net):
     "Modules by name, without the names that torch.compile adds."
     compiled = re.compile(r'(^|\.)_orig_mod(?=\.|$)')
     names = {compiled.sub('', n).removeprefix('.'): m for n, m in net.named_modules()}
@@ -74,7 +76,7 @@ def _attentions(net):
         cross = getattr(m, 'is_cross_attention', 'Cross' in type(m).__name__)
         return 'Attention' in type(m).__name__ and not cross
 
-    named = {n: m for n, m in _named(net).items() if is_self_attention(m)}
+    named = {n: m for n, m in _named_modules(net).items() if is_self_attention(m)}
     outer = {n.rsplit('.', i)[0] for n in named for i in range(1, n.count('.') + 1)}
     return {n: m for n, m in named.items() if n not in outer}
 
@@ -82,10 +84,12 @@ def _attentions(net):
 def _blocks(net):
     parents = {n.rpartition('.')[0] for n in _attentions(net)}
     lists = (nn.ModuleList, nn.ModuleDict)
-    return {n: m for n, m in _named(net).items() if n in parents and not isinstance(m, lists)}
+    return {
+        n: m for n, m in _named_modules(net).items() if n in parents and not isinstance(m, lists)
+    }
 
 
-_KINDS = dict(attention=_attentions, block=_blocks, output=_named)
+_KINDS = dict(attention=_attentions, block=_blocks, output=_named_modules)
 
 
 # %% ../nbs/05_perturb.ipynb #5573a222
@@ -93,7 +97,7 @@ class Layers(dict):
     "Modules by name, of the network `net`."
 
     def __init__(self, net, names, kind='attention'):
-        super().__init__({n: m for n, m in _named(net).items() if n in names})
+        super().__init__({n: m for n, m in _named_modules(net).items() if n in names})
         self.net, self.kind = net, kind
         self.key = (id(net), kind, *self)
 
@@ -107,7 +111,7 @@ class Layers(dict):
 def _match(net, layers, known):
     "Names of the layers that one pattern or function chooses."
     if callable(layers):
-        return [n for n, m in _named(net).items() if layers(n, m)]
+        return [n for n, m in _named_modules(net).items() if layers(n, m)]
     if isinstance(layers, re.Pattern):
         return [n for n in known if layers.fullmatch(n)]
     if isinstance(layers, str):
@@ -190,7 +194,7 @@ def find_time_layers(
     def wanted(name, m):
         return any(fnmatchcase('.' + name, '*.' + o) for o in patterns)
 
-    named = _named(net)
+    named = _named_modules(net)
     found = [n for n, m in named.items() if (layers if callable(layers) else wanted)(n, m)]
     if not found:
         near = {n: m for n, m in named.items() if 'time' in n or 'emb' in n} or named
@@ -212,7 +216,7 @@ class Change:
 
     def __post_init__(self):
         if not callable(self.fn):
-            raise TypeError(f'fn: expected a function, got {_kind_of(self.fn)}')
+            raise TypeError(f'fn: expected a function, got {_type_name(self.fn)}')
         if not (self.tokens is None or callable(self.tokens)):
             raise TypeError(f'tokens: expected a function of n, or None, got {self.tokens!r}')
         kind = self.kind or getattr(self.fn, 'kind', 'attention')
@@ -238,7 +242,7 @@ _IMAGE_LAST = (
 
 
 # %% ../nbs/05_perturb.ipynb #bc26410e
-def _grids(shape, patch):
+def _possible_grids(shape, patch):
     "Possible (height, width) of the tokens of a picture (B, C, H, W)."
     h, w = shape[-2:]
     for p in [patch] if patch else range(1, max(h, w) + 1):
@@ -268,9 +272,9 @@ def _image_tokens(
     if len(own) == 4 and math.prod(own[-2:]) == n:
         count = n
     elif len(shape) == 4 and isinstance(patch, int):
-        count = math.prod(next(_grids(shape, patch)))
+        count = math.prod(next(_possible_grids(shape, patch)))
     elif len(shape) == 4:
-        count = n if any(h * w == n for h, w in _grids(shape, None)) else 0
+        count = n if any(h * w == n for h, w in _possible_grids(shape, None)) else 0
     elif len(shape) == 5 and isinstance(patch, tuple):  # video: tokens of all frames
         count = math.prod(s // p for s, p in zip(shape[2:], patch, strict=True))
     else:
@@ -290,7 +294,7 @@ def _image_grid(call, own, count):
     x, ids = call.first, call.img_ids
     sizes = [tuple(own.shape[-2:])] if own.ndim == 4 else []
     if x.ndim == 4:
-        sizes += _grids(x.shape, call.patch if isinstance(call.patch, int) else None)
+        sizes += _possible_grids(x.shape, call.patch if isinstance(call.patch, int) else None)
     if torch.is_tensor(ids) and x.ndim == 3:
         last = ids.reshape(-1, ids.shape[-1])[:count, 1:3]
         sizes.append(tuple((last.amax(0) - last.amin(0) + 1).long().tolist()))
@@ -391,7 +395,7 @@ class _Attention(TorchFunctionMode):
     def __init__(self, layer, call, args, kwargs):
         super().__init__()
         self.layer, self.call, self.arguments = layer, call, (layer.module, args, kwargs)
-        self.own, self.calls = _first(args, kwargs), 0
+        self.own, self.calls = _first_input(args, kwargs), 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
@@ -409,7 +413,7 @@ def attend(self: _Attention, query, key, value, attn_mask=None, *args, scale=Non
     "Attention with its changes, each for its rows."
 
     def plain(q, k, v, allowed=None, scale=scale, mask=attn_mask):
-        mask = mask if allowed is None else _masked(mask, allowed)
+        mask = mask if allowed is None else _merge_masks(mask, allowed)
         return F.scaled_dot_product_attention(q, k, v, mask, *args, scale=scale, **kwargs)
 
     out = None
@@ -426,7 +430,7 @@ def attend(self: _Attention, query, key, value, attn_mask=None, *args, scale=Non
         if new is not None:
             if rows is not None and out is None:
                 out = plain(query, key, value)
-            out = _put(out, rows, new, (*q.shape[:-1], value.shape[-1]), value.dtype, site)
+            out = _replace_rows(out, rows, new, (*q.shape[:-1], value.shape[-1]), value.dtype, site)
     return plain(query, key, value) if out is None else out
 
 
@@ -454,7 +458,7 @@ class Applied(NamedTuple):
     samples: torch.Tensor  # (R,) numbers of samples
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
     "What `PerturbedDenoiser` wants of the next forward of its shadow."
 
     applied: list  # of `Applied`
@@ -465,18 +469,18 @@ class _Asked(NamedTuple):
 
 
 class _Thread(threading.local):
-    asked = None  # the `_Asked` of the `PerturbedDenoiser` that is evaluating
-    call = None  # the `_Call` of the forward that runs
+    request = None  # the `_Request` of the `PerturbedDenoiser` that is evaluating
+    call = None  # the `_Forward` of the forward that runs
     part = None  # rows (LongTensor) of the batch that are evaluated now; None: all
 
 
 _thread = _Thread()
-_UNKNOWN = 'rows of an unknown part of the batch'
+_UNKNOWN_ROWS = 'rows of an unknown part of the batch'
 
 
 # %% ../nbs/05_perturb.ipynb #4ca0cc7e
 @dataclass
-class _Call:
+class _Forward:
     "One forward of a shadow."
 
     net: nn.Module
@@ -515,18 +519,18 @@ def part_of_batch(
     rows,  # which rows of the batch are evaluated inside: a slice or a LongTensor
 ):
     "Inside, a perturbed network evaluates these rows of the batch only."
-    before, asked = _thread.part, _thread.asked
-    if before is None and asked is not None:
-        _thread.part = torch.arange(asked.n)[rows]
+    before, request = _thread.part, _thread.request
+    if before is None and request is not None:
+        _thread.part = torch.arange(request.n)[rows]
     else:
-        _thread.part = _UNKNOWN if before is None or before is _UNKNOWN else before[rows]
+        _thread.part = _UNKNOWN_ROWS if before is None or before is _UNKNOWN_ROWS else before[rows]
     try:
         yield
     finally:
         _thread.part = before
 
 
-def _in_part(applied, copy_of, n, part):
+def _restrict_to_part(applied, copy_of, n, part):
     "Changes and copies in terms of a part of the batch. A copy without its original is none."
     at = torch.full((n,), -1)
     at[part] = torch.arange(len(part))
@@ -541,7 +545,7 @@ def _in_part(applied, copy_of, n, part):
 
 
 # %% ../nbs/05_perturb.ipynb #cd6bcff7
-def _first(args, kwargs):
+def _first_input(args, kwargs):
     "What a module is given first."
     if args:
         return args[0]
@@ -551,10 +555,10 @@ def _first(args, kwargs):
     return next((o for o in kwargs.values() if torch.is_tensor(o)), None)
 
 
-def _with_first(new, args, kwargs):
+def _with_first_input(new, args, kwargs):
     if args:
         return (new, *args[1:]), kwargs
-    old = _first(args, kwargs)
+    old = _first_input(args, kwargs)
     return args, {k: new if v is old else v for k, v in kwargs.items()}
 
 
@@ -564,13 +568,13 @@ def _positions(cls):
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
-def _given(m, args, kwargs):
+def _named_arguments(m, args, kwargs):
     "Arguments of a module by name."
     return {**dict(zip(_positions(type(m)), args, strict=False)), **kwargs}
 
 
 # %% ../nbs/05_perturb.ipynb #23bff51c
-def _put(
+def _replace_rows(
     all_rows,  # (B, ...), or None if the new rows are all
     rows,  # (R,) which rows are new; None: all
     new,  # what a function gave for them
@@ -586,7 +590,7 @@ def _put(
     return new if rows is None else all_rows.index_copy(0, rows, new)
 
 
-def _masked(mask, allowed):
+def _merge_masks(mask, allowed):
     "One attention mask out of two, of which the first may be None."
     if mask is None:
         return allowed
@@ -646,7 +650,7 @@ _IMAGE_THEN_TEXT = (
 ).split()
 
 
-def _returns(block):
+def _output_names(block):
     "Names of the inputs that stand where the outputs of a block do; None: not known."
     name = type(block).__name__.removesuffix('TransformerBlock')
     text, image = 'encoder_hidden_states', 'hidden_states'
@@ -656,18 +660,18 @@ def _returns(block):
 
 
 # %% ../nbs/05_perturb.ipynb #c428a982
-def _as_given(layer, out, args, kwargs):
+def _inputs_as_output(layer, out, args, kwargs):
     "The inputs of a block in the form of its output `out`."
     if torch.is_tensor(out):
-        own, outs = (_first(args, kwargs),), (out,)
+        own, outs = (_first_input(args, kwargs),), (out,)
     else:
-        names = _returns(layer.module)
+        names = _output_names(layer.module)
         if not isinstance(out, tuple) or names is None or len(out) != len(names):
             raise ValueError(
                 f'{layer.name}: which inputs a skipped {type(layer.module).__name__} returns, '
                 f'and in which order, is not known; write a function of (x, run, site)'
             )
-        given = _given(layer.module, args, kwargs)
+        given = _named_arguments(layer.module, args, kwargs)
         own, outs = tuple(given.get(n) for n in names), out
     for a, b in zip(own, outs, strict=True):
         if b is not None and (a is None or a.shape != b.shape):
@@ -677,7 +681,7 @@ def _as_given(layer, out, args, kwargs):
 
 
 # %% ../nbs/05_perturb.ipynb #4c75f878
-def _map(f, *outs):
+def _map_outputs(f, *outs):
     "`f` of tensors that stand alone or in equal tuples; None stays None."
     if isinstance(outs[0], tuple):
         return tuple(None if o[0] is None else f(*o) for o in zip(*outs, strict=True))
@@ -686,9 +690,9 @@ def _map(f, *outs):
 
 def _changed_block(layer, call, kinds, args, kwargs):
     def run(x):
-        return _run_changed(layer, call, kinds, *_with_first(x, args, kwargs))
+        return _run_changed(layer, call, kinds, *_with_first_input(x, args, kwargs))
 
-    x = _first(args, kwargs)
+    x = _first_input(args, kwargs)
     for fn, site, rows in call.sites(layer, 'block', x, len(x)):
         run = _Block(layer, run, fn, site, rows, args, kwargs)
     return run(x)
@@ -711,14 +715,14 @@ class _Block:
         own = x if self.rows is None else x[self.rows]
 
         def run(new):
-            full.append(self.run(_put(x, self.rows, new, own.shape, own.dtype, self.site)))
-            return _map(self.own_rows, full[-1])
+            full.append(self.run(_replace_rows(x, self.rows, new, own.shape, own.dtype, self.site)))
+            return _map_outputs(self.own_rows, full[-1])
 
         def given():
             if not full:
                 full.append(self.run(x))
-            args, kwargs = _with_first(x, self.args, self.kwargs)
-            return _map(self.own_rows, _as_given(self.layer, full[0], args, kwargs))
+            args, kwargs = _with_first_input(x, self.args, self.kwargs)
+            return _map_outputs(self.own_rows, _inputs_as_output(self.layer, full[0], args, kwargs))
 
         self.site.given = given
         new = self.fn(own, run, self.site)
@@ -727,13 +731,13 @@ class _Block:
         if isinstance(new, tuple) != isinstance(full[0], tuple):
             got, want = type(new).__name__, type(full[0]).__name__
             raise ValueError(f'{self.layer.name}: expected fn to return a {want}, got {got}')
-        return _map(self.merged, full[0], new)
+        return _map_outputs(self.merged, full[0], new)
 
     def own_rows(self, o):
         return o if self.rows is None else o[self.rows]
 
     def merged(self, old, new):
-        return _put(old, self.rows, new, self.own_rows(old).shape, old.dtype, self.site)
+        return _replace_rows(old, self.rows, new, self.own_rows(old).shape, old.dtype, self.site)
 
 
 # %% ../nbs/05_perturb.ipynb #67d7cda6
@@ -746,7 +750,7 @@ def _changed_output(layer, call, kinds, args, kwargs):
         out = out.expand(call.n, *out.shape[1:])
     for fn, site, rows in call.sites(layer, 'output', out, len(out)):
         some = out if rows is None else out[rows]
-        out = _put(out, rows, fn(some, site), some.shape, out.dtype, site)
+        out = _replace_rows(out, rows, fn(some, site), some.shape, out.dtype, site)
     return out
 
 
@@ -783,13 +787,13 @@ def _unpickled(cls, forward, compiled):
 
 
 # %% ../nbs/05_perturb.ipynb #729e0130
-def _rebound(forward, m, copy, name):
+def _rebind_forward(forward, m, copy, name):
     "The `forward` of a module, with its hooks, for a copy of the module."
     if isinstance(forward, MethodType) and forward.__self__ is m:
         return MethodType(forward.__func__, copy)
     made_by = getattr(getattr(forward, 'func', None), '__module__', '')
     if made_by == 'accelerate.hooks':
-        inner = _rebound(m._old_forward, m, copy, name)
+        inner = _rebind_forward(m._old_forward, m, copy, name)
 
         def hooked(*args, **kwargs):
             args, kwargs = m._hf_hook.pre_forward(m, *args, **kwargs)
@@ -800,7 +804,7 @@ def _rebound(forward, m, copy, name):
         return hooked
     if made_by == 'diffusers.hooks.hooks':
         hook = forward.func.__closure__[0].cell_contents
-        inner = _rebound(hook.forward, m, copy, name)
+        inner = _rebind_forward(hook.forward, m, copy, name)
 
         def registered(*args, **kwargs):
             args, kwargs = hook.pre_forward(m, *args, **kwargs)
@@ -850,7 +854,7 @@ def _path_copy(m, children, name):
         return type(m)(children['_orig_mod'], _context_of(m))
     copy = _bare_copy(m, children)
     if 'forward' in m.__dict__:
-        copy.__dict__['forward'] = _rebound(m.forward, m, copy, name)
+        copy.__dict__['forward'] = _rebind_forward(m.forward, m, copy, name)
     if _is_compiled(m):
         copy.__dict__['_compiled_call_impl'] = _context_of(m)(copy._call_impl)
     return copy
@@ -864,7 +868,7 @@ def _changed_copy(layer, children, compiled):
     copy.__dict__.pop('forward', None)
     copy.__dict__['_compiled_call_impl'] = None
     if inside:
-        layer.run = _rebound(m.forward, m, copy, layer.name)
+        layer.run = _rebind_forward(m.forward, m, copy, layer.name)
     else:
         layer.run = m._call_impl if _is_compiled(m) else m
         copy.__dict__.update({o: type(m.__dict__[o])() for o in _HOOKS})
@@ -906,7 +910,7 @@ def refuse_caches(
 
 # %% ../nbs/05_perturb.ipynb #db68d6b2
 @dataclass(frozen=True)
-class _Family:
+class _Architecture:
     "An architecture in which rows may join at a block."
 
     inputs: tuple  # of the network, with one row per sample
@@ -943,9 +947,9 @@ _RESIDUALS = (
 
 # %% ../nbs/05_perturb.ipynb #9633e93e
 _TRANSFORMER = 'hidden_states', 'encoder_hidden_states', 'pooled_projections', 'timestep'
-_FAMILIES = dict(
-    UNet2DModel=_Family(('sample', 'timestep', 'class_labels'), _UNET),
-    UNet2DConditionModel=_Family(
+_ARCHITECTURES = dict(
+    UNet2DModel=_Architecture(('sample', 'timestep', 'class_labels'), _UNET),
+    UNet2DConditionModel=_Architecture(
         (
             'sample',
             'timestep',
@@ -958,14 +962,14 @@ _FAMILIES = dict(
         ),
         _UNET,
     ),
-    SD3Transformer2DModel=_Family(_TRANSFORMER, ('transformer_blocks',), ('norm_out',)),
-    FluxTransformer2DModel=_Family(
+    SD3Transformer2DModel=_Architecture(_TRANSFORMER, ('transformer_blocks',), ('norm_out',)),
+    FluxTransformer2DModel=_Architecture(
         (*_TRANSFORMER, 'guidance'),
         ('transformer_blocks', 'single_transformer_blocks'),
         ('norm_out',),
         ('img_ids', 'txt_ids', 'image_rotary_emb'),
     ),
-    DiTTransformer2DModel=_Family(
+    DiTTransformer2DModel=_Architecture(
         ('hidden_states', 'timestep', 'class_labels'),
         ('transformer_blocks',),
         ('transformer_blocks.0.norm1.emb',),
@@ -973,43 +977,43 @@ _FAMILIES = dict(
 )
 
 
-def _family_of(net):
-    family = _FAMILIES.get(type(net).__name__)
+def _architecture_of(net):
+    architecture = _ARCHITECTURES.get(type(net).__name__)
     fourier = getattr(getattr(net, 'config', None), 'time_embedding_type', None) == 'fourier'
-    return None if fourier and type(net).__name__ == 'UNet2DModel' else family
+    return None if fourier and type(net).__name__ == 'UNet2DModel' else architecture
 
 
 # %% ../nbs/05_perturb.ipynb #13d8541e
-def _mapped(f, o):
+def _map_tensors(f, o):
     "The same with `f` of each tensor that has axes, in lists, tuples and dicts."
     if torch.is_tensor(o):
         return f(o) if o.ndim else o
     if isinstance(o, dict):
-        return dict(zip(o, map(functools.partial(_mapped, f), o.values()), strict=True))
-    return type(o)(map(functools.partial(_mapped, f), o)) if type(o) in (list, tuple) else o
+        return dict(zip(o, map(functools.partial(_map_tensors, f), o.values()), strict=True))
+    return type(o)(map(functools.partial(_map_tensors, f), o)) if type(o) in (list, tuple) else o
 
 
 # %% ../nbs/05_perturb.ipynb #35349ef0
 class _Join:
     "A pre-hook of a block: late rows join here, and inputs with too few rows are expanded."
 
-    def __init__(self, family, first):
-        self.family, self.first = family, first  # is a changed layer in this block?
+    def __init__(self, architecture, first):
+        self.architecture, self.first = architecture, first  # is a changed layer in this block?
 
     def __call__(self, module, args, kwargs):
         call = _thread.call
         if call is None or call.kept is None or not (call.joined or self.first):
             return None
         call.joined = True
-        expanded = _mapped(call.expand, kwargs)
-        for name in self.family.shared:
+        expanded = _map_tensors(call.expand, kwargs)
+        for name in self.architecture.shared:
             if name in kwargs:
                 expanded[name] = kwargs[name]
-        return _mapped(call.expand, args), expanded
+        return _map_tensors(call.expand, args), expanded
 
 
 @patch
-def expand(self: _Call, o):
+def expand(self: _Forward, o):
     "A tensor with all rows, if it has those that are kept."
     if len(o) != self.kept:
         return o
@@ -1021,7 +1025,7 @@ def expand(self: _Call, o):
 
 
 # %% ../nbs/05_perturb.ipynb #637d41fa
-_WORTH_IT = 512  # positions (pixels of the latents or tokens) of all copies together
+_MIN_POSITIONS_TO_JOIN = 512  # positions (pixels of the latents or tokens) of all copies together
 
 
 @dataclass
@@ -1030,7 +1034,7 @@ class _Plan:
 
     net: nn.Module  # the original
     layers: list  # of `_Layer`
-    family: _Family = None  # None: all rows from the start
+    architecture: _Architecture = None  # None: all rows from the start
     blocks: tuple = ()  # those with a changed layer
     why: str = ''  # all rows run from the start
     static: list = None  # of (change, rows), for a `perturbed` network
@@ -1039,12 +1043,12 @@ class _Plan:
 
     def late(self, call, copy_of, args, kwargs):
         "Drop the copies from the inputs; the reason, if that is not done."
-        if self.family is None or copy_of is None:
+        if self.architecture is None or copy_of is None:
             return args, kwargs, self.why or 'no row is a copy of another'
         own, shape = torch.arange(call.n), call.first.shape
         starts = (copy_of == own).nonzero()[:, 0]
         copies = call.n - len(starts)
-        if copies * math.prod(shape[2:] if len(shape) > 3 else shape[1:2]) < _WORTH_IT:
+        if copies * math.prod(shape[2:] if len(shape) > 3 else shape[1:2]) < _MIN_POSITIONS_TO_JOIN:
             return args, kwargs, 'too few and small copies to be worth it'
         device = call.first.device
         starts_there, refused = starts.to(device), []
@@ -1056,15 +1060,15 @@ class _Plan:
                 refused.append(o)
             return o
 
-        given = _given(self.net, args, kwargs)
+        given = _named_arguments(self.net, args, kwargs)
         for name, o in given.items():
-            if o is None or isinstance(o, (bool, int, float)) or name in self.family.shared:
+            if o is None or isinstance(o, (bool, int, float)) or name in self.architecture.shared:
                 continue
-            use = 'before' if name in self.family.inputs else self.use_of(name, given)
+            use = 'before' if name in self.architecture.inputs else self.use_of(name, given)
             if use == 'before':
-                given[name] = _mapped(drop, o)
+                given[name] = _map_tensors(drop, o)
             elif use is None:
-                _mapped(refused.append, o)
+                _map_tensors(refused.append, o)
         if refused:
             return args, kwargs, 'an input is used between the blocks'
         at = torch.full((call.n,), -1)
@@ -1090,7 +1094,7 @@ def use_of(self: _Plan, name, given):
 
 
 # %% ../nbs/05_perturb.ipynb #54b68d4b
-def _rows(rows, n):
+def _row_numbers(rows, n):
     "Numbers of rows, from a slice, numbers, or one bool per row."
     try:
         if isinstance(rows, str):
@@ -1104,20 +1108,20 @@ def _rows(rows, n):
 
 
 # %% ../nbs/05_perturb.ipynb #1f5feced
-class _Root:
-    "The forward of a shadow's network: it opens a `_Call` and closes it."
+class _ShadowForward:
+    "The forward of a shadow's network: it opens a `_Forward` and closes it."
 
     def __init__(self, forward, plan):
         functools.update_wrapper(self, forward)
         self.forward, self.plan = forward, plan
 
     def __call__(self, *args, **kwargs):
-        plan, asked = self.plan, _thread.asked
-        first = _first(args, kwargs)
-        if asked is not None and asked.plan is plan:
-            applied, copy_of = asked.applied, asked.copy_of
-            if len(first) != asked.n or _thread.part is not None:
-                applied, copy_of = asked.for_rows(len(first))
+        plan, request = self.plan, _thread.request
+        first = _first_input(args, kwargs)
+        if request is not None and request.plan is plan:
+            applied, copy_of = request.applied, request.copy_of
+            if len(first) != request.n or _thread.part is not None:
+                applied, copy_of = request.for_rows(len(first))
         elif plan.static is not None:
             _refuse_tracing()
             applied, copy_of = plan.fixed(len(first)), None
@@ -1127,7 +1131,7 @@ class _Root:
             _refuse_checkpointing(plan.net)
         if first.device.type != 'cpu':
             applied = [Applied(c, r.to(first.device), s) for c, r, s in applied]
-        call = _Call(plan.net, len(first), first, applied, kwargs.get('img_ids'), plan.patch)
+        call = _Forward(plan.net, len(first), first, applied, kwargs.get('img_ids'), plan.patch)
         args, kwargs, why = plan.late(call, copy_of, args, kwargs)
         before, _thread.call = _thread.call, call
         try:
@@ -1137,7 +1141,7 @@ class _Root:
         if len(call.ran) < len(plan.layers):
             plan.check_ran(call)
         if plan.static is None:
-            asked.ran.append(f'full rows: {why}' if why else plan.joins)
+            request.ran.append(f'full rows: {why}' if why else plan.joins)
         else:
             _check_finite(out, first)
         return out
@@ -1145,7 +1149,7 @@ class _Root:
 
 # %% ../nbs/05_perturb.ipynb #76b63f2a
 @patch
-def for_rows(self: _Asked, n):
+def for_rows(self: _Request, n):
     "The changes and copies for the `n` rows that the network is given."
     part = _thread.part
     expected = self.n if part is None else len(part)
@@ -1156,7 +1160,7 @@ def for_rows(self: _Asked, n):
         )
     if part is None:
         return self.applied, self.copy_of
-    return _in_part(self.applied, self.copy_of, self.n, part)
+    return _restrict_to_part(self.applied, self.copy_of, self.n, part)
 
 
 @patch
@@ -1165,7 +1169,8 @@ def fixed(self: _Plan, n):
     if _thread.part is not None and any(rows is not None for _, rows in self.static):
         raise RuntimeError('rows: not possible for a network that is evaluated in parts of a batch')
     picked = [
-        (c, torch.arange(n) if rows is None else _rows(rows, n).unique()) for c, rows in self.static
+        (c, torch.arange(n) if rows is None else _row_numbers(rows, n).unique())
+        for c, rows in self.static
     ]
     return [Applied(c, rows, rows) for c, rows in picked]
 
@@ -1241,31 +1246,31 @@ def _shadow(
         for name, m in chosen.items():
             layer = layers.setdefault(m, _Layer(name, m))
             layer.which.setdefault(chosen.kind, []).append(i)
-    plan = _planned(net, layers, any(_is_compiled(m) for m in D.modules()), static)
+    plan = _make_plan(net, layers, any(_is_compiled(m) for m in D.modules()), static)
     root = next((m for m in path if _is_compiled(m)), net)
-    return _copied(D, root, layers, plan), plan
+    return _copy_network(D, root, layers, plan), plan
 
 
 # %% ../nbs/05_perturb.ipynb #26623f69
-def _planned(net, layers, compiled, static):
-    family, why, blocks = _family_of(net), '', ()
+def _make_plan(net, layers, compiled, static):
+    architecture, why, blocks = _architecture_of(net), '', ()
     if compiled:
-        family, why = None, 'the network is compiled'
-    elif family is None:
+        architecture, why = None, 'the network is compiled'
+    elif architecture is None:
         why = f'{type(net).__name__} is not known to allow more'
     else:
-        blocks = {family.block_of(o.name): None for o in layers.values()}
+        blocks = {architecture.block_of(o.name): None for o in layers.values()}
         if None in blocks:
-            family, why = None, 'a changed layer is not in a block'
-    joins = f'rows join late, at {", ".join(blocks)}' if family else ''
+            architecture, why = None, 'a changed layer is not in a block'
+    joins = f'rows join late, at {", ".join(blocks)}' if architecture else ''
     patch = _patch_size(net)
-    return _Plan(net, list(layers.values()), family, tuple(blocks), why, static, joins, patch)
+    return _Plan(net, list(layers.values()), architecture, tuple(blocks), why, static, joins, patch)
 
 
 # %% ../nbs/05_perturb.ipynb #ad8105bc
-def _copied(D, root, layers, plan):
-    joins = plan.family.modules(plan.net) if plan.family else {}
-    joins = {m: _Join(plan.family, name in plan.blocks) for name, m in joins.items()}
+def _copy_network(D, root, layers, plan):
+    joins = plan.architecture.modules(plan.net) if plan.architecture else {}
+    joins = {m: _Join(plan.architecture, name in plan.blocks) for name, m in joins.items()}
     copies, compiled = {}, plan.why == 'the network is compiled'
 
     def copied(m, name):
@@ -1293,14 +1298,14 @@ def _copied(D, root, layers, plan):
             where = (
                 '_compiled_call_impl' if getattr(copy, '_compiled_call_impl', None) else 'forward'
             )
-            copy.__dict__[where] = _Root(getattr(copy, where), plan)
+            copy.__dict__[where] = _ShadowForward(getattr(copy, where), plan)
         return copy
 
     return copied(D, '')
 
 
 # %% ../nbs/05_perturb.ipynb #34a0279b
-_layers_of_applied = attrgetter('change.key')
+_layers_key = attrgetter('change.key')
 
 
 class PerturbedDenoiser:
@@ -1326,18 +1331,18 @@ class PerturbedDenoiser:
         "The estimates of all rows."
         if not applied:
             return self.D(x, sigma, **cond)
-        key = tuple(map(_layers_of_applied, applied))
+        key = tuple(map(_layers_key, applied))
         shadow, plan = self._shadows.get(key) or self._new_shadow(key, applied)
-        asked = _Asked(applied, copy_of, len(x), plan, [])
-        before = _thread.asked, _thread.part
-        _thread.asked, _thread.part = asked, None
+        request = _Request(applied, copy_of, len(x), plan, [])
+        before = _thread.request, _thread.part
+        _thread.request, _thread.part = request, None
         try:
             out = shadow(x, sigma, **cond)
         finally:
-            _thread.asked, _thread.part = before
-        if not asked.ran:
+            _thread.request, _thread.part = before
+        if not request.ran:
             raise RuntimeError('the denoiser did not evaluate the network that is to be changed')
-        self.joins = asked.ran[-1]
+        self.joins = request.ran[-1]
         return out
 
     def _new_shadow(self, key, applied):
@@ -1359,9 +1364,9 @@ def perturbed(
 ) -> nn.Module:  # called as `net` is
     "The same network, sharing all weights, with some layers changed."
     if not isinstance(net, nn.Module):
-        raise TypeError(f'net: expected an nn.Module, got {_kind_of(net)}')
+        raise TypeError(f'net: expected an nn.Module, got {_type_name(net)}')
     if not changes or not all(isinstance(o, Change) for o in changes):
-        got = ', '.join(_kind_of(o) for o in changes if not isinstance(o, Change)) or 'none'
+        got = ', '.join(_type_name(o) for o in changes if not isinstance(o, Change)) or 'none'
         raise TypeError(f'changes: expected one Change or more, got {got}')
     before, static = net, [(o, rows) for o in changes]
     if '_perturbed' in net.__dict__:

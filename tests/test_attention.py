@@ -132,7 +132,7 @@ LAYERS = [
 @pytest.mark.parametrize('theirs,layers', LAYERS)
 @pytest.mark.parametrize('worth_it', [0, 10**9])
 def test_pag_sd(theirs, layers, cfg, worth_it, monkeypatch):
-    monkeypatch.setattr(perturb, '_WORTH_IT', worth_it)
+    monkeypatch.setattr(perturb, '_MIN_POSITIONS_TO_JOIN', worth_it)
     pag_agrees(sd(ddim()), diffusers.StableDiffusionPAGPipeline, theirs, layers, cfg)
 
 
@@ -308,7 +308,7 @@ def test_late_rows_are_full_rows(name, neg, monkeypatch):
     for terms in ([], [Term(Conditions(other), 2.0)]):
         got = []
         for worth_it in (0, 10**9):
-            monkeypatch.setattr(perturb, '_WORTH_IT', worth_it)
+            monkeypatch.setattr(perturb, '_MIN_POSITIONS_TO_JOIN', worth_it)
             G = GuidedDenoiser(D, *terms, Term(NEGS[neg](D), 3.0))
             got.append(G.parts(x, sigma, **cond))
         assert far(got[0].pred, got[1].pred) < 1e-5
@@ -321,8 +321,8 @@ def test_late_rows_to_the_last_bit(monkeypatch):
     D = pipeline_denoiser(pipe)
     x, cond = torch.randn(16, *D.latent_shape, generator=seeded(0)), D.cond(GARMENTS * 8)
     got = []
-    for worth_it in (perturb._WORTH_IT, 10**9):
-        monkeypatch.setattr(perturb, '_WORTH_IT', worth_it)
+    for worth_it in (perturb._MIN_POSITIONS_TO_JOIN, 10**9):
+        monkeypatch.setattr(perturb, '_MIN_POSITIONS_TO_JOIN', worth_it)
         G = GuidedDenoiser(D, Term(Conditions(D.cond()), 3.0), Term(PAG(D), 2.0))
         got.append(G(x, 2.0, **cond))
         assert G.run.perturbed[1].joins.startswith('full' if worth_it > 10**6 else 'rows join')

@@ -158,7 +158,7 @@ def test_run_of_a_block_is_for_its_rows():
 
 def evaluate(case, change, worth_it, monkeypatch, samples=(0, 1, 2), rows=(0, 1, 2, 3, 0, 1, 2)):
     "The rows of some samples, of which the last are perturbed copies of the first"
-    monkeypatch.setattr(perturb, '_WORTH_IT', worth_it)
+    monkeypatch.setattr(perturb, '_MIN_POSITIONS_TO_JOIN', worth_it)
     rows, n = torch.tensor(rows), len(samples)
     last = torch.arange(len(rows) - n, len(rows))
     copy_of = torch.arange(len(rows))
@@ -203,15 +203,15 @@ def test_late_rows_are_saved():
     "The part before the first changed block sees only the rows that are no copies"
     case, rows = Case('sd'), []
     hook = case.net.conv_in.register_forward_pre_hook(lambda m, a: rows.append(len(a[0])))
-    before = perturb._WORTH_IT
+    before = perturb._MIN_POSITIONS_TO_JOIN
     try:
-        perturb._WORTH_IT = 0
+        perturb._MIN_POSITIONS_TO_JOIN = 0
         P = PerturbedDenoiser(CaseDenoiser(case))
         x, sigma = asked(case, torch.tensor([0, 1, 0, 1]))
         change = Applied(BLIND, torch.tensor([2, 3]), torch.arange(2))
         P(x, sigma, {}, [change], torch.tensor([0, 1, 0, 1]))
     finally:
-        perturb._WORTH_IT = before
+        perturb._MIN_POSITIONS_TO_JOIN = before
         hook.remove()
     assert rows == [2]
 
@@ -344,7 +344,7 @@ def test_errors_and_interrupts_leave_nothing():
             case(net=net)
         assert state(case.net) == own
         assert torch.equal(case(), plain)
-        assert perturb._thread.call is None and perturb._thread.asked is None
+        assert perturb._thread.call is None and perturb._thread.request is None
 
 
 def test_weights_are_shared_and_live():
@@ -811,7 +811,7 @@ def test_a_skipped_block_gives_back_what_it_was_given(what, layer):
     def passes(*args, **kwargs):
         "The block by hand: its inputs in the order of its outputs"
         out = own(*args, **kwargs)
-        named = perturb._given(block, args, kwargs)
+        named = perturb._named_arguments(block, args, kwargs)
         given.append(name)
         if torch.is_tensor(out):  # single blocks of the oldest diffusers
             return named['hidden_states']
