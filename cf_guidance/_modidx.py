@@ -2423,6 +2423,10 @@ d = {
                 'perturb.html#_check_finite',
                 'cf_guidance/perturb.py',
             ),
+            'cf_guidance.perturb._check_selection': (
+                'perturb.html#_check_selection',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._context_of': (
                 'perturb.html#_context_of',
                 'cf_guidance/perturb.py',

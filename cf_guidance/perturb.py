@@ -1094,6 +1094,18 @@ def use_of(self: _Plan, name, given):
 
 
 # %% ../nbs/05_perturb.ipynb #54b68d4b
+def _check_selection(rows):
+    "Raise unless rows could be chosen by this, whatever their number is."
+    try:
+        whole = isinstance(rows, slice) or not torch.as_tensor(rows).dtype.is_floating_point
+    except (TypeError, ValueError, RuntimeError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            f'rows: expected a slice, numbers of rows or one bool per row, got {rows!r:.60}'
+        )
+
+
 def _row_numbers(rows, n):
     "Numbers of rows, from a slice, numbers, or one bool per row."
     try:
@@ -1368,6 +1380,8 @@ def perturbed(
     if not changes or not all(isinstance(o, Change) for o in changes):
         got = ', '.join(_type_name(o) for o in changes if not isinstance(o, Change)) or 'none'
         raise TypeError(f'changes: expected one Change or more, got {got}')
+    if rows is not None:
+        _check_selection(rows)
     before, static = net, [(o, rows) for o in changes]
     if '_perturbed' in net.__dict__:
         before, more = net.__dict__['_perturbed']

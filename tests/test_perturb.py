@@ -972,3 +972,10 @@ def test_names():
     assert list(find_time_layers(Case('dit').net)) == [
         f'transformer_blocks.{i}.norm1.emb.timestep_embedder' for i in range(3)
     ]
+
+
+@pytest.mark.parametrize('rows', ['a', 5.5, [0.5], [None], {}])
+def test_rows_that_cannot_be_chosen(rows):
+    "They are refused at once, not at the first call."
+    with pytest.raises(ValueError, match='rows: expected a slice, numbers of rows or one bool'):
+        perturbed(Case('sd').net, BLIND, rows=rows)

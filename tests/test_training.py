@@ -587,6 +587,7 @@ BAD += [
     (lambda f: synthetic_set(lambda g: torch.zeros(len(g)), 3, f, NET, **QUIET), 'draw'),
     (lambda f: synthetic_set(lambda g: {}, 3, f, NET, **QUIET), 'draw'),
     (lambda f: synthetic_set(lambda g: dict(a=torch.zeros(7)), 3, f, NET, **QUIET), 'draw'),
+    (lambda f: synthetic_set(lambda g: dict(a=torch.rand(3) / 0), 3, f, NET, **QUIET), 'draw'),
     (lambda f: fine_tune(tiny(), None, f, 1), 'data'),
     (lambda f: fine_tune(tiny(), (GREY, LABELS), f, 1, lr=X_0), 'lr'),
     (lambda f: fine_tune(tiny(), (GREY, LABELS), f, 1, b'x'), 'batch_size'),

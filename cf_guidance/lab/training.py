@@ -803,6 +803,8 @@ def _check_rows(out, n):
     for k, v in out.items():
         if not torch.is_tensor(v) or not v.ndim or len(v) != n:
             raise ValueError(f'draw: expected {k} with {n} rows, one per generator, got {_got(v)}')
+        if not v.isfinite().all():
+            raise FloatingPointError(f'draw: {k} is not finite; nothing of this batch is kept')
     return {k: v.detach().cpu().contiguous() for k, v in out.items()}
 
 
