@@ -237,6 +237,14 @@ def _fresh(generator):
 
 
 # %% ../../nbs/lab/03_sweeps.ipynb #b9ddd825
+_TRANSFORMS = {
+    'cfg': GuidanceTfm,
+    'base-norm': BaseNormGuidance,
+    't-norm': TNormGuidance,
+    'full-norm': FullNormGuidance,
+}
+
+
 def _guidance(guide_tfm, weights):
     "What `guide_tfm` makes of the weights."
     if isinstance(guide_tfm, Rule):
@@ -363,12 +371,6 @@ def summarise(
 
 
 # %% ../../nbs/lab/03_sweeps.ipynb #39
-_TRANSFORMS = {
-    'cfg': GuidanceTfm,
-    'base-norm': BaseNormGuidance,
-    't-norm': TNormGuidance,
-    'full-norm': FullNormGuidance,
-}
 _PROMPTS = (
     'a red sneaker on a blue background',
     'a green dress on a white background',
