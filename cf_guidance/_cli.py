@@ -1,6 +1,14 @@
 "The command `cf_sweep`. Its imports take seconds, and may be stopped or fail like the rest of it."
 
+import os
+import signal
 import sys
+
+
+def _stop(*args):
+    "End at once. Imports may turn a KeyboardInterrupt into another error."
+    os.write(2, b'cf_sweep: stopped; nothing was written\n')
+    os._exit(130)
 
 
 def _parsed():
@@ -15,14 +23,13 @@ def _parsed():
 
 def cf_sweep():
     "Run `cf_guidance.lab.sweeps.cf_sweep`; Ctrl-C and missing packages end it with one line."
+    usual = signal.signal(signal.SIGINT, _stop)
     try:
         command, args = _parsed()
-    except KeyboardInterrupt:
-        print('cf_sweep: stopped; nothing was written', file=sys.stderr)
-        sys.exit(130)
     except ImportError as e:
         print(f'cf_sweep: {e}', file=sys.stderr)
         sys.exit(2)
+    signal.signal(signal.SIGINT, usual)
     command(**args)
 
 

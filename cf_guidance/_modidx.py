@@ -1795,6 +1795,10 @@ d = {
                 'lab/sweeps.html#_guidance',
                 'cf_guidance/lab/sweeps.py',
             ),
+            'cf_guidance.lab.sweeps._interrupted': (
+                'lab/sweeps.html#_interrupted',
+                'cf_guidance/lab/sweeps.py',
+            ),
             'cf_guidance.lab.sweeps._listed': (
                 'lab/sweeps.html#_listed',
                 'cf_guidance/lab/sweeps.py',

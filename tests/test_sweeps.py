@@ -475,6 +475,17 @@ def test_command_survives_any_error(error, code, words, monkeypatch):
     assert words in err
 
 
+def test_command_knows_an_interrupt_in_disguise(monkeypatch):
+    def fail(*args, **kwargs):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as e:
+            raise ImportError('a package in C') from e
+
+    monkeypatch.setattr(sweeps, 'sweep', fail)
+    assert command()[0] == 130
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     def fail(*args, **kwargs):
         raise AttributeError('bug')
@@ -507,9 +518,9 @@ def test_closed_pipe(tmp_path):
     assert len(lines(err)) == 1
 
 
-@pytest.mark.parametrize('seconds', [0.3, 6])
+@pytest.mark.parametrize('seconds', [0.1, 0.3, 0.8, 2, 6])
 def test_ctrl_c(seconds, tmp_path):
-    "While torch is imported, and while the sweep runs."
+    "While packages are imported, and while the sweep runs."
     process = start('--steps', '900', cwd=tmp_path, stdout=subprocess.PIPE)
     process.stdout.readline()
     time.sleep(seconds)

@@ -693,10 +693,19 @@ def _errors_in_one_line(debug):
     except MemoryError as e:
         sys.exit(_fail(f'out of memory: use fewer values, prompts or seeds ({_first_line(e)})', 2))
     except Exception as e:
+        if _interrupted(e):
+            sys.exit(_fail('stopped; nothing was written', 130))
         if debug:
             raise
         ours = isinstance(e, (ValueError, TypeError, ImportError, FloatingPointError))
         sys.exit(_fail(('' if ours else f'{type(e).__name__}: ') + str(e), 2))
+
+
+def _interrupted(e):
+    "Does an error come from a KeyboardInterrupt? Imports may turn one into the other."
+    return e is not None and (
+        isinstance(e, KeyboardInterrupt) or _interrupted(e.__cause__ or e.__context__)
+    )
 
 
 def _fail(message, code):
