@@ -591,7 +591,7 @@ def _replace_rows(
 
 
 def _merge_masks(mask, allowed):
-    "One attention mask out of two, of which the first may be None."
+    "Two attention masks as one; the first may be None."
     if mask is None:
         return allowed
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)

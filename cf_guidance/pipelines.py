@@ -921,9 +921,10 @@ def _without_prompts(self: _Run, x, sigma, step, cond):
     stopped, n = self.G.run.stopped, len(x)
     before = {i: stopped.get(i, torch.zeros(n, dtype=torch.bool)) for i in self.prompted}
     stopped.update({i: torch.ones(n, dtype=torch.bool) for i in self.prompted})
-    x0 = self.G(x, sigma, step=step, **cond)
-    stopped.update(before)
-    return x0
+    try:
+        return self.G(x, sigma, step=step, **cond)
+    finally:
+        stopped.update(before)
 
 
 # %% ../nbs/09_pipelines.ipynb #6ddea1cc
