@@ -12,7 +12,6 @@ as JSON beside this file.
 import argparse
 import contextlib
 import itertools
-import platform
 import statistics
 import tempfile
 import time
@@ -23,13 +22,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDIMPipeline, DDIMScheduler
-from samplers import alternate, stopwatch
+from samplers import BATCH, about, alternate, stopwatch
 from sweep import report
 
 from cf_guidance import continuous
 from cf_guidance.lab import training as lab
-
-BATCH = 16
 
 
 def generator():
@@ -220,15 +217,7 @@ def main():
         **(pipeline(args.repeats, args.steps, False) if args.lesson else {}),
         **training(args.repeats, args.train),
     }
-    about = dict(
-        device=f'{platform.machine()} CPU, {torch.get_num_threads()} threads',
-        clock=samplers.clock.__name__,
-        batch=BATCH,
-        steps=args.steps,
-        repeats=args.repeats,
-        torch=torch.__version__,
-    )
-    report(rows, 'continuous', about)
+    report(rows, 'continuous', about(args))
 
 
 if __name__ == '__main__':

@@ -12,12 +12,11 @@ import argparse
 import copy
 import itertools
 import math
-import platform
 import time
 
 import samplers
 import torch
-from samplers import BATCH, alternate, normal, stopwatch
+from samplers import BATCH, about, alternate, normal, stopwatch
 from sweep import report
 
 PROMPTS = [
@@ -30,15 +29,16 @@ PROMPTS = [
 
 def embedded():
     "The embedded model as a denoiser, another of its kind, conditions of a batch, empty prompt."
+    from diffusers import StableDiffusionPipeline
+
     from cf_guidance.denoisers import DiscreteDenoiser
-    from cf_guidance.lab.fashion import quiet
-    from cf_guidance.pipelines import MinimalDiffusion
+    from cf_guidance.lab.fashion import fashion_path, quiet
 
     quiet()
-    m = MinimalDiffusion(progress=False).load()
-    emb = m.encode([*PROMPTS, ''])
+    pipe = StableDiffusionPipeline.from_pretrained(fashion_path())
+    emb = pipe.encode_prompt([*PROMPTS, ''], 'cpu', 1, False)[0].detach()
     return (
-        *(DiscreteDenoiser(o) for o in (m.unet, copy.deepcopy(m.unet))),
+        *(DiscreteDenoiser(o) for o in (pipe.unet, copy.deepcopy(pipe.unet))),
         dict(encoder_hidden_states=emb[:-1]),
         dict(encoder_hidden_states=emb[-1:]),
     )
@@ -54,10 +54,15 @@ def bare(D, rows, cond):
 def steps(D, other, cond, neg, repeats, calls):
     "One guided evaluation: the time in the networks, and the time beside it."
     from cf_guidance.guided import GuidedDenoiser, Term
+    from cf_guidance.karras import get_sigmas_karras
     from cf_guidance.schedules import get_cos_sched
     from cf_guidance.transforms import full_norm
 
-    x, sigmas, rows = normal(BATCH, 4, 8, 8) * 3, D.get_sigmaskarras(50), {}
+    x, sigmas, rows = (
+        normal(BATCH, 4, 8, 8) * 3,
+        get_sigmas_karras(50, D.sigma_min, D.sigma_max),
+        {},
+    )
     guided = {
         'CFG': GuidedDenoiser(D, neg, w=4.0),
         'CFG, a weight a step': GuidedDenoiser(
@@ -113,7 +118,7 @@ def interval(D, cond, neg, repeats, n):
     from cf_guidance import karras
     from cf_guidance.guided import GuidedDenoiser
 
-    sigmas = D.get_sigmaskarras(n)
+    sigmas = karras.get_sigmas_karras(n, D.sigma_min, D.sigma_max)
     third = len(sigmas[:-1]) // 3
     lo, hi = sigmas[2 * third].item(), sigmas[third].item()
     x = normal(BATCH, 4, 8, 8) * sigmas[0]
@@ -285,19 +290,7 @@ def main():
             large = sd15(args.sd15)
             rows |= pag(large, 1, 1, 1)
             rows |= cfg_pag(DiscreteDenoiser(large), 1, 3, 'goal 0.907')
-    report(
-        rows,
-        'guided',
-        dict(
-            device=f'{platform.machine()} CPU, {torch.get_num_threads()} threads',
-            clock=samplers.clock.__name__,
-            batch=BATCH,
-            steps=args.steps,
-            calls=args.calls,
-            repeats=args.repeats,
-            torch=torch.__version__,
-        ),
-    )
+    report(rows, 'guided', about(args, calls=args.calls))
 
 
 if __name__ == '__main__':

@@ -10,13 +10,12 @@ The table is printed and kept as JSON beside this file.
 """
 
 import argparse
-import platform
 import time
 
 import samplers
 import torch
 from guided import sd15
-from samplers import BATCH, normal
+from samplers import BATCH, about, normal
 from sweep import report
 
 
@@ -179,7 +178,7 @@ def main():
         '--sd15',
         type=int,
         default=64,
-        help='size of latents for the large network, which needs 4 GB and minutes',
+        help='size of latents for the large network (4 GB, minutes); 0: without it',
     )
     p.add_argument(
         '--busy',
@@ -191,28 +190,17 @@ def main():
         samplers.clock = time.thread_time
         torch.set_num_threads(1)
     with torch.no_grad():
-        net = network(args.device, 16, args.sd15, 1)
         rows = {
-            'Stable Diffusion 1.5 in shape, 16 rows, s': (net, ''),
-            **own_time(args.device, 8, args.sd15, net, args.repeats, args.calls),
             **tcfg_or_svd(args.device, args.repeats),
             **stock(None, args.steps, BATCH, args.repeats, args.device),
-            **stock(sd15(args.sd15 // 2), 2, 1, 3, args.device, thirds=False),
-            **stock(sd15(args.sd15 // 4), 3, BATCH, 1, args.device),
         }
-    report(
-        rows,
-        'pipelines',
-        dict(
-            device=f'{platform.machine()} {args.device}, {torch.get_num_threads()} threads',
-            clock=samplers.clock.__name__,
-            batch=BATCH,
-            steps=args.steps,
-            calls=args.calls,
-            repeats=args.repeats,
-            torch=torch.__version__,
-        ),
-    )
+        if args.sd15:
+            net = network(args.device, 16, args.sd15, 1)
+            rows |= {'Stable Diffusion 1.5 in shape, 16 rows, s': (net, '')}
+            rows |= own_time(args.device, 8, args.sd15, net, args.repeats, args.calls)
+            rows |= stock(sd15(args.sd15 // 2), 2, 1, 3, args.device, thirds=False)
+            rows |= stock(sd15(args.sd15 // 4), 3, BATCH, 1, args.device)
+    report(rows, 'pipelines', about(args, calls=args.calls))
 
 
 if __name__ == '__main__':

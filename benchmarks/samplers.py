@@ -340,6 +340,20 @@ def memory():
     return rows
 
 
+def about(args, **more):
+    "What the rows were measured on and with, for the JSON file."
+    device = getattr(args, 'device', 'CPU')
+    return dict(
+        device=f'{platform.machine()} {device}, {torch.get_num_threads()} threads',
+        clock=clock.__name__,
+        batch=BATCH,
+        steps=args.steps,
+        repeats=args.repeats,
+        torch=torch.__version__,
+        **more,
+    )
+
+
 def main():
     from sweep import report
 
@@ -368,18 +382,8 @@ def main():
         **noises(args.repeats, args.steps),
         **memory(),
     }
-    about = dict(
-        device=f'{platform.machine()} CPU, {torch.get_num_threads()} threads',
-        clock=clock.__name__,
-        k_diffusion=importlib.metadata.version('k-diffusion')
-        if kd
-        else 'not installed, so its rows are absent',
-        batch=BATCH,
-        steps=args.steps,
-        repeats=args.repeats,
-        torch=torch.__version__,
-    )
-    report(rows, 'samplers', about)
+    version = importlib.metadata.version('k-diffusion') if kd else 'not installed: no rows'
+    report(rows, 'samplers', about(args, k_diffusion=version))
 
 
 if __name__ == '__main__':
