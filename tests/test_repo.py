@@ -61,6 +61,11 @@ def test_readme_matches_its_notebook():
     assert r.returncode == 0, r.stderr
 
 
+def test_every_notebook_has_its_badge_and_install_cell():
+    r = python('tools/colab.py', '--check', cwd=ROOT)
+    assert r.returncode == 0, r.stdout
+
+
 def test_readme_links_exist():
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     links = re.findall(r'(?:\]\(|(?:src|href)=")([^)"\s#]+)', text)
