@@ -1906,6 +1906,10 @@ d = {
                 'lab/sweeps.html#seed_everything',
                 'cf_guidance/lab/sweeps.py',
             ),
+            'cf_guidance.lab.sweeps.stored_rows': (
+                'lab/sweeps.html#stored_rows',
+                'cf_guidance/lab/sweeps.py',
+            ),
             'cf_guidance.lab.sweeps.summarise': (
                 'lab/sweeps.html#summarise',
                 'cf_guidance/lab/sweeps.py',

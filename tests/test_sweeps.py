@@ -30,6 +30,7 @@ from cf_guidance.lab.sweeps import (
     measure,
     run,
     seed_everything,
+    stored_rows,
     summarise,
     sweep,
 )
@@ -536,3 +537,19 @@ def test_names_of_2022():
 
     assert old.run is run
     assert sorted(old.__all__) == sorted(sweeps.__all__)
+
+
+def test_stored_rows_are_written_whole(tmp_path):
+    def broken():
+        raise KeyboardInterrupt
+
+    stored_rows('squares', lambda: pd.DataFrame({'square': [1, 4]}), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stored_rows('squares', broken, tmp_path)
+    assert stored_rows('squares', folder=tmp_path).square.tolist() == [1, 4]
+    assert [f.name for f in tmp_path.iterdir()] == ['squares.parquet']
+
+
+def test_stored_rows_of_an_unknown_name(tmp_path):
+    with pytest.raises(ValueError, match="name: expected a stored table .* got 'cubes'"):
+        stored_rows('cubes', folder=tmp_path)

@@ -13,6 +13,7 @@ __all__ = [
     'summarise',
     'sweep',
     'cf_sweep',
+    'stored_rows',
 ]
 
 # %% ../../nbs/lab/03_sweeps.ipynb #3
@@ -748,3 +749,28 @@ def cf_sweep(
         where = dict(steps=steps, out=out, overwrite=overwrite)
         df = sweep(model, _split(prompt, ';'), **guidance, **where, **parsed, **setup)
         _report(df, out)
+
+
+# %% ../../nbs/lab/03_sweeps.ipynb #000339f8
+def stored_rows(
+    name: str,  # of the table, as in `cf_guidance/data/results`
+    measure=None,  # function that returns the rows as a DataFrame; None: read what is stored
+    folder=None,  # where rows are written, and looked for first; None: Drive, else the package
+):  # the rows, a DataFrame
+    "Rows of a table: measured now and stored, or those stored by an earlier run."
+    import pandas as pd
+
+    package = Path(__file__).parents[1] / 'data/results'
+    drive = Path('/content/drive/MyDrive')
+    default = drive / 'cf_guidance' if drive.is_dir() else package
+    file = Path(folder or default) / f'{name}.parquet'
+    if measure is not None:
+        rows = measure()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write(file, rows.to_parquet)
+        return rows
+    for place in (file, package / file.name):
+        if place.exists():
+            return pd.read_parquet(place)
+    known = _listed(sorted(f.stem for f in package.glob('*.parquet')))
+    raise ValueError(f'name: expected a stored table ({known}), got {name!r}')
