@@ -1,0 +1,68 @@
+"""Copy into a built site what its pages load: KaTeX from npm, and the explorers.
+
+npm installs the packages of tools/package.json into a cache outside the repository.
+"""
+
+import hashlib
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPLORERS = ROOT / 'cf_guidance/lab/explorers'
+
+
+def node_modules():
+    "The folder of the npm packages named in tools/package.json; npm installs them once."
+    package = ROOT / 'tools/package.json'
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'cf_guidance'
+    folder = cache / f'npm-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}'
+    if not (folder / 'complete').exists():
+        npm = shutil.which('npm')
+        if not npm:
+            raise SystemExit('npm is missing: the site needs Node.js and npm')
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(package, folder)
+        quiet = ['--no-audit', '--no-fund', '--ignore-scripts', '--loglevel', 'error']
+        subprocess.run([npm, 'install', '--prefix', folder, *quiet], check=True)
+        (folder / 'complete').touch()
+    return folder / 'node_modules'
+
+
+def copy_katex(site):
+    "Copy KaTeX's style, scripts and fonts to site_libs/katex."
+    dist, to = node_modules() / 'katex/dist', site / 'site_libs/katex'
+    (to / 'contrib').mkdir(parents=True, exist_ok=True)
+    (to / 'fonts').mkdir(exist_ok=True)
+    for name in ('katex.min.css', 'katex.min.js', 'contrib/auto-render.min.js'):
+        shutil.copy(dist / name, to / name)
+    for font in (dist / 'fonts').glob('*.woff2'):
+        shutil.copy(font, to / 'fonts')
+
+
+def write_explorers(site):
+    "Write each explorer as one module to explorers/, beside their loader site.js."
+    loader = EXPLORERS / 'site.js'
+    if not loader.exists():
+        return
+    sys.path.insert(0, str(ROOT))
+    widgets = importlib.import_module('cf_guidance.lab.widgets')
+    to = site / 'explorers'
+    to.mkdir(exist_ok=True)
+    shutil.copy(loader, to)
+    for source in EXPLORERS.glob('*.js'):
+        if source != loader and 'export default' in source.read_text(encoding='utf-8'):
+            text = widgets.bundle(source.stem)
+            (to / source.name).write_text(text, encoding='utf-8')
+
+
+def write_assets(site):
+    copy_katex(site)
+    write_explorers(site)
+
+
+if __name__ == '__main__':
+    write_assets(Path(sys.argv[1]))
