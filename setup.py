@@ -46,7 +46,7 @@ setup(
         'Typing :: Typed',
     ],
     packages=find_packages(include=['cf_guidance', 'cf_guidance.*']),
-    package_data={'cf_guidance': ['models/**/*', 'data/**/*', 'py.typed']},
+    package_data={'cf_guidance': ['models/**/*', 'data/**/*', 'lab/explorers/*.js', 'py.typed']},
     zip_safe=False,
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),

@@ -7,7 +7,7 @@ _PACKAGES = {
     'sde': {'torchsde'},
     'lab': {
         *('diffusers', 'transformers', 'accelerate', 'torchsde', 'PIL', 'tqdm'),
-        *('matplotlib', 'pandas', 'pyarrow', 'IPython', 'ipywidgets'),
+        *('matplotlib', 'pandas', 'pyarrow', 'IPython', 'ipywidgets', 'anywidget', 'traitlets'),
     },
 }
 

@@ -2114,6 +2114,108 @@ d = {
                 'cf_guidance/lab/training.py',
             ),
         },
+        'cf_guidance.lab.widgets': {
+            'cf_guidance.lab.widgets.Explorer': (
+                'lab/widgets.html#explorer',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.Explorer.__init__': (
+                'lab/widgets.html#explorer.__init__',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.Explorer._repr_mimebundle_': (
+                'lab/widgets.html#explorer._repr_mimebundle_',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.Explorer.controls': (
+                'lab/widgets.html#explorer.controls',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.Explorer.props': (
+                'lab/widgets.html#explorer.props',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.Explorer.settings': (
+                'lab/widgets.html#explorer.settings',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.Explorer.to_html': (
+                'lab/widgets.html#explorer.to_html',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.Scrubber': (
+                'lab/widgets.html#scrubber',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.Scrubber.__init__': (
+                'lab/widgets.html#scrubber.__init__',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.Scrubber.props': (
+                'lab/widgets.html#scrubber.props',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.Scrubber.value': (
+                'lab/widgets.html#scrubber.value',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets._as_uri': (
+                'lab/widgets.html#_as_uri',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets._control_for': (
+                'lab/widgets.html#_control_for',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets._read_source': (
+                'lab/widgets.html#_read_source',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets._read_sprite': (
+                'lab/widgets.html#_read_sprite',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets._shared': (
+                'lab/widgets.html#_shared',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets._sheet': (
+                'lab/widgets.html#_sheet',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets._source_folder': (
+                'lab/widgets.html#_source_folder',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets._without_imports': (
+                'lab/widgets.html#_without_imports',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.bundle': (
+                'lab/widgets.html#bundle',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.choice': (
+                'lab/widgets.html#choice',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.number': (
+                'lab/widgets.html#number',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.sprite': (
+                'lab/widgets.html#sprite',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.switch': (
+                'lab/widgets.html#switch',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.whole': (
+                'lab/widgets.html#whole',
+                'cf_guidance/lab/widgets.py',
+            ),
+        },
         'cf_guidance.negatives': {
             'cf_guidance.negatives.ICG': ('negatives.html#icg', 'cf_guidance/negatives.py'),
             'cf_guidance.negatives.ICG.__init__': (
