@@ -2143,6 +2143,10 @@ d = {
                 'lab/widgets.html#explorer.to_html',
                 'cf_guidance/lab/widgets.py',
             ),
+            'cf_guidance.lab.widgets.Galaxy': (
+                'lab/widgets.html#galaxy',
+                'cf_guidance/lab/widgets.py',
+            ),
             'cf_guidance.lab.widgets.Scrubber': (
                 'lab/widgets.html#scrubber',
                 'cf_guidance/lab/widgets.py',
@@ -3289,6 +3293,10 @@ d = {
                 'toy.html#gaussianmixture.logp',
                 'cf_guidance/toy.py',
             ),
+            'cf_guidance.toy.GaussianMixture.quality': (
+                'toy.html#gaussianmixture.quality',
+                'cf_guidance/toy.py',
+            ),
             'cf_guidance.toy.GaussianMixture.sample': (
                 'toy.html#gaussianmixture.sample',
                 'cf_guidance/toy.py',
@@ -3297,6 +3305,7 @@ d = {
                 'toy.html#gaussianmixture.score',
                 'cf_guidance/toy.py',
             ),
+            'cf_guidance.toy.Quality': ('toy.html#quality', 'cf_guidance/toy.py'),
             'cf_guidance.toy._as_double': ('toy.html#_as_double', 'cf_guidance/toy.py'),
             'cf_guidance.toy._checked_classes': ('toy.html#_checked_classes', 'cf_guidance/toy.py'),
             'cf_guidance.toy._checked_weights': ('toy.html#_checked_weights', 'cf_guidance/toy.py'),

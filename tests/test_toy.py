@@ -320,6 +320,24 @@ def test_guidance_of_the_galaxy():
     assert density(of_class, 1.0) < density(of_class, 2.0) < density(of_class, 4.0)
 
 
+# quality
+
+
+def test_quality_of_true_samples():
+    q = STARS.quality(STARS.sample(2000, 3, 0), STARS.sample(2000, 4, 0), 0)
+    assert q.logp == pytest.approx(0.33, abs=0.1)
+    assert q.outside == pytest.approx(0.01, abs=0.008)
+    assert q.covered > 0.98
+
+
+def test_quality_by_hand():
+    gm = GaussianMixture(torch.zeros(1, 2))
+    true = torch.tensor([[0.0, 0], [1, 0], [0, 2], [3, 0]])
+    q = gm.quality(torch.tensor([[0.0, 0.05], [9, 9]]), true)
+    assert q[1:] == (0.5, 0.25)
+    assert gm.quality(true, true, radius=1.5).covered == 1.0
+
+
 # pictures
 
 
@@ -397,6 +415,7 @@ BAD = {
     'sample negative': (of(GM.sample, -1, 0), ValueError, 'n: .* got -1'),
     'sample generator': (of(GM.sample, 3, 'a'), TypeError, "generator: .* got 'a'"),
     'sample sigma': (of(GM.sample, 2, 0, sigma=-1), ValueError, 'sigma: .* got -1'),
+    'no samples': (of(GM.quality, POINTS[:0], POINTS), ValueError, 'x and true: .* each'),
     'arms 0': (of(galaxy, arms=0), ValueError, 'arms: .* got 0'),
     'arms float': (of(galaxy, arms=2.5), TypeError, 'arms: .* got 2.5'),
     'arms text': (of(galaxy, arms='a'), TypeError, "arms: .* got 'a'"),
