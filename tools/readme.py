@@ -2,7 +2,8 @@
 
 It does what `nbdev_readme` does, without Quarto: hidden cells are left out, outputs are text, and
 links that are relative to nbs/ become relative to the root. Pictures are files in nbs/images,
-named in Markdown cells.
+named in Markdown cells. The badges are added here, because the site has no pictures from other
+hosts.
 """
 
 import posixpath
@@ -15,6 +16,14 @@ from nbdev.processors import hide_line, rm_export, strip_ansi
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX, README = ROOT / 'nbs/index.ipynb', ROOT / 'README.md'
+REPO = 'https://github.com/cf-guidance/cf_guidance'
+SITE = 'https://cf-guidance.github.io/cf_guidance'
+SHIELD = 'https://img.shields.io/badge'
+BADGES = (
+    f'[![CI]({REPO}/actions/workflows/test.yml/badge.svg)]({REPO}/actions/workflows/test.yml)',
+    f'[![Docs]({SHIELD}/docs-lessons_and_reference-blue)]({SITE})',
+    f'[![Licence: Apache 2.0]({SHIELD}/licence-Apache_2.0-green)]({REPO}/blob/main/LICENSE)',
+)
 NOTE = '<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook, not this file. -->'
 
 
@@ -66,7 +75,8 @@ def readme():
     "The text of README.md."
     cells = NBProcessor(INDEX, procs=[strip_ansi, hide_line, rm_export], process=True).nb.cells
     parts = [p for c in cells if c.get('source') for p in cell(c) if p]
-    return '\n\n'.join([parts[0], NOTE] + parts[1:]) + '\n'
+    title, colab, *rest = parts
+    return '\n\n'.join([title, NOTE, '\n'.join([*BADGES, colab]), *rest]) + '\n'
 
 
 if __name__ == '__main__':
