@@ -2147,6 +2147,26 @@ d = {
                 'lab/widgets.html#galaxy',
                 'cf_guidance/lab/widgets.py',
             ),
+            'cf_guidance.lab.widgets.ScheduleDesigner': (
+                'lab/widgets.html#scheduledesigner',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.ScheduleDesigner._family_weights': (
+                'lab/widgets.html#scheduledesigner._family_weights',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.ScheduleDesigner.nfe': (
+                'lab/widgets.html#scheduledesigner.nfe',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.ScheduleDesigner.noise_levels': (
+                'lab/widgets.html#scheduledesigner.noise_levels',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.ScheduleDesigner.ws': (
+                'lab/widgets.html#scheduledesigner.ws',
+                'cf_guidance/lab/widgets.py',
+            ),
             'cf_guidance.lab.widgets.Scrubber': (
                 'lab/widgets.html#scrubber',
                 'cf_guidance/lab/widgets.py',

@@ -1,12 +1,16 @@
 "The explorers' JavaScript: its form, its numbers, and what it does in Chromium."
 
+import json
+import random
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import traitlets
 from browser import (
+    call,
     chromium,
     console_errors,
     resize,
@@ -71,3 +75,71 @@ def test_page_without_a_kernel(driver, site):
     for width in (390, 1280):
         resize(driver, width)
         assert sideways_scroll(driver) <= 0
+
+
+@pytest.fixture(scope='module')
+def sources(driver):
+    "Call a function of the sources: sources('schedule_math', 'getCosSched', {...})."
+    with serve(SOURCES[0].parent) as url:
+
+        def run(file, function, calls):
+            "The result of the function for each list of arguments; numbers beyond JSON as text."
+            driver.get(f'{url}/site.js')  # any page of this server
+            script = """
+              const [file, name, calls] = args;
+              const module = await import(file);
+              const plain = (k, v) => (typeof v === 'number' && !isFinite(v) ? String(v) : v);
+              return JSON.stringify(calls.map((o) => module[name](...o)), plain);
+            """
+            return json.loads(call(driver, script, f'{url}/{file}.js', function, calls))
+
+        yield run
+
+
+def random_number(rng, trait):
+    low, high, step = trait.metadata['range']
+    if rng.random() < 0.3:
+        return rng.choice([low, high, min(max(1, low), high), trait.default_value])
+    return rng.randint(low, high) if step == 1 else round(rng.uniform(low, high), 3)
+
+
+def random_settings(seed):
+    "Settings of the designer, corner cases among them."
+    rng = random.Random(seed)
+    values = {}
+    for k, trait in widgets.ScheduleDesigner.settings().items():
+        if isinstance(trait, traitlets.Enum):
+            values[k] = rng.choice(trait.values)
+        elif isinstance(trait, traitlets.Bool):
+            values[k] = rng.random() < 0.3
+        elif k != 'points':
+            values[k] = random_number(rng, trait)
+    taus = rng.sample([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1], rng.randint(1, 7))
+    values['points'] = [[tau, rng.choice([0, 1, 5, rng.uniform(-5, 20)])] for tau in taus]
+    values['cycles'] = rng.choice([1, 1, 1, 2, 3])
+    values['low'], values['high'] = sorted((values['low'], values['high']))
+    values['lo'], values['hi'] = sorted((values['lo'], values['lo'] + values['hi']))
+    return {k: type(v)(v) for k, v in values.items()}
+
+
+SETTINGS = [random_settings(seed) for seed in range(200)]
+
+
+def test_designer_equals_python(sources):
+    results = sources('schedule_design', 'designed', [[s] for s in SETTINGS])
+    for s, js in zip(SETTINGS, results, strict=True):
+        designer = widgets.ScheduleDesigner(**s)
+        assert js['ws'] == pytest.approx(designer.ws, rel=1e-9, abs=1e-6), s
+        levels = designer.noise_levels(len(designer.ws))
+        assert js['sigmas'] == pytest.approx(levels, rel=1e-6), s
+        assert js['nfe'] == designer.nfe, s
+
+
+def test_designers_python_gives_its_weights(sources):
+    results = sources('schedule_design', 'designed', [[s] for s in SETTINGS])
+    codes = sources('schedule_design', 'pythonCode', [[s] for s in SETTINGS])
+    for code, js in zip(codes, results, strict=True):
+        names = {}
+        exec(code, names)
+        assert names['ws'] == pytest.approx(js['ws'], rel=1e-9, abs=1e-6), code
+        assert max(map(len, code.splitlines())) <= 100, code

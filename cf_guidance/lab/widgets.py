@@ -10,6 +10,7 @@ __all__ = [
     'choice',
     'switch',
     'Explorer',
+    'ScheduleDesigner',
     'Galaxy',
     'sprite',
     'Scrubber',
@@ -18,15 +19,18 @@ __all__ = [
 # %% ../../nbs/lab/05_widgets.ipynb #3d7ac221
 import base64
 import html
+import inspect
 import json
 import re
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
+from .. import schedules
 from .._extras import needs
+from ..karras import get_sigmas_exponential, get_sigmas_karras, get_sigmas_vp
 from .plots import _to_pil
 
 with needs('lab', 'cf_guidance.lab.widgets'):
@@ -189,6 +193,92 @@ class Explorer(AnyWidget):
             return page, {}
         data, metadata = super()._repr_mimebundle_(**kwargs)
         return {**data, **page}, metadata
+
+
+# %% ../../nbs/lab/05_widgets.ipynb #e2192b6f
+_weight = partial(number, low=0.0, high=20.0, least=-1000.0, most=1000.0)
+
+
+class ScheduleDesigner(Explorer):
+    "Design a schedule of `w`. Its settings are those of `cf_guidance.schedules`; `ws` is the list."
+
+    explorer = 'schedule'
+    family = choice(
+        *('get_cos_sched', 'constant', 'inv_kdecay_sched', 'linear_sched', 'invlinear_sched'),
+        *('cosine_sched', 'sine_sched', 'tent_sched', 'v_sched', 'pcs_sched', 'beta_sched'),
+        'points_sched',
+    )
+    num_steps = whole(50, 1, 100, least=1)
+    max_val = _weight(7.5)
+    min_val = _weight(0.15)
+    num_cycles = number(0.5, 0, 5, 0.25, least=-100, most=100)
+    num_warmup_steps = whole(0, 0, 50)
+    warmup_init_val = _weight(0.0)
+    k_decay = number(1.0, 0.1, 5, 0.05, least=0.01, most=20)
+    cycle_mul = number(1.0, 0.5, 2, 0.25, least=0.01, most=100)
+    cycle_decay = number(1.0, 0, 1, 0.05, least=-100, most=100)
+    cycle_limit = number(1.0, 0, 3, 1, least=-100, most=100)
+    w = _weight(7.5)
+    base = _weight(0.0)
+    kappa = number(1.0, 0.1, 5, 0.05, least=0.01, most=100)
+    a = number(2.0, 1, 10, 0.1, least=1, most=100)
+    b = number(3.0, 1, 10, 0.1, least=1, most=100)
+    points = traitlets.List([[0, 1], [0.3, 8], [0.7, 6], [1, 1]]).tag(sync=True)  # (progress, w)
+    kind = choice('pchip', 'linear')  # through the points
+    cycles = whole(1, 1, 5, least=1, most=20)  # how often the curve runs...
+    decay = number(1.0, 0, 1, least=0, most=1)  # ...each time this share of the time before
+    warmup = whole(0, 0, 30)  # steps before all that
+    warmup_start = _weight(1.0)
+    use_low = switch(False)  # clamp?
+    low = _weight(0.0)
+    use_high = switch(False)
+    high = _weight(20.0)
+    use_interval = switch(False)  # guide only where lo < sigma <= hi?
+    lo = number(0.28, 0, 5, 0.01, least=0, most=1000)
+    hi = number(5.42, 0.1, 20, 0.01, least=0.1, most=1000)
+    sigmas = choice('karras', 'exponential', 'vp')  # noise levels of the sampler
+    sigma_min = number(0.0292, 0.002, 0.5, 0.0002, least=1e-4, most=10)
+    sigma_max = number(14.6146, 1, 100, 0.01, least=1e-3, most=1000)
+    rho = number(7.0, 1, 15, 0.5, least=0.1, most=100)
+
+    def _family_weights(self):
+        if self.family == 'constant':
+            return [self.w] * self.num_steps
+        f = getattr(schedules, self.family)
+        names = inspect.signature(f).parameters
+        settings = {k: getattr(self, k) for k in names}
+        if 'num_warmup_steps' in names:
+            settings['num_warmup_steps'] = min(self.num_warmup_steps, self.num_steps)
+        return f(**settings)
+
+    def noise_levels(
+        self,
+        n: int,  # number of steps
+    ) -> list:  # `n` floats, the largest first
+        "The sampler's noise levels, one per step."
+        if self.sigmas == 'vp':
+            return get_sigmas_vp(n)[:-1].tolist()
+        if self.sigmas == 'exponential':
+            return get_sigmas_exponential(n, self.sigma_min, self.sigma_max)[:-1].tolist()
+        return get_sigmas_karras(n, self.sigma_min, self.sigma_max, self.rho)[:-1].tolist()
+
+    @property
+    def ws(self) -> list:
+        "The weights, one per step, the noisiest step first."
+        ws = schedules.cycle_sched(self._family_weights(), self.cycles, self.decay)
+        ws = schedules.warmup_sched(ws, self.warmup, self.warmup_start)
+        low, high = self.low if self.use_low else None, self.high if self.use_high else None
+        ws = schedules.clamp_sched(ws, low, high)
+        if not self.use_interval:
+            return ws
+        xs = self.noise_levels(len(ws))
+        inside = schedules.interval_sched(xs, self.lo, self.hi, w=1, outside=0)
+        return [w if on else 1.0 for w, on in zip(ws, inside, strict=True)]
+
+    @property
+    def nfe(self) -> int:
+        "Network evaluations for one picture."
+        return sum(1 if w in (0, 1) else 2 for w in self.ws)
 
 
 # %% ../../nbs/lab/05_widgets.ipynb #galaxy-class

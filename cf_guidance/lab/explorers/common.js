@@ -27,7 +27,8 @@ const STYLES = `
 }
 .explorer .row { display: flex; flex-wrap: wrap; gap: 0.5rem 0.9rem; align-items: center; }
 .explorer .control { display: block; min-width: 0; margin: 0; }
-.explorer .control > .name { display: block; color: var(--faint); font-size: 13px; }
+.explorer .control > .name { display: block; font-size: 13px; line-height: 1.3; }
+.explorer .control .hint { color: var(--faint); margin-left: 0.5rem; }
 .explorer .control > .inputs { display: flex; gap: 0.5rem; align-items: center; }
 .explorer .check {
   display: inline-flex; gap: 0.4rem; align-items: center; margin: 0; min-height: 32px;
@@ -261,23 +262,29 @@ function control(root, set, options) {
   return { root, set, onInput: options.onInput ?? (() => {}) };
 }
 
-function clamped(value, { min = -Infinity, max = Infinity }) {
-  return Math.min(max, Math.max(min, value));
+// Sliders have a comfortable range, `min` to `max`; what is typed may go from `least` to `most`.
+function clamped(value, { min, max, least = min, most = max }) {
+  return Math.min(most ?? Infinity, Math.max(least ?? -Infinity, value));
 }
 
-function numberInput(options) {
-  const { label, min, max, step = 'any' } = options;
-  return element('input', { type: 'number', min, max, step, 'aria-label': label });
+// The name of a control, and what it does.
+function nameLine(label, hint) {
+  const more = hint ? element('span', { class: 'hint' }, hint) : null;
+  return element('span', { class: 'name' }, label, more);
 }
 
-// A range with a number beside it: slider({ label, min, max, step, value, hint, onInput }).
+function numberInput({ label, min, max, least = min, most = max, step = 'any' }) {
+  return element('input', { type: 'number', min: least, max: most, step, 'aria-label': label });
+}
+
+// A range with a number beside it:
+// slider({ label, min, max, step, least, most, value, hint, onInput })
 export function slider(options) {
   const { label, min, max, step = 'any', value = min, hint } = options;
   const range = element('input', { type: 'range', min, max, step, 'aria-label': label });
   const number = numberInput({ ...options, label: `${label}, number` });
   const inputs = element('span', { class: 'inputs' }, range, number);
-  const name = element('span', { class: 'name', title: hint }, label);
-  const root = element('div', { class: 'control', title: hint }, name, inputs);
+  const root = element('div', { class: 'control' }, nameLine(label, hint), inputs);
   const set = (v) => {
     if (document.activeElement !== number || Number(number.value) !== v) number.value = shortest(v);
     range.value = v;
@@ -300,10 +307,6 @@ export function slider(options) {
     made.onInput(kept);
   });
   set(value);
-  made.limit = (limits) => {
-    Object.assign(options, limits);
-    for (const node of [range, number]) fill(node, limits, []);
-  };
   return made;
 }
 
@@ -311,9 +314,8 @@ export function slider(options) {
 export function numberField(options) {
   const { label, value = 0, hint } = options;
   const number = numberInput(options);
-  const name = element('span', { class: 'name' }, label);
   const inputs = element('span', { class: 'inputs' }, number);
-  const root = element('label', { class: 'control', title: hint }, name, inputs);
+  const root = element('label', { class: 'control' }, nameLine(label, hint), inputs);
   const set = (v) => {
     if (number.value === '' || Number(number.value) !== v) number.value = shortest(v);
   };
@@ -334,8 +336,7 @@ export function select(options) {
   const pairs = options.options.map((o) => (Array.isArray(o) ? o : [o, o]));
   const items = pairs.map(([v, text]) => element('option', { value: v }, String(text)));
   const list = element('select', { 'aria-label': label }, ...items);
-  const name = element('span', { class: 'name' }, label);
-  const root = element('label', { class: 'control', title: hint }, name, list);
+  const root = element('label', { class: 'control' }, nameLine(label, hint), list);
   const set = (v) => {
     list.value = v;
   };

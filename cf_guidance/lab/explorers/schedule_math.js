@@ -181,4 +181,10 @@ export function evaluations(ws) {
   return ws.reduce((n, w) => n + (w === 0 || w === 1 ? 1 : 2), 0);
 }
 
-export const SHAPE_NAMES = Object.keys(SHAPES);
+// Intervals of arXiv:2404.07724.
+export const INTERVALS = {
+  'EDM2-XXL FID': { lo: 0.283, hi: 1.609, w: 2 },
+  'EDM2-XXL FD-DINOv2': { lo: 0.844, hi: 5, w: 2.9 },
+  SDXL: { lo: 0.28, hi: 5.42, w: 16 },
+  'DiT-XL/2': { lo: 0.34, hi: 1.02, w: 2.5 },
+};
