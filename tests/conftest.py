@@ -7,6 +7,8 @@ from configparser import ConfigParser
 from pathlib import Path
 from shutil import copy2
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 INI = ConfigParser(delimiters=['='], interpolation=None)
 INI.read(ROOT / 'settings.ini', encoding='utf-8')
@@ -35,6 +37,16 @@ def pytest_addoption(parser):
         default='',
         help='flags of notebook cells to run although settings.ini skips them, such as "slow net"',
     )
+
+
+@pytest.fixture(scope='session')
+def exported_model(tmp_path_factory):
+    "A folder with the embedded model as the live page loads it."
+    from cf_guidance.lab.export import export_onnx
+
+    folder = tmp_path_factory.mktemp('model')
+    export_onnx(folder=folder)
+    return folder
 
 
 def name(path):
