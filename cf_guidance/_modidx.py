@@ -2139,6 +2139,10 @@ d = {
                 'lab/widgets.html#explorer.settings',
                 'cf_guidance/lab/widgets.py',
             ),
+            'cf_guidance.lab.widgets.Explorer.slider_range': (
+                'lab/widgets.html#explorer.slider_range',
+                'cf_guidance/lab/widgets.py',
+            ),
             'cf_guidance.lab.widgets.Explorer.to_html': (
                 'lab/widgets.html#explorer.to_html',
                 'cf_guidance/lab/widgets.py',
@@ -2179,6 +2183,10 @@ d = {
                 'lab/widgets.html#scrubber.props',
                 'cf_guidance/lab/widgets.py',
             ),
+            'cf_guidance.lab.widgets.Scrubber.slider_range': (
+                'lab/widgets.html#scrubber.slider_range',
+                'cf_guidance/lab/widgets.py',
+            ),
             'cf_guidance.lab.widgets.Scrubber.value': (
                 'lab/widgets.html#scrubber.value',
                 'cf_guidance/lab/widgets.py',
@@ -2209,6 +2217,14 @@ d = {
             ),
             'cf_guidance.lab.widgets._source_folder': (
                 'lab/widgets.html#_source_folder',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets._sweep': (
+                'lab/widgets.html#_sweep',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets._with_spread': (
+                'lab/widgets.html#_with_spread',
                 'cf_guidance/lab/widgets.py',
             ),
             'cf_guidance.lab.widgets._without_imports': (

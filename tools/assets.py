@@ -57,6 +57,8 @@ def write_explorers(site):
         if source != loader and 'export default' in source.read_text(encoding='utf-8'):
             text = widgets.bundle(source.stem)
             (to / source.name).write_text(text, encoding='utf-8')
+    for picture in (ROOT / 'cf_guidance/data/results').glob('*.webp'):
+        shutil.copy(picture, to)
 
 
 def write_assets(site):

@@ -128,16 +128,16 @@ def switch(default: bool) -> traitlets.Bool:
 
 
 # %% ../../nbs/lab/05_widgets.ipynb #b4d3cbb7
-def _control_for(trait, value, label):
+def _control_for(trait, value, label, span):
     "The ipywidget for a trait; None if there is none for its kind."
     common = dict(value=value, description=label, style={'description_width': 'initial'})
     if isinstance(trait, traitlets.Bool):
         return ipywidgets.Checkbox(**common)
     if isinstance(trait, traitlets.Enum):
         return ipywidgets.Dropdown(options=trait.values, **common)
-    if 'range' not in trait.metadata:
+    if span is None:
         return None
-    low, high, step = trait.metadata['range']
+    low, high, step = span
     ends = dict(min=min(low, value), max=max(high, value), step=step)
     slider = ipywidgets.IntSlider if isinstance(trait, traitlets.Int) else ipywidgets.FloatSlider
     return slider(**common, **ends)
@@ -168,6 +168,13 @@ class Explorer(AnyWidget):
         "The settings as they are now, for a page."
         return {name: getattr(self, name) for name in self.settings()}
 
+    def slider_range(
+        self,
+        name: str,  # of a setting
+    ) -> tuple:  # (low, high, step), or None
+        "What a slider for this setting covers."
+        return self.traits()[name].metadata.get('range')
+
     def controls(
         self,
         *names: str,  # settings; none: all that a slider, checkbox or list can show
@@ -175,7 +182,9 @@ class Explorer(AnyWidget):
         "Linked ipywidgets, one for each setting."
         rows = []
         for name in names or self.settings():
-            row = _control_for(self.traits()[name], getattr(self, name), name)
+            row = _control_for(
+                self.traits()[name], getattr(self, name), name, self.slider_range(name)
+            )
             if row is not None:
                 traitlets.link((self, name), (row, 'value'))
                 rows.append(row)
@@ -339,66 +348,87 @@ def sprite(
 class Scrubber(Explorer):
     """Pictures that flip while you drag one setting, above curves over that setting.
 
-    `pictures` are rows of pictures, `pictures[row][value]`, or the name of a file that `sprite`
-    wrote: put it beside the notebook, and the page loads it. Else the page holds the pictures.
+    `pictures` are rows of pictures, `pictures[row][value]`; or the name of a file that `sprite`
+    wrote, in `cf_guidance/data/results` or here; or a list of scrubbers to choose from.
+    With pictures the page holds them itself. A file is loaded by the page, from `explorers/`.
     """
 
     explorer = 'scrubber'
-    sprite = traitlets.Unicode().tag(sync=True)  # a data URI or an address
-    values = traitlets.List(traitlets.Float()).tag(sync=True)  # of the setting, one per column
-    curves = traitlets.List().tag(sync=True)  # [{'label': ..., 'ys': [...]}], see `__init__`
-    name = traitlets.Unicode('w').tag(sync=True)  # of the setting
-    rows = traitlets.Int(1).tag(sync=True)  # number of pictures
+    sweeps = traitlets.List().tag(sync=True)  # one dict per sweep, as `__init__` makes it
     labels = traitlets.List(traitlets.Unicode()).tag(sync=True)  # one per picture
-    marks = traitlets.List().tag(sync=True)  # marks[row][value]: True is right, False wrong
-    index = traitlets.Int(0, min=0).tag(sync=True)  # which value is shown
+    sweep = whole(0, 0, 1)  # which sweep is shown
+    index = whole(0, 0, 1)  # which value of it
 
     def __init__(
         self,
-        pictures,  # `pictures[row][value]`, or the name of a file made by `sprite`
-        values,  # of the setting, one per column, increasing
-        curves: dict = None,  # name: one number per value, such as {'share right': [...]}
+        pictures,  # `pictures[row][value]`, the name of a file made by `sprite`, or scrubbers
+        values=(),  # of the setting, one per column, increasing
+        curves: dict = None,  # such as {'share right': ys}, or (ys, spreads) for a band
         *,
         name: str = 'G',  # of the setting
+        title: str = '',  # of the sweep, where there are several
+        note: str = '',  # a sentence below
         labels=(),  # one text per picture, such as its prompt
         marks=(),  # marks[row][value]: is the picture right? It gets a frame and is counted
         rows: int = None,  # of a sprite from a file whose tiles are not square
         index: int = None,  # which value is shown first; None: the middle
     ):
-        values = [float(v) for v in values]
-        self._file = pictures if isinstance(pictures, str) else None
-        uri, sheet = _read_sprite(self._file or sprite(pictures))
-        rows = rows or round(sheet[1] / (sheet[0] / len(values)))
-        curves = {
-            k: [None if np.isnan(y) else float(y) for y in ys] for k, ys in (curves or {}).items()
-        }
-        for what, n, found in [
-            *[(f'curves[{k!r}]', len(values), len(ys)) for k, ys in curves.items()],
-            *[(f'{k}', rows, len(o)) for k, o in (('labels', labels), ('marks', marks)) if len(o)],
-        ]:
-            if found != n:
-                raise ValueError(f'{what}: expected {n} values, got {found}')
-        super().__init__(
-            sprite=uri,
-            values=values,
-            curves=[dict(label=k, ys=ys) for k, ys in curves.items()],
-            name=name,
-            rows=rows,
-            labels=list(labels),
-            marks=[[bool(o) for o in row] for row in marks],
-            index=len(values) // 2 if index is None else index,
-        )
-        if self._file:
-            text = f'{rows} pictures, one per row, for {len(values)} values of {name}'
-            self.fallback = f'<img src="{self._file}" alt="{html.escape(text, quote=True)}">'
+        if isinstance(pictures, list) and all(isinstance(o, Scrubber) for o in pictures):
+            parts = pictures
+            self._files = [f for o in parts for f in o._files]
+            sweeps, labels = [s for o in parts for s in o.sweeps], labels or parts[0].labels
+            index = parts[0].index if index is None else index
+        else:
+            self._files = [pictures if isinstance(pictures, str) else None]
+            uri, size = _read_sprite(self._files[0] or sprite(pictures))
+            facts = dict(name=name, title=title, note=note)
+            sweeps = [_sweep(uri, size, values, rows, curves or {}, marks, labels) | facts]
+            index = len(values) // 2 if index is None else index
+        super().__init__(sweeps=sweeps, labels=list(labels), index=index)
+
+    def slider_range(self, name):
+        last = dict(sweep=len(self.sweeps), index=min(len(s['values']) for s in self.sweeps))
+        return (0, last[name] - 1, 1) if name in last else None
 
     @property
     def value(self) -> float:
         "The value that is shown."
-        return self.values[self.index]
+        return self.sweeps[self.sweep]['values'][self.index]
 
     def props(self):
-        return super().props() | (dict(sprite=self._file) if self._file else {})
+        pairs = zip(self.sweeps, self._files, strict=True)
+        sweeps = [{**s, 'sprite': Path(f).name if f else s['sprite']} for s, f in pairs]
+        return super().props() | dict(sweeps=sweeps)
+
+
+# %% ../../nbs/lab/05_widgets.ipynb #9a84eba2
+def _sweep(uri, size, values, rows, curves, marks, labels):
+    "What the page needs to know about one sweep."
+    n = len(values)
+    rows = rows or round(size[1] / (size[0] / n))
+    per_value = {f'curves[{k!r}]': o for k, ys in curves.items() for o in _with_spread(ys) if o}
+    per_row = {'labels': labels, 'marks': marks}
+    wrong = [(k, n, len(o)) for k, o in per_value.items() if len(o) != n]
+    wrong += [(k, rows, len(o)) for k, o in per_row.items() if len(o) and len(o) != rows]
+    for what, expected, got in wrong:
+        raise ValueError(f'{what}: expected {expected} values, got {got}')
+    lines = [(k, *_with_spread(ys)) for k, ys in curves.items()]
+    return dict(
+        sprite=uri,
+        aspect=(size[0] / n) / (size[1] / rows),
+        values=[float(v) for v in values],
+        rows=rows,
+        curves=[dict(label=k, ys=ys, **({'spread': s} if s else {})) for k, ys, s in lines],
+        marks=[[bool(o) for o in row] for row in marks],
+    )
+
+
+def _with_spread(ys):
+    "A curve as its values and its spreads (None: it has none); NaN becomes None."
+    pair = (
+        ys if isinstance(ys, tuple) and len(ys) == 2 and hasattr(ys[0], '__len__') else (ys, None)
+    )
+    return [o if o is None else [None if y != y else float(y) for y in o] for o in pair]
 
 
 def _read_sprite(place):
@@ -406,6 +436,7 @@ def _read_sprite(place):
     if place.startswith('data:'):
         data = base64.b64decode(place.partition(',')[2])
     else:
-        data = Path(place).read_bytes()
+        stored = _source_folder().parents[1] / 'data/results' / place
+        data = (Path(place) if Path(place).exists() else stored).read_bytes()
     with Image.open(BytesIO(data)) as im:
         return _as_uri(data, im.format.lower()), im.size

@@ -23,7 +23,11 @@ const DEFAULTS = {
 const ARMS = ['red', 'green', 'blue'];
 const ARM_COLOURS = ['s4', 's2', 's0'];
 const SHORT = ['t_norm', 'full_norm']; // rules whose w is a share of a length, about 0.2
-const NEGATIVES = [['all', 'all arms'], ['other', 'another arm'], ['blurred', 'blurred model']];
+const NEGATIVES = [
+  ['all', 'all arms'],
+  ['other', 'another arm'],
+  ['blurred', 'blurred model'],
+];
 const PATHS = 24;
 const EXPLAINED =
   'log p: mean log density. outside: samples less likely than 99 % of true ones. ' +
@@ -49,7 +53,7 @@ function makeRunner() {
     const start = cached('start', [s.seed, s.n], () =>
       normals(s.seed)
         .fill(2 * s.n)
-        .map((v) => SIGMA_MAX * v)
+        .map((v) => SIGMA_MAX * v),
     );
     const noise = () => normals(s.seed + 7919).fill;
     const truth = cached('truth', [s.label, s.n, s.seed], () => ({
@@ -146,12 +150,13 @@ function noiseAxis(frame, model, view) {
       label: `${which} end of the guided interval`,
       onMove: (x) => moveTo(i, axis.invert(x)),
       onKey: (dx, dy) => moveTo(i, ends()[i] * 1.05 ** (dy - dx)),
-    })
+    }),
   );
   const drawing = svgElement('g'); // the handles stay in place: they may be focused
   svg.append(drawing, ...handles);
   let axis = null;
-  const lowest = SIGMA_MIN / 2, highest = SIGMA_MAX;
+  const lowest = SIGMA_MIN / 2,
+    highest = SIGMA_MAX;
 
   function ends() {
     const [lo, hi] = model.get('interval') ?? [0, highest];
@@ -168,7 +173,8 @@ function noiseAxis(frame, model, view) {
 
   function draw() {
     if (!axis) return;
-    const [hi, lo] = ends(), y = 22;
+    const [hi, lo] = ends(),
+      y = 22;
     const line = (a, b, style) => {
       const place = { x1: axis(a), x2: axis(b), y1: y, y2: y };
       return svgElement('line', { ...place, style: `stroke-linecap: round; ${style}` });
@@ -176,12 +182,14 @@ function noiseAxis(frame, model, view) {
     const shown = view.sigmas.map((s) => Math.max(s, lowest));
     const dots = shown.map((s, i) =>
       svgElement('circle', {
-        cx: axis(s), cy: y, r: i === view.step ? 5 : 2,
+        cx: axis(s),
+        cy: y,
+        r: i === view.step ? 5 : 2,
         style: `fill: var(${i === view.step ? '--text' : '--faint'})`,
-      })
+      }),
     );
     const names = [10, 3, 1, 0.3, 0.1, 0.03, 0.01].map((s) =>
-      svgElement('text', { x: axis(s), y: 52, 'text-anchor': 'middle' }, String(s))
+      svgElement('text', { x: axis(s), y: 52, 'text-anchor': 'middle' }, String(s)),
     );
     handles.forEach((node, i) => {
       const value = [hi, lo][i];
@@ -195,7 +203,7 @@ function noiseAxis(frame, model, view) {
       line(highest, lowest, 'stroke: var(--line); stroke-width: 4'),
       line(hi, lo, 'stroke: var(--accent); stroke-width: 8; opacity: 0.6'),
       ...dots,
-      ...names
+      ...names,
     );
   }
 
@@ -235,7 +243,7 @@ function numbersTable() {
   const root = element(
     'div',
     { class: 'scroll' },
-    element('table', {}, element('thead', {}, names), body)
+    element('table', {}, element('thead', {}, names), body),
   );
   const percent = (v) => `${(100 * v).toFixed(1)} %`;
   const set = (rows) => {
@@ -245,7 +253,7 @@ function numbersTable() {
         const density = q.density.toFixed(2).replace('-', '−');
         const cells = [name, density, percent(q.outside), percent(q.covered), each];
         return element('tr', { 'data-row': name }, ...cells.map((c) => element('td', {}, c)));
-      })
+      }),
     );
   };
   return { root, set };
@@ -268,9 +276,13 @@ function render({ model, el }) {
   const status = element('span', { class: 'note' });
 
   function drawPicture(context, width, height) {
-    const s = settingsOf(model), colour = colours(frame.root);
-    const sigma = view.sigmas[view.step], extent = extentAt(sigma);
-    const half = Math.min(width, height) / 2, left = width / 2 - half, top = height / 2 - half;
+    const s = settingsOf(model),
+      colour = colours(frame.root);
+    const sigma = view.sigmas[view.step],
+      extent = extentAt(sigma);
+    const half = Math.min(width, height) / 2,
+      left = width / 2 - half,
+      top = height / 2 - half;
     const place = (x, y) => [left + (1 + x / extent) * half, top + (1 - y / extent) * half];
     const tint = getComputedStyle(frame.root).getPropertyValue(`--${ARM_COLOURS[s.label]}`).trim();
     const key = [sigma, s.label, colour.text].join();
@@ -294,7 +306,8 @@ function render({ model, el }) {
   }
 
   const update = oncePerFrame(() => {
-    const begin = performance.now(), s = settingsOf(model);
+    const begin = performance.now(),
+      s = settingsOf(model);
     const atEnd = view.step >= view.path.length - 1;
     const run = compute(s);
     Object.assign(view, { path: run.path, sigmas: run.sigmas });
@@ -303,7 +316,7 @@ function render({ model, el }) {
     picture.node.setAttribute(
       'aria-label',
       `${s.n} samples of the ${ARMS[s.label]} arm: ${(100 * q.outside).toFixed(1)} % outside, ` +
-        `${(100 * q.covered).toFixed(1)} % of the arm covered`
+        `${(100 * q.covered).toFixed(1)} % of the arm covered`,
     );
     code.textContent = pythonCode(s);
     stepSlider.limit({ max: s.steps });
@@ -336,7 +349,8 @@ function render({ model, el }) {
   for (const [name, made] of Object.entries(controls)) bind(frame, model, name, made);
   fitWeight();
   rule.onInput = (value) => {
-    const before = SHORT.includes(model.get('rule')), now = SHORT.includes(value);
+    const before = SHORT.includes(model.get('rule')),
+      now = SHORT.includes(value);
     change(model, { rule: value, ...(before === now ? {} : { w: now ? 0.2 : 3 }) });
   };
   const redraw = () => change(model, { seed: model.get('seed') + 1 });
@@ -355,10 +369,13 @@ function render({ model, el }) {
   function start() {
     if (view.step >= view.sigmas.length - 1) showStep(0);
     play.textContent = 'Stop';
-    timer = setInterval(() => {
-      if (view.step >= view.sigmas.length - 1) stop();
-      else showStep(view.step + 1);
-    }, Math.max(40, 2500 / view.sigmas.length));
+    timer = setInterval(
+      () => {
+        if (view.step >= view.sigmas.length - 1) stop();
+        else showStep(view.step + 1);
+      },
+      Math.max(40, 2500 / view.sigmas.length),
+    );
   }
   function stop() {
     clearInterval(timer);
@@ -391,13 +408,20 @@ function render({ model, el }) {
     group(c.negative, c.other, c.label, c.rule, c.sampler),
     group(c.blur, c.steps, c.n),
     axis.root,
-    element('div', { class: 'row' }, fresh, reset, c.paths.root)
+    element('div', { class: 'row' }, fresh, reset, c.paths.root),
   );
   const python = element(
     'details',
     {},
     element('summary', {}, 'The same in Python'),
-    stack(code, element('div', {}, copyButton(() => code.textContent)))
+    stack(
+      code,
+      element(
+        'div',
+        {},
+        copyButton(() => code.textContent),
+      ),
+    ),
   );
   const columns = element('div', { class: 'columns' }, left, right);
   frame.root.append(stack(weight.root, columns, python));
