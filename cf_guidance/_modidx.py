@@ -1245,6 +1245,77 @@ d = {
             'cf_guidance.karras.sample': ('karras.html#sample', 'cf_guidance/karras.py'),
             'cf_guidance.karras.samples': ('karras.html#samples', 'cf_guidance/karras.py'),
         },
+        'cf_guidance.lab.export': {
+            'cf_guidance.lab.export._Decoder': (
+                'lab/export.html#_decoder',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._Decoder.__init__': (
+                'lab/export.html#_decoder.__init__',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._Decoder.forward': (
+                'lab/export.html#_decoder.forward',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._TextEncoder': (
+                'lab/export.html#_textencoder',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._TextEncoder.__init__': (
+                'lab/export.html#_textencoder.__init__',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._TextEncoder.forward': (
+                'lab/export.html#_textencoder.forward',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._UNet': ('lab/export.html#_unet', 'cf_guidance/lab/export.py'),
+            'cf_guidance.lab.export._UNet.__init__': (
+                'lab/export.html#_unet.__init__',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._UNet.forward': (
+                'lab/export.html#_unet.forward',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._drop_notes': (
+                'lab/export.html#_drop_notes',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._loaded': (
+                'lab/export.html#_loaded',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._networks': (
+                'lab/export.html#_networks',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._scheduler_table': (
+                'lab/export.html#_scheduler_table',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._store_in_half': (
+                'lab/export.html#_store_in_half',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._token_table': (
+                'lab/export.html#_token_table',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export._write_network': (
+                'lab/export.html#_write_network',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export.export_onnx': (
+                'lab/export.html#export_onnx',
+                'cf_guidance/lab/export.py',
+            ),
+            'cf_guidance.lab.export.onnx_differences': (
+                'lab/export.html#onnx_differences',
+                'cf_guidance/lab/export.py',
+            ),
+        },
         'cf_guidance.lab.fashion': {
             'cf_guidance.lab.fashion.FashionNet': (
                 'lab/fashion.html#fashionnet',

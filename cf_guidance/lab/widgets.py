@@ -161,8 +161,9 @@ class Explorer(AnyWidget):
     @classmethod
     def settings(cls) -> dict:  # the traits of this explorer by name
         "What can be set, read and observed."
-        own = cls.class_traits(sync=True)
-        return {k: v for k, v in own.items() if k not in AnyWidget.class_traits() and k[0] != '_'}
+        traits = cls.class_traits(sync=True)
+        in_order = [k for c in reversed(cls.__mro__) for k in vars(c) if k in traits]
+        return {k: traits[k] for k in in_order if k not in AnyWidget.class_traits()}
 
     def props(self) -> dict:  # values that JSON can hold
         "The settings as they are now, for a page."
