@@ -221,7 +221,7 @@ def warmup_sched(
 # %% ../nbs/00_schedules.ipynb #a459bd89
 def cycle_sched(
     ws,  # a schedule: one cycle
-    num_cycles: int = 2,  # how often it is repeated
+    num_cycles: int = 2,  # number of repetitions
     cycle_decay: float = 1.0,  # 0 to 1: strength of a cycle as a share of the one before
     base: float = 1.0,  # the weight that decay leads to; 1 is unguided
 ) -> list:  # `num_cycles*len(ws)` values
@@ -483,7 +483,7 @@ def interval_of_steps(
     levels = _checked_sigmas(sigmas)
     n = len(levels) - 1
     start = _whole('start', start, 0, n - 1)
-    stop = n if stop is None else _whole('stop', stop, start + 1, n, ' (no guidance at all: w=1)')
+    stop = n if stop is None else _whole('stop', stop, start + 1, n, ' (for no guidance use w=1)')
     return levels[stop], levels[start]
 
 
@@ -502,6 +502,6 @@ def interval_of_fractions(
     if a < b:
         return interval_of_steps(sigmas, a, b)
     raise ValueError(
-        f'expected start and stop around at least one of {n} steps (no guidance at all: w=1),'
+        f'expected start and stop around at least one of {n} steps (for no guidance use w=1),'
         f' got {start!r} and {stop!r}'
     )

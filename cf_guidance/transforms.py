@@ -49,7 +49,7 @@ from .schedules import _short
 
 # %% ../nbs/01_transforms.ipynb #e9ae4977
 def _common_dtype(first, pos, axes=1, name='neg'):
-    "The dtype of the result, if the two predictions go together."
+    "The dtype of the result; an error if the two predictions do not match."
     for k, o in ((name, first), ('pos', pos)):
         if not torch.is_tensor(o):
             raise TypeError(f'{k}: expected a tensor, got {_short(o)}')
@@ -76,12 +76,12 @@ def _common_dtype(first, pos, axes=1, name='neg'):
 
 # %% ../nbs/01_transforms.ipynb #8ca5eedd
 def _is_finite(w):
-    "Is a Python number finite? In a compiled graph it is a symbol, and looking at it would break."
+    "Is a Python number finite? In a compiled graph it is a symbol that cannot be read."
     return torch.compiler.is_compiling() or abs(w) <= sys.float_info.max
 
 
 def _has_finite(t):
-    "Are the values of a tensor finite? Not tested on a GPU, which would have to wait."
+    "Are the values of a tensor finite? Skipped on a GPU, where the test would wait for results."
     return torch.compiler.is_compiling() or t.device.type != 'cpu' or bool(t.isfinite().all())
 
 
@@ -128,7 +128,7 @@ def _is_number(o, lo=-math.inf, hi=math.inf):
 
 
 def _checked_setting(name, value, default, limits):
-    "`value`, if it is of the kind of `default` and within `limits`."
+    "`value`; an error unless it has the type of `default` and is within `limits`."
     many = isinstance(default, tuple)
     if not many and (isinstance(default, bool) or not isinstance(default, Real)):
         if isinstance(value, type(default)):
@@ -255,7 +255,7 @@ def _checked_state(state, like):
 
 
 def _at_weight(at, w, end, pred):
-    "`pred`, replaced by `end` where the weight is `at`."
+    "`pred`, with `end` in its place where the weight is `at`."
     if at is None:
         return pred
     if torch.is_tensor(w):
@@ -419,7 +419,7 @@ def base_norm(
 def t_norm(
     neg: torch.Tensor,  # (B, ...) negative prediction of the noise
     pos: torch.Tensor,  # (B, ...) positive prediction of the noise
-    w,  # a number or (B,): length of the change as a share of that of `neg`; usual are 0.1 to 0.3
+    w,  # a number or (B,): length of the change as a share of that of `neg`, often 0.1 to 0.3
 ) -> torch.Tensor:  # (B, ...) in the dtype of the inputs
     """`neg + w*|neg|*(pos-neg)/|pos-neg|` (`TNormGuidance` of cf_guidance, 2022).
 
@@ -631,7 +631,7 @@ def mimic(
     *,
     mimic: float = 7.0,  # weight whose range is kept
     p: float = 1.0,  # share of the values that is not clipped
-    phi: float = 1.0,  # how much of it: 0 is `cfg`
+    phi: float = 1.0,  # strength: 0 is `cfg`
 ) -> torch.Tensor:  # (B, C, ...) no channel reaches farther from its mean than at weight `mimic`
     "`cfg` in the range of a lower weight, channel by channel (of sd-dynamic-thresholding)."
     g, like = (torch.lerp(neg, pos, o)[..., None].flatten(2).flatten(0, 1) for o in (w, mimic))
@@ -644,7 +644,7 @@ def mimic(
 
 # %% ../nbs/01_transforms.ipynb #b216d891
 def _std(x):
-    "Standard deviation of each sample, shaped to broadcast; 0 where it is nothing but rounding."
+    "Standard deviation of each sample, shaped to broadcast; 0 where it is only rounding."
     x = x[..., None].flatten(1)
     d = _norm(x - x.mean(1, keepdim=True))
     return torch.where(d > 8 * torch.finfo(x.dtype).eps * _norm(x), d, 0) / x.shape[1] ** 0.5
@@ -656,7 +656,7 @@ def rescale(
     pred: torch.Tensor,  # (B, ...) guided prediction
     pos: torch.Tensor,  # (B, ...) positive prediction
     *,
-    phi: float = 0.7,  # how much of it: 0 is not at all
+    phi: float = 0.7,  # strength: 0 changes nothing
 ) -> torch.Tensor:  # (B, ...) with `phi=1` each sample has the standard deviation of that in `pos`
     "Rescaled guidance (arXiv:2305.08891, section 3.4): give `pred` the contrast of `pos`."
     ratio = _ratio(_std(pos), _std(pred)).view(-1, *(1,) * (pred.ndim - 1))
@@ -692,7 +692,7 @@ def cfg_norm(
     pred: torch.Tensor,  # (B, C, ...) guided image
     pos: torch.Tensor,  # (B, C, ...) positive image
 ) -> torch.Tensor:  # (B, C, ...) no pixel is longer than in `pos`
-    "Shorten each pixel's vector of channels to its length in `pos` at most (CFGNorm of ComfyUI)."
+    "Shorten the channel vector of each pixel to at most its length in `pos` (CFGNorm of ComfyUI)."
     lengths = (torch.linalg.vector_norm(o, dim=1, keepdim=True) for o in (pos, pred))
     return pred * _ratio(*lengths).clamp(max=1)
 

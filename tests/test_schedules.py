@@ -147,6 +147,22 @@ def test_lengths_and_types(s):
     assert {type(w) for n in (1, 2, 50) for w in s(n, 3)} == {float}
 
 
+@pytest.mark.parametrize('base', [0, 1])
+@pytest.mark.parametrize('s', [linear_sched, invlinear_sched, cosine_sched, sine_sched])
+def test_means_are_exact(s, base):
+    close([sum(s(50, 7.5, base)) / 50], [7.5])
+
+
+@pytest.mark.parametrize('s', [tent_sched, v_sched])
+def test_means_miss_only_the_corner(s):
+    close([sum(s(1000, 7.5)) / 1000], [7.5], 7.5 / 999)
+
+
+@pytest.mark.parametrize('s', [linear_sched, cosine_sched])
+def test_shapes_start_at_their_base(s):
+    close(s(50, 7.5, base=1)[:1], [1])
+
+
 @pytest.mark.parametrize('n', [1, 2, 17])
 @pytest.mark.parametrize('a, b', [(2, 3), (1, 1), (1, 4), (5, 1), (2.5, 1.7), (60, 90)])
 def test_beta_density(n, a, b):

@@ -550,6 +550,13 @@ def test_nan_spreads_over_its_sample(f):
 
 
 @pytest.mark.parametrize('f', [cfg, base_norm, t_norm, full_norm], ids=repr)
+def test_nan_stays_in_its_sample(f):
+    a, b = pair(*SHAPE)
+    a[1, 0, 0, 0] = math.nan
+    assert f(a, b, 0.3).isnan().flatten(1).any(1).nonzero().flatten().tolist() == [1]
+
+
+@pytest.mark.parametrize('f', [cfg, base_norm, t_norm, full_norm], ids=repr)
 def test_transposed(f):
     a, b = pair(3, 4, 8, 6)
     torch.testing.assert_close(f(a.mT, b.mT, 0.3).mT, f(a, b, 0.3))
