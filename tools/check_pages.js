@@ -104,8 +104,8 @@ for (const [pair, e] of pairs) say('contrast', `${pair}: ${name(e)} ${e.textCont
 const bright = lum(ground(document.body)) > .5;
 if (bright !== light) say('colours', `the page is ${bright ? 'bright' : 'dark'} in ${light ? 'light' : 'dark'} mode`);
 
-// ---- interactive figures have replaced their fallback
-for (const e of all('[data-explorer]')) if (!e.querySelector('input, button, select, canvas, svg')) say('explorer', `${e.dataset.explorer} is not there`);
+// ---- interactive figures have been drawn
+for (const e of all('[data-explorer]')) if (e.dataset.state !== 'ready') say('explorer', `${e.dataset.explorer}: ${e.dataset.state ?? 'not loaded'}`);
 
 facts.ids = [...all('[id]').map((e) => e.id), ...all('a[name]').map((e) => e.name)];
 facts.links = [...new Set(all('a[href], link[href]').map((e) => e.href))];

@@ -82,7 +82,7 @@ def settle(driver):
     until = time.monotonic() + 20
     ready = """const done = (css, f) => [...document.querySelectorAll(css)].every(f);
       return document.readyState === 'complete' && done('img', (e) => e.complete)
-        && done('[data-explorer]', (e) => e.querySelector('input, button, select'));"""
+        && done('[data-explorer]', (e) => /ready|failed/.test(e.dataset.state));"""
     while not driver.execute_script(ready) and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.12)  # smalldocs changes colours 50 ms after the mode
