@@ -21,6 +21,8 @@ from nbdev.doclinks import NbdevLookup
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 96  # columns of a signature
+LONG = 40  # characters of a default that a signature leaves out
+LINKED_HEADING = r'^(#+ .*)\[(`[^`]+`)\]\([^)]*\)'
 WORDS, FIGURE = 220, 15  # words that one reads in a minute, words that a figure counts for
 
 
@@ -61,6 +63,7 @@ def spaced(param):
         return param
     kind, equals, default = rest.partition('=')
     kind = re.sub(r'\b(?:[a-z_]\w*\.)+(?=\w)', '', kind)  # torch.Tensor: Tensor
+    default = default if len(default) <= LONG else '...'
     return f'{name}: {kind} = {default}' if equals else f'{name}: {kind}'
 
 
@@ -200,9 +203,9 @@ def prepare(nb, page):
         if text.startswith('[![Open in Colab]'):
             cell = dict(cell, source=headline(text, n))
         elif cell['cell_type'] == 'markdown':
-            headings |= {
-                h.strip('`') for h in re.findall(r'^#+ (.*?)(?: \{.*)?$', text, flags=re.M)
-            }
+            text = re.sub(LINKED_HEADING, r'\1\2', text, flags=re.M)
+            headings |= set(re.findall(r'^#+ `?(.*?)`?(?: \{.*)?$', text, flags=re.M))
+            cell = dict(cell, source=text)
         elif shown_name(cell):
             cell = documented(cell, module, headings)
         elif cell['cell_type'] == 'code':
