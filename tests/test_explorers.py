@@ -115,7 +115,7 @@ def random_settings(seed):
         elif k != 'points':
             values[k] = random_number(rng, trait)
     taus = rng.sample([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1], rng.randint(1, 7))
-    values['points'] = [[tau, rng.choice([0, 1, 5, rng.uniform(-5, 20)])] for tau in taus]
+    values['points'] = [[tau, rng.choice([0, 1, 5, round(rng.uniform(-5, 20), 3)])] for tau in taus]
     values['cycles'] = rng.choice([1, 1, 1, 2, 3])
     values['low'], values['high'] = sorted((values['low'], values['high']))
     values['lo'], values['hi'] = sorted((values['lo'], values['lo'] + values['hi']))

@@ -149,6 +149,22 @@ function literal(x) {
   return typeof x === 'string' ? `'${x}'` : String(x);
 }
 
+// Points in one line, or four a line.
+function pointsLiteral(points) {
+  const line = literal(points);
+  if (line.length <= 60) return line;
+  const rows = [];
+  for (let i = 0; i < points.length; i += 4) {
+    rows.push(
+      `        ${points
+        .slice(i, i + 4)
+        .map(literal)
+        .join(', ')},`,
+    );
+  }
+  return `[\n${rows.join('\n')}\n    ]`;
+}
+
 // `name(a, b, c=...)`, in one line or one argument per line.
 function pythonCall(name, positional, keywords) {
   const named = Object.entries(keywords).map(([k, v]) => `${k}=${literal(v)}`);
@@ -167,7 +183,7 @@ function familyCall(s) {
   const n = { num_steps: s.num_steps };
   if (s.family === 'points_sched') {
     const kind = s.kind === 'linear' ? {} : { kind: s.kind };
-    return pythonCall(s.family, [s.points], { ...n, ...kind });
+    return pythonCall(s.family, [{ python: pointsLiteral(s.points) }], { ...n, ...kind });
   }
   const own = { ...s, num_warmup_steps: warmupSteps(s) };
   return pythonCall(s.family, [], { ...n, ...changed(own, FAMILIES[s.family].numbers) });
