@@ -317,8 +317,8 @@ d = {
                 'denoisers.html#denoiser.__init__',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers.Denoiser._ask_model': (
-                'denoisers.html#denoiser._ask_model',
+            'cf_guidance.denoisers.Denoiser._call_model': (
+                'denoisers.html#denoiser._call_model',
                 'cf_guidance/denoisers.py',
             ),
             'cf_guidance.denoisers.Denoiser.decode': (

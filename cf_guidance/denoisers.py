@@ -66,25 +66,25 @@ class Denoiser(nn.Module):
 
     def sigma_to_t(self, sigma):
         "The model's time at a noise level; by default the level itself."
-        return self._ask_model('sigma_to_t', sigma)
+        return self._call_model('sigma_to_t', sigma)
 
     def t_to_sigma(self, t):
         "The noise level at a time, the inverse of `sigma_to_t`."
-        return self._ask_model('t_to_sigma', t)
+        return self._call_model('t_to_sigma', t)
 
     def quantize_sigma(self, sigma):
         "The nearest noise level that the model was trained for; by default the level itself."
-        return self._ask_model('quantize_sigma', sigma)
+        return self._call_model('quantize_sigma', sigma)
 
     def encode(self, images):
         "From images (B, C, H, W) to what the model works on, such as latents."
-        return self._ask_model('encode', images)
+        return self._call_model('encode', images)
 
     def decode(self, x):
         "From what the model works on to images (B, C, H, W)."
-        return self._ask_model('decode', x)
+        return self._call_model('decode', x)
 
-    def _ask_model(self, name, value):
+    def _call_model(self, name, value):
         f = getattr(self.inner_model, name, None)
         return value if f is None else f(value)
 
@@ -162,7 +162,7 @@ def _range_end(name, which):
         if value is None:
             raise NotImplementedError(
                 f'{type(self).__name__} does not know the {which} noise level of its model: '
-                'name it, as in get_sigmas_karras(n, sigma_min, sigma_max)'
+                'pass it, as in get_sigmas_karras(n, sigma_min, sigma_max)'
             )
         return float(value)
 
@@ -589,7 +589,7 @@ def t_to_sigma(
 
 # %% ../nbs/03_denoisers.ipynb #84
 class Parts(NamedTuple):
-    "A guided estimate and the estimates that it was made of, each (B, ...)."
+    "A guided estimate and the estimates that it combines, each (B, ...)."
 
     pred: torch.Tensor  # the guided estimate
     pos: torch.Tensor  # the positive one

@@ -214,7 +214,7 @@ Denoiser.get_sigmas = _named(_model_sigmas, 'get_sigmas')
 
 # %% ../nbs/04_karras.ipynb #20
 def get_premature_sigma_min(
-    steps: int,  # levels of the schedule that you would have had, at least 2
+    steps: int,  # levels of the usual schedule, at least 2
     sigma_max: float,  # its largest
     sigma_min_nominal: float,  # its smallest: the model's
     rho: float = 7.0,  # see `get_sigmas_karras`
