@@ -70,6 +70,8 @@ def spaced(param):
 def signature(name, renderer):
     "The call of a function or class, in lines of at most WIDTH columns."
     params = [spaced(p) for p, _ in renderer.dm.params]
+    if inspect.isclass(renderer.sym) and params == ['*args', '**kwargs']:
+        return f'class {name}'
     returns = re.match(r'\)->(.*?):', renderer.dm._ret_str)
     arrow = '' if not returns or inspect.isclass(renderer.sym) else f' -> {returns[1]}'
     line = f'{name}({", ".join(params)}){arrow}'
