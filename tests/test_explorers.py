@@ -20,7 +20,11 @@ from browser import (
     write_page,
 )
 
+from cf_guidance import schedules, transforms
+from cf_guidance.guided import Conditions, GuidedDenoiser
+from cf_guidance.karras import on_sigmas
 from cf_guidance.lab import widgets
+from cf_guidance.toy import galaxy
 
 SOURCES = sorted((Path(widgets.__file__).parent / 'explorers').glob('*.js'))
 
@@ -143,3 +147,106 @@ def test_designers_python_gives_its_weights(sources):
         exec(code, names)
         assert names['ws'] == pytest.approx(js['ws'], rel=1e-9, abs=1e-6), code
         assert max(map(len, code.splitlines())) <= 100, code
+
+
+def test_defaults_equal_python(sources, driver):
+    for file, cls in (
+        ('schedule_design', widgets.ScheduleDesigner),
+        ('rule_plane', widgets.RuleGeometry),
+    ):
+        with serve(SOURCES[0].parent) as url:
+            driver.get(f'{url}/site.js')
+            defaults = call(driver, 'return (await import(args[0])).DEFAULTS', f'{url}/{file}.js')
+        assert defaults == cls().props()
+
+
+def test_intervals_equal_python(driver):
+    with serve(SOURCES[0].parent) as url:
+        driver.get(f'{url}/site.js')
+        script = 'return (await import(args[0])).INTERVALS'
+        intervals = call(driver, script, f'{url}/schedule_math.js')
+    expected = {k: (*v['interval'], v['w']) for k, v in schedules.INTERVALS.items()}
+    assert {k: (v['lo'], v['hi'], v['w']) for k, v in intervals.items()} == expected
+
+
+def test_cost_is_what_a_guided_denoiser_counts():
+    designer = widgets.ScheduleDesigner(num_steps=12, family='linear_sched', use_interval=True)
+    designer.set_trait('w', 5.0)
+    sigmas = designer.noise_levels(12) + [0.0]
+    every_class = Conditions(dict(labels=torch.tensor([-1])))
+    guided = GuidedDenoiser(galaxy(), every_class, w=on_sigmas(designer.ws, sigmas))
+    for sigma in sigmas[:-1]:
+        guided(torch.zeros(1, 2), torch.tensor([sigma]), labels=torch.tensor([0]))
+    assert guided.nfe == designer.nfe < 24
+
+
+# Pairs of predictions, random ones and those where something is zero, equal or parallel.
+def vector(rng, n=2):
+    return [round(rng.gauss(0, 2), 3) for _ in range(n)]
+
+
+def pairs(n):
+    rng = random.Random(n)
+    a, b = vector(rng, n), vector(rng, n)
+    zero, minus = [0.0] * n, [-v for v in a]
+    special = [(zero, a), (a, zero), (zero, zero), (a, a), (a, minus), (a, [2 * v for v in a])]
+    return [(a, b), *special, *((vector(rng, n), vector(rng, n)) for _ in range(40))]
+
+
+WEIGHTS = [-1, 0, 0.3, 1, 2, 7.5, 15]
+RULES = {
+    'cfg': 'cfg',
+    'base_norm': 'baseNorm',
+    't_norm': 'tNorm',
+    'full_norm': 'fullNorm',
+    'adg': 'adg',
+}
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('n', [2, 5])
+def test_rule_equals_python(sources, rule, n):
+    cases = [(neg, pos, w) for neg, pos in pairs(n) for w in WEIGHTS]
+    results = sources('rule_math', RULES[rule], cases)
+    for (neg, pos, w), js in zip(cases, results, strict=True):
+        pred = getattr(transforms, rule)(*torch.tensor([[neg], [pos]], dtype=torch.float64), w)
+        assert js == pytest.approx(pred[0].tolist(), abs=1e-6), (neg, pos, w)
+
+
+@pytest.mark.parametrize('settings', [{}, dict(eta=0.5, radius=1.5, beta=-0.75), dict(beta=0)])
+def test_apg_equals_python_over_two_steps(sources, settings):
+    cases = [(neg, pos, w) for neg, pos in pairs(2) for w in WEIGHTS]
+    first = sources('rule_math', 'apg', [[*case, None, settings] for case in cases])
+    states = [state for _, state in first]
+    more = [[pos, neg, w, s, settings] for (neg, pos, w), s in zip(cases, states, strict=True)]
+    second = sources('rule_math', 'apg', more)
+    for (neg, pos, w), (one, _), (two, _) in zip(cases, first, second, strict=True):
+        neg, pos = torch.tensor([[neg], [pos]], dtype=torch.float64)
+        pred, state = transforms.apg(neg, pos, w, **settings)
+        assert one == pytest.approx(pred[0].tolist(), abs=1e-6), (neg, pos, w)
+        pred, state = transforms.apg(pos, neg, w, state, **settings)
+        assert two == pytest.approx(pred[0].tolist(), abs=1e-6), (neg, pos, w)
+
+
+@pytest.mark.parametrize('n', [2, 5])
+def test_rescale_equals_python(sources, n):
+    cases = [(pred, pos, phi) for pred, pos in pairs(n) for phi in (0, 0.7, 1)]
+    cases.append(([1.0] * n, [2.0, 1.0, 0.0, 0.0, 0.0][:n], 0.7))  # no contrast
+    results = sources('rule_math', 'rescale', cases)
+    for (pred, pos, phi), js in zip(cases, results, strict=True):
+        out = transforms.rescale(*torch.tensor([[pred], [pos]], dtype=torch.float64), phi=phi)
+        assert js == pytest.approx(out[0].tolist(), abs=1e-6), (pred, pos, phi)
+
+
+def test_geometry_equals_python(sources):
+    cases = []
+    for i, (neg, pos) in enumerate(pairs(2)):
+        rng = random.Random(i)
+        numbers = dict(w=rng.choice(WEIGHTS), w_t=rng.uniform(0, 2), phi=rng.random())
+        numbers |= dict(eta=rng.random(), radius=rng.choice([0, 1.0]), most=rng.uniform(0, 3))
+        cases.append(dict(neg=neg, pos=pos, **{k: float(v) for k, v in numbers.items()}))
+    results = sources('rule_plane', 'predictions', [[c] for c in cases])
+    for case, js in zip(cases, results, strict=True):
+        expected = widgets.RuleGeometry(**case).predictions()
+        for k in expected:
+            assert js[k] == pytest.approx(expected[k], abs=1e-6), (k, case)

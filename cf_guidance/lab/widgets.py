@@ -12,6 +12,7 @@ __all__ = [
     'Explorer',
     'ScheduleDesigner',
     'Galaxy',
+    'RuleGeometry',
     'sprite',
     'Scrubber',
 ]
@@ -21,14 +22,16 @@ import base64
 import html
 import inspect
 import json
+import math
 import re
 from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from .. import schedules
+from .. import schedules, transforms
 from .._extras import needs
 from ..karras import get_sigmas_exponential, get_sigmas_karras, get_sigmas_vp
 from .plots import _to_pil
@@ -163,7 +166,8 @@ class Explorer(AnyWidget):
         "What can be set, read and observed."
         traits = cls.class_traits(sync=True)
         in_order = [k for c in reversed(cls.__mro__) for k in vars(c) if k in traits]
-        return {k: traits[k] for k in in_order if k not in AnyWidget.class_traits()}
+        hidden = AnyWidget.class_traits()
+        return {k: traits[k] for k in in_order if k not in hidden and k[0] != '_'}
 
     def props(self) -> dict:  # values that JSON can hold
         "The settings as they are now, for a page."
@@ -311,6 +315,45 @@ class Galaxy(Explorer):
     n = whole(500, 100, 1000, least=10, most=5000)  # samples
     seed = whole(0, 0, 100, most=2**31)
     paths = switch(True)  # draw the paths of some samples?
+
+
+# %% ../../nbs/lab/05_widgets.ipynb #2dd4c0d2
+# two directions of three pixels whose mean is 0
+_MEAN_ZERO = torch.tensor(
+    [[2**-0.5, -(2**-0.5), 0.0], [6**-0.5, 6**-0.5, -2 * 6**-0.5]], dtype=torch.float64
+)
+
+
+class RuleGeometry(Explorer):
+    "The rules of `cf_guidance.transforms` on two predictions in a plane."
+
+    explorer = 'rules'
+    neg = traitlets.List(traitlets.Float(), [1.5, -0.4], minlen=2, maxlen=2).tag(sync=True)
+    pos = traitlets.List(traitlets.Float(), [1.3, 0.9], minlen=2, maxlen=2).tag(sync=True)
+    w = number(3.0, 0, 15, 0.1, least=-100, most=100)
+    w_t = number(1.2, 0, 2, 0.01, least=-100, most=100)  # of `t_norm` and `full_norm`
+    phi = number(0.7, 0, 1, least=0, most=1)  # of `rescale`
+    eta = number(0.0, 0, 1, least=-10, most=10)  # of `apg`
+    radius = number(0.0, 0, 3, least=0, most=100)  # of `apg`; 0: no limit
+    most = number(math.pi / 6, 0, 3.14, 0.01, least=0, most=math.pi)  # of `adg`
+    rules = traitlets.List(
+        traitlets.Enum(['cfg', 'base_norm', 't_norm', 'full_norm', 'rescale', 'apg', 'adg']),
+        ['cfg', 'full_norm', 'rescale', 'apg', 'adg'],
+    ).tag(sync=True)  # which are shown
+
+    def predictions(self) -> dict:  # name: [x, y]
+        "What each rule makes of the two predictions."
+        neg, pos = (
+            torch.tensor([v], dtype=torch.float64) @ _MEAN_ZERO for v in (self.neg, self.pos)
+        )
+        t = transforms
+        preds = {k: getattr(t, k)(neg, pos, self.w) for k in ('cfg', 'base_norm')}
+        preds |= {k: getattr(t, k)(neg, pos, self.w_t) for k in ('t_norm', 'full_norm')}
+        preds['rescale'] = t.rescale(preds['cfg'], pos, phi=self.phi)
+        limit = self.radius or math.inf
+        preds['apg'] = t.apg(neg, pos, self.w, eta=self.eta, radius=limit)[0]
+        preds['adg'] = t.adg(neg, pos, self.w, most=self.most)
+        return {k: (v @ _MEAN_ZERO.T)[0].tolist() for k, v in preds.items()}
 
 
 # %% ../../nbs/lab/05_widgets.ipynb #283d7732

@@ -83,6 +83,9 @@ const STYLES = `
 .explorer .swatch {
   display: inline-block; width: 0.8rem; height: 0.8rem; border-radius: 3px; flex: none;
 }
+@container (max-width: 639px) {
+  .explorer th, .explorer td { padding: 0.2rem 0.3rem; }
+}
 @container (min-width: 640px) {
   .explorer .columns { grid-template-columns: repeat(2, minmax(0, 1fr)); }
 }
@@ -396,9 +399,9 @@ async function copy(text, near) {
 
 // ---------------------------------------------------------------------------- numbers and axes
 
-// The shortest decimal that is the number to 12 digits: 0.1 + 0.2 becomes '0.3'.
+// The number to 6 digits, for an input: 0.1 + 0.2 becomes '0.3'.
 export function shortest(x) {
-  return Number.isFinite(x) ? String(Number(x.toPrecision(12))) : '';
+  return Number.isFinite(x) ? String(Number(x.toPrecision(6))) : '';
 }
 
 // A number to read, with `digits` significant digits and a real minus sign.
