@@ -310,6 +310,10 @@ export function slider(options) {
     made.onInput(kept);
   });
   set(value);
+  made.limit = (limits) => {
+    Object.assign(options, limits);
+    for (const node of [range, number]) fill(node, limits, []);
+  };
   return made;
 }
 
