@@ -59,11 +59,11 @@ for (const e of all('main canvas, main svg:not(.katex svg)')) {
 for (const e of all('.katex-error')) say('formula', e.title || e.textContent);
 for (const e of all('span.math')) if (!e.querySelector('.katex')) say('formula', `not rendered: ${e.textContent}`);
 const walk = document.createTreeWalker(main, NodeFilter.SHOW_TEXT);
-const raw = /\$[^\s$][^$\n]*\$|\\[([]|\\[a-z]{3,}|\$\$/, markdown = /\]\(https?:|\*\*|`/;
+const raw = /\$[^\s$][^$\n]*\$|\\[([]|\\[a-z]{3,}|\$\$/, markdown = /\]\s?\([^)\s]+\)|\*\*|`/;
 for (let t = walk.nextNode(); t; t = walk.nextNode()) {
   const e = t.parentElement;
   if (e.closest('script, style, .katex, .math, textarea')) continue;
-  if (/\]\(https?:/.test(t.data) && e.closest('.cell-output-markdown')) say('raw Markdown', t.data);
+  if (/\]\s?\(https?:/.test(t.data) && e.closest('.cell-output-markdown')) say('raw Markdown', t.data);
   if (e.closest('pre, code, .cell-output-stdout')) continue;
   if (raw.test(t.data)) say('raw TeX', t.data);
   else if (markdown.test(t.data)) say('raw Markdown', t.data);

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 96  # columns of a signature
 LONG = 40  # characters of a default that a signature leaves out
 LINKED_HEADING = r'^(#+ .*)\[(`[^`]+`)\]\([^)]*\)'
+# nbdev links names in backticks also where they are in a link already
+LINK_IN_LINK = r'\[([^][]*)\[(`[^`]+`)\]\([^)]*\)([^][]*)\]\('
 WORDS, FIGURE = 220, 15  # words that one reads in a minute, words that a figure counts for
 
 
@@ -64,6 +66,8 @@ def spaced(param):
     kind, equals, default = rest.partition('=')
     kind = re.sub(r'\b(?:[a-z_]\w*\.)+(?=\w)', '', kind)  # torch.Tensor: Tensor
     default = default if len(default) <= LONG else '...'
+    if kind == 'NoneType':
+        return f'{name}={default}'
     return f'{name}: {kind} = {default}' if equals else f'{name}: {kind}'
 
 
@@ -206,6 +210,7 @@ def prepare(nb, page):
             cell = dict(cell, source=headline(text, n))
         elif cell['cell_type'] == 'markdown':
             text = re.sub(LINKED_HEADING, r'\1\2', text, flags=re.M)
+            text = re.sub(LINK_IN_LINK, r'[\1\2\3](', text)
             headings |= set(re.findall(r'^#+ `?(.*?)`?(?: \{.*)?$', text, flags=re.M))
             cell = dict(cell, source=text)
         elif shown_name(cell):
