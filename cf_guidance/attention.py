@@ -137,7 +137,7 @@ def blurred(
 
 # %% ../nbs/08_attention.ipynb #86cd4a16
 def skip(x, run, site):
-    "The block gives back what it is given (SLG, Stable Diffusion 3.5)."
+    "Leave the block out: return its input (SLG, Stable Diffusion 3.5)."
     return site.given()
 
 

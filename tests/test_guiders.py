@@ -23,12 +23,13 @@ from pipeline_helpers import PROMPTS, euler_discrete, randomized, seeded
 from pipeline_helpers import sd3 as stock_sd3
 from pipeline_helpers import xl as stock_xl
 
+from cf_guidance import guiders
 from cf_guidance.attention import PAG, SAG, SEG, SLG, TPG
 from cf_guidance.guided import Term
 from cf_guidance.guiders import Guider
 from cf_guidance.karras import on_sigmas
 from cf_guidance.pipelines import NegativePrompt, guided, sigmas_of
-from cf_guidance.transforms import apg, base_norm, cfg_zero, fdg, rescale, rule
+from cf_guidance.transforms import apg, base_norm, cfg, cfg_zero, fdg, rescale, rule
 
 try:
     from diffusers.modular_pipelines.stable_diffusion_3 import (
@@ -619,3 +620,10 @@ def test_an_unknown_network():
 
     with pytest.raises(ValueError, match='network: expected one of .*SD3.* got Odd'):
         Guider(euler_discrete()).prepare_models(Odd())
+
+
+def test_a_rule_is_saved_as_name_and_settings():
+    saved = guiders._saved_rule('rule', base_norm)
+    assert saved == dict(name='base_norm', settings={})
+    assert guiders._as_rule(saved) == base_norm
+    assert guiders._as_rule('cfg') == cfg

@@ -2,6 +2,7 @@
 
 import math
 from io import BytesIO
+from statistics import mean, stdev
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -350,3 +351,51 @@ def test_names_of_2022():
 
     assert old.plot_grid is plot_grid
     assert {*old.__all__, 'plot_trace'} == {*plots.__all__}
+
+
+def test_grey_pictures_of_any_kind():
+    grey = np.arange(0, 256, 8, dtype=np.uint8)[None].repeat(32, 0)
+    tensor = torch.from_numpy(grey)
+    for o in (Image.fromarray(grey), grey, tensor, tensor[None] / 255):
+        assert (np.array(plots._to_pil(o)) == np.stack([grey] * 3, -1)).all()
+
+
+def test_scale_that_fits():
+    assert plots._fit((32, 32), 256, 256) == 8
+    assert plots._fit((32, 32), 100, None) == 3
+    assert plots._fit((512, 256), 256, 256) == 0.5
+
+
+def test_grid_shape():
+    assert plots._grid_shape(10, None, None) == (1, 10)
+    assert plots._grid_shape(10, 3, None) == (3, 4)
+    assert plots._grid_shape(10, None, 4) == (3, 4)
+    assert plots._grid_shape(23, None, None, most=10) == (3, 10)
+
+
+def test_titles_are_wrapped_and_numbers_short():
+    titles = ['Param: "max_val", val=0.01', 0.1 + 0.2, np.float32(0.1)]
+    wrapped = ['Param:\n"max_val",\nval=0.01', '0.3', '0.1']
+    assert plots._titles('title', titles, 3, 96) == wrapped
+    assert plots._titles('title', 'Frame', 2, 96) == ['Frame: 0', 'Frame: 1']
+
+
+def test_schedules_are_drawn_as_given():
+    f = plot_schedules({'a': [3.0, 2.0, 1.0], 'b': torch.tensor([1.0, 1.0, 4.0])})
+    a, b, one = f.axes[0].lines
+    assert [t.get_text() for t in f.legends[0].get_texts()] == ['a', 'b', 'w = 1: unguided']
+    assert list(a.get_xdata()) == [0, 1, 2]
+    assert list(a.get_ydata()) == [3, 2, 1]
+    assert list(b.get_ydata()) == [1, 1, 4]
+    assert list(one.get_ydata()) == [1, 1]
+
+
+def test_band_is_mean_and_deviation_as_of_statistics():
+    columns = [[1, 3, 5], [2, 2, 2], [3, 7, 2]]
+    f = plot_sweep([1, 2, 4], {'q': np.array(columns, dtype=float).T})
+    (ax,) = f.axes
+    assert np.allclose(ax.lines[0].get_ydata(), [mean(v) for v in columns])
+    edge = ax.collections[0].get_paths()[0].vertices
+    for x, v in zip([1, 2, 4], columns, strict=True):
+        ys = edge[edge[:, 0] == x, 1]
+        assert np.allclose([ys.min(), ys.max()], [mean(v) - stdev(v), mean(v) + stdev(v)])

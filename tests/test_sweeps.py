@@ -553,3 +553,30 @@ def test_stored_rows_are_written_whole(tmp_path):
 def test_stored_rows_of_an_unknown_name(tmp_path):
     with pytest.raises(ValueError, match="name: expected a stored table .* got 'cubes'"):
         stored_rows('cubes', folder=tmp_path)
+
+
+def test_values_from_text_and_lists():
+    assert sweeps._values('0.01:0.3:3') == [0.01, 0.155, 0.3]
+    assert sweeps._values('1,2.5') == [1, 2.5]
+    assert sweeps._values([1, 2.5]) == [1, 2.5]
+
+
+def test_experiments_of_a_command_line():
+    constant = sweeps._make_expts('constant', 'g', [0.1], 3, {})
+    assert constant == create_expts({'g': [0.1]}, num_steps=3)
+    (cosine,) = sweeps._make_expts('cosine', 'max_val', [0.1], 50, {'min_val': 0.05})
+    assert cosine['schedule'] == cos_harness(dict(max_val=0.1, min_val=0.05))
+
+
+def test_seeds_and_fixed_from_text():
+    assert sweeps._parse_seeds('0, 3') == (0, 3)
+    fixed = sweeps._parse_fixed('max_val=0.25,num_warmup_steps=5')
+    assert fixed == dict(max_val=0.25, num_warmup_steps=5)
+
+
+def test_written_table_is_the_returned_one(tmp_path):
+    df = sweep(out=tmp_path, **QUICK)
+    saved = pd.read_parquet(tmp_path / 'results.parquet')
+    pd.testing.assert_frame_equal(saved, df)
+    assert saved.attrs['settings']['values'] == [0.05, 0.25]
+    assert len(saved) == 2 * 1 * 2
