@@ -15,10 +15,12 @@ from browser import (
     console_errors,
     resize,
     serve,
+    set_dark,
     sideways_scroll,
     wait_for_explorers,
     write_page,
 )
+from selenium.webdriver import ActionChains, Keys
 
 from cf_guidance import schedules, transforms
 from cf_guidance.guided import Conditions, GuidedDenoiser
@@ -53,15 +55,32 @@ def test_bundle_is_a_module(path):
     assert r.returncode == 0, r.stderr
 
 
-def scrubber():
+def scrubber(**settings):
     tiles = torch.linspace(0, 1, 3 * 5).view(3, 5, 1, 1, 1).expand(3, 5, 3, 8, 8)
-    return widgets.Scrubber(tiles, range(5), {'share right': [0, 0.2, 0.5, 0.9, 1]})
+    curves = {'share right': [0, 0.2, 0.5, 0.9, 1]}
+    marks = [[i > row for i in range(5)] for row in range(3)]
+    return widgets.Scrubber(tiles, range(5), curves, marks=marks, labels=list('abc'), **settings)
+
+
+def explorers():
+    "One of each kind, by name."
+    return {
+        'schedule': widgets.ScheduleDesigner(),
+        'drawn': widgets.ScheduleDesigner(family='points_sched', use_interval=True),
+        'rules': widgets.RuleGeometry(),
+        'scrubber': scrubber(),
+    }
+
+
+NAMES = list(explorers())
 
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp('site')
-    write_page(folder, scrubber())
+    for name, widget in explorers().items():
+        for theme in ('light', 'dark'):
+            write_page(folder, widget, theme=f'quarto-{theme}', name=f'{name}_{theme}.html')
     with serve(folder) as url:
         yield url
 
@@ -72,13 +91,216 @@ def driver():
         yield driver
 
 
-def test_page_without_a_kernel(driver, site):
-    driver.get(f'{site}/index.html')
-    wait_for_explorers(driver)
-    assert not console_errors(driver)
-    for width in (390, 1280):
+@pytest.fixture
+def opened(driver, site):
+    "Open the page of an explorer."
+
+    def open_page(name, theme='light', width=1280):
         resize(driver, width)
-        assert sideways_scroll(driver) <= 0
+        driver.get(f'{site}/{name}_{theme}.html')
+        wait_for_explorers(driver)
+        settle(driver)
+        return driver
+
+    return open_page
+
+
+def settle(driver):
+    "Two frames later, when everything is drawn."
+    frame = 'await new Promise(requestAnimationFrame);'
+    call(driver, frame * 3)
+
+
+def value(driver, name):
+    return driver.execute_script(
+        "return document.querySelector('.explorer').model.get(arguments[0])", name
+    )
+
+
+def put(driver, **values):
+    "Set values as the kernel does, which changes the model from outside."
+    script = """
+      const { model } = document.querySelector('.explorer');
+      for (const [name, value] of Object.entries(args[0])) model.set(name, value);
+    """
+    call(driver, script, values)
+    settle(driver)
+
+
+def count_saves(driver):
+    script = """
+      window.saves = 0;
+      document.querySelector('.explorer').model.on('saved', () => window.saves++);
+    """
+    driver.execute_script(script)
+    return lambda: driver.execute_script('return window.saves')
+
+
+def find(driver, css):
+    return driver.find_element('css selector', css)
+
+
+def drag(driver, css, dx, dy):
+    ActionChains(driver).drag_and_drop_by_offset(find(driver, css), dx, dy).perform()
+    settle(driver)
+
+
+def press(driver, css, *keys):
+    driver.execute_script('document.querySelector(arguments[0]).focus()', css)
+    ActionChains(driver).send_keys(*keys).perform()
+    settle(driver)
+
+
+# What a reader sees and what assistive technology reads.
+UNNAMED = """
+  const named = (o) => o.getAttribute('aria-label') || o.labels?.length || o.textContent.trim();
+  const all = document.querySelectorAll('.explorer :is(input, select, button, [tabindex])');
+  return [...all].filter((o) => !named(o)).map((o) => o.outerHTML);
+"""
+OUTSIDE = """
+  const frame = document.querySelector('.explorer').getBoundingClientRect();
+  const scrolls = (o) => o.closest('.scroll, pre');
+  const wide = (o) => o.getBoundingClientRect().right > frame.right + 1;
+  const shown = [...document.querySelectorAll('.explorer *')].filter((o) => !scrolls(o));
+  return shown.filter((o) => !o.closest('[clip-path], defs') && wide(o)).map((o) => o.outerHTML);
+"""
+SMALL_TEXT = """
+  const all = [...document.querySelectorAll('.explorer *')].filter((o) => o.textContent.trim());
+  return all.filter((o) => parseFloat(getComputedStyle(o).fontSize) < 11).map((o) => o.outerHTML);
+"""
+
+
+@pytest.mark.parametrize('width', [390, 1280])
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+@pytest.mark.parametrize('name', NAMES)
+def test_page_without_a_kernel(opened, name, theme, width):
+    driver = opened(name, theme, width)
+    assert not console_errors(driver)
+    assert sideways_scroll(driver) <= 0
+    for script in (UNNAMED, OUTSIDE, SMALL_TEXT):
+        assert not driver.execute_script(script)
+    dark = driver.execute_script("return !!document.querySelector('.explorer-dark')")
+    assert dark == (theme == 'dark')
+
+
+def test_theme_follows_the_page(opened):
+    driver = opened('rules')
+    driver.execute_script("document.body.className = 'quarto-dark'")
+    settle(driver)
+    assert find(driver, '.explorer-dark')
+
+
+def test_theme_follows_the_system_where_the_page_says_nothing(opened):
+    driver = opened('rules')
+    driver.execute_script("document.body.className = ''")
+    try:
+        set_dark(driver, True)
+        settle(driver)
+        assert find(driver, '.explorer-dark')
+    finally:
+        set_dark(driver, False)
+
+
+def test_slider_and_model_move_each_other(opened):
+    driver = opened('schedule')
+    saves = count_saves(driver)
+    put(driver, max_val=3.5)
+    assert find(driver, '[data-number=max_val] [type=number]').get_property('value') == '3.5'
+    assert 'max_val=3.5' in find(driver, 'pre').text
+    assert saves() == 0  # what the kernel sets is not sent back
+    press(driver, '[data-number=max_val] [type=range]', Keys.ARROW_RIGHT)
+    assert value(driver, 'max_val') == pytest.approx(3.55)
+    assert saves() == 1
+
+
+def test_typed_number_may_be_beyond_the_slider(opened):
+    driver = opened('schedule')
+    css = '[data-number=max_val] [type=number]'
+    driver.execute_script('document.querySelector(arguments[0]).select()', css)
+    press(driver, css, '35', Keys.TAB)
+    assert value(driver, 'max_val') == 35
+    assert 'max_val=35' in find(driver, 'pre').text
+
+
+def test_points_are_dragged_moved_by_keys_added_and_removed(opened):
+    driver = opened('drawn')
+    before = value(driver, 'points')
+    saves = count_saves(driver)
+    drag(driver, 'svg .handle:nth-child(2)', 20, -15)
+    moved = value(driver, 'points')
+    assert moved[1][0] > before[1][0] and moved[1][1] > before[1][1]
+    assert [moved[i] for i in (0, 2, 3)] == [before[i] for i in (0, 2, 3)]
+    assert saves() > 0
+    press(driver, 'svg .handle:nth-child(2)', Keys.ARROW_DOWN)
+    assert value(driver, 'points')[1][1] == pytest.approx(moved[1][1] - 0.1, abs=0.011)
+    driver.find_element('xpath', '//button[text()="Add a point"]').click()
+    settle(driver)
+    assert len(value(driver, 'points')) == 5
+    press(driver, 'svg .handle:nth-child(2)', Keys.DELETE)
+    assert len(value(driver, 'points')) == 4
+    assert len(driver.find_elements('css selector', 'svg .handle[aria-label^=point]')) == 4
+
+
+def test_curve_of_a_family_becomes_points(opened):
+    driver = opened('schedule')
+    find(driver, 'button').click()
+    settle(driver)
+    assert value(driver, 'family') == 'points_sched'
+    assert value(driver, 'points')[0] == [0, 7.5]
+
+
+def test_interval_is_dragged(opened):
+    driver = opened('drawn')
+    lo, hi = value(driver, 'lo'), value(driver, 'hi')
+    drag(driver, '[aria-label^="lower end"]', -40, 0)
+    assert lo < value(driver, 'lo') < hi == value(driver, 'hi')
+    press(driver, '[aria-label^="upper end"]', Keys.ARROW_UP)
+    assert value(driver, 'hi') > hi
+
+
+def test_arrow_of_a_prediction_is_dragged(opened):
+    driver = opened('rules')
+    drag(driver, '[aria-label="positive prediction"]', -30, -20)
+    x, y = value(driver, 'pos')
+    assert x < 1.3 and y > 0.9
+    press(driver, '[aria-label="negative prediction"]', Keys.ARROW_UP)
+    assert value(driver, 'neg') == pytest.approx([1.5, -0.35])
+    find(driver, 'td input').click()
+    assert 'cfg' not in value(driver, 'rules')
+
+
+def test_pictures_flip_with_the_value(opened):
+    driver = opened('scrubber')
+    tile = find(driver, '.tile')
+    before = tile.value_of_css_property('background-position')
+    press(driver, 'input[type=range]', Keys.ARROW_LEFT)
+    assert value(driver, 'index') == 1
+    assert tile.value_of_css_property('background-position') != before
+    assert '1 of 3 right' in find(driver, '.explorer').text
+    drag(driver, 'svg .handle', 200, 0)
+    assert value(driver, 'index') > 1
+    put(driver, index=4)
+    assert 'G = 4' in find(driver, '.now').text
+
+
+def test_explorer_cleans_up(opened):
+    driver = opened('rules')
+    script = """
+      const { localModel } = await import(new URL('explorers/site.js', location));
+      const { default: explorer } = await import(new URL('explorers/rules.js', location));
+      const model = localModel({});
+      let listening = 0;
+      const { on, off } = model;
+      model.on = (...o) => { listening++; on(...o); };
+      model.off = (...o) => { listening--; off(...o); };
+      const el = document.createElement('div');
+      document.body.append(el);
+      const cleanup = explorer.render({ model, el });
+      const during = listening;
+      cleanup();
+      return [during > 5, listening];
+    """
+    assert call(driver, script) == [True, 0]
 
 
 @pytest.fixture(scope='module')
