@@ -20,6 +20,7 @@ from browser import (
     wait_for_explorers,
     write_page,
 )
+from conftest import NBS
 from selenium.webdriver import ActionChains, Keys
 
 from cf_guidance import schedules, transforms
@@ -472,3 +473,10 @@ def test_geometry_equals_python(sources):
         expected = widgets.RuleGeometry(**case).predictions()
         for k in expected:
             assert js[k] == pytest.approx(expected[k], abs=1e-6), (k, case)
+
+
+@pytest.mark.parametrize('nb', NBS, ids=lambda path: path.stem)
+def test_stored_outputs_hold_only_settings(nb):
+    "An explorer's HTML in a notebook has its settings, and not the program."
+    text = nb.read_text(encoding='utf-8')
+    assert '_esm&quot;' not in text, 'run the notebook again'

@@ -20,12 +20,16 @@ const STYLES = `
 }
 .explorer * { box-sizing: border-box; }
 .explorer p { margin: 0.3rem 0; }
-.explorer .columns { display: grid; gap: 0.9rem 1.4rem; grid-template-columns: minmax(0, 1fr); }
+.explorer .columns {
+  display: grid; gap: 0.9rem 1.4rem; grid-template-columns: minmax(0, 1fr); margin-top: 0.5rem;
+}
 .explorer .controls {
   display: grid; gap: 0.5rem 1.4rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 15.5rem), 1fr));
 }
-.explorer .row { display: flex; flex-wrap: wrap; gap: 0.5rem 0.9rem; align-items: center; }
+.explorer .row {
+  display: flex; flex-wrap: wrap; gap: 0.5rem 0.9rem; align-items: center; margin: 0.4rem 0;
+}
 .explorer .control { display: block; min-width: 0; margin: 0; }
 .explorer .control > .name { display: block; font-size: 13px; line-height: 1.3; }
 .explorer .control .hint { color: var(--faint); margin-left: 0.5rem; }
@@ -45,7 +49,10 @@ const STYLES = `
   padding: 0.2rem 0.4rem;
   min-height: 32px; max-width: 100%;
 }
-.explorer input[type='number'] { width: 5.4rem; flex: none; font-variant-numeric: tabular-nums; }
+.explorer input[type='number'] {
+  width: 5.4rem; flex: none; font-variant-numeric: tabular-nums; appearance: textfield;
+}
+.explorer input[type='number']::-webkit-inner-spin-button { appearance: none; }
 .explorer select { width: 100%; }
 .explorer button {
   background: var(--soft); border: 1px solid var(--line); border-radius: 5px; cursor: pointer;

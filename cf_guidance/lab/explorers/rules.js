@@ -35,8 +35,8 @@ function colourOf(name) {
 
 // How far the plane reaches: in steps, so that it does not move with every small change.
 function reach(vectors) {
-  const far = 1.25 * Math.max(0.5, ...vectors.map(length));
-  return 2 ** (Math.ceil(2 * Math.log2(far)) / 2);
+  const far = 1.1 * Math.max(0.5, ...vectors.map(length));
+  return 2 ** (Math.ceil(4 * Math.log2(far)) / 4);
 }
 
 // ---------------------------------------------------------------------------- the plane
