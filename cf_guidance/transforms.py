@@ -225,7 +225,10 @@ class _Formula:
 
 # %% ../nbs/01_transforms.ipynb #b74e09b2
 def _pickled(rule):
-    "How pickle stores a rule: by its name where it has one, else by its fields."
+    """How pickle stores a rule: by its name where it has one, else by its fields.
+
+    The name `cfg` is the rule and not the function inside it, so pickle must look up the rule.
+    """
     settings = dict(rule.settings)
     named = getattr(sys.modules.get(rule.__module__), rule.__qualname__, None)
     if isinstance(named, _Formula) and named.formula is rule.formula:
