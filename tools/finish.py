@@ -35,7 +35,7 @@ def short_search(site):
     "Keep pages, headings and public names in the search index, and no running text."
     path = site / 'search.json'
     entries = json.loads(path.read_text(encoding='utf-8'))
-    entries = [dict(e, text='') for e in entries if not re.match(r'_[a-z]', e['section'])]
+    entries = [dict(e, text='') for e in entries if not re.match(r'_\w', e['section'])]
     path.write_text(json.dumps(entries, ensure_ascii=False), encoding='utf-8')
 
 
