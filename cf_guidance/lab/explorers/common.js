@@ -30,6 +30,9 @@ const STYLES = `
 .explorer .row {
   display: flex; flex-wrap: wrap; gap: 0.5rem 0.9rem; align-items: center; margin: 0.4rem 0;
 }
+/* the site's own styles make the children of a row as wide as the row */
+.explorer .row > * { width: auto; flex-shrink: 1; margin-top: 0; }
+.explorer .row > :not(button, input, select) { padding-inline: 0; }
 .explorer .control { display: block; min-width: 0; margin: 0; }
 .explorer .control > .name { display: block; font-size: 13px; line-height: 1.3; }
 .explorer .control .hint { color: var(--faint); margin-left: 0.5rem; }
