@@ -2222,6 +2222,14 @@ d = {
                 'lab/widgets.html#galaxy',
                 'cf_guidance/lab/widgets.py',
             ),
+            'cf_guidance.lab.widgets.RuleGeometry': (
+                'lab/widgets.html#rulegeometry',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.RuleGeometry.predictions': (
+                'lab/widgets.html#rulegeometry.predictions',
+                'cf_guidance/lab/widgets.py',
+            ),
             'cf_guidance.lab.widgets.ScheduleDesigner': (
                 'lab/widgets.html#scheduledesigner',
                 'cf_guidance/lab/widgets.py',
