@@ -108,19 +108,18 @@ def _per_sample(sigma, x):
         value = _check_number('sigma', sigma, 'a finite number from 0 up', _is_sigma)
         return torch.full((len(x),), value, **like)
     # reading a tensor on a GPU would make the CPU wait, so only those on the CPU are checked
-    if sigma.device.type == 'cpu' and sigma.numel() and not _all_sigmas(sigma):
-        raise ValueError(f'sigma: expected finite numbers from 0 up, got {sigma.tolist()!s:.60}')
+    if sigma.device.type == 'cpu' and sigma.numel():
+        lowest, highest = sigma.aminmax()
+        if not (lowest.item() >= 0 and highest.item() < math.inf):
+            raise ValueError(
+                f'sigma: expected finite numbers from 0 up, got {sigma.tolist()!s:.60}'
+            )
     sigma = sigma.to(**like)
     return sigma if sigma.ndim else sigma.repeat(len(x))
 
 
 def _is_sigma(value):
     return 0 <= value < math.inf
-
-
-def _all_sigmas(sigma):
-    lowest, highest = sigma.aminmax()
-    return lowest.item() >= 0 and highest.item() < math.inf
 
 
 def _column(sigma, x):
@@ -208,13 +207,8 @@ def _add_noise(x0, noise, sigma):
 
 
 # %% ../nbs/03_denoisers.ipynb #28
-_SCALINGS = {
-    'eps': lambda s: (torch.ones_like(s), -s),
-    'x0': lambda s: (torch.zeros_like(s), torch.ones_like(s)),
-    'v': lambda s: (1 / (1 + s**2), -s * (1 + s**2) ** -0.5),
-    'flow': lambda s: (1 / (1 + s), -s / (1 + s)),
-}
-_PATHS = {'vp': lambda s: (1 + s**2) ** -0.5, 'flow': lambda s: 1 / (1 + s)}
+_PREDICTIONS = 'eps', 'x0', 'v', 'flow'
+_PATHS = 'vp', 'flow'
 
 
 # %% ../nbs/03_denoisers.ipynb #c969eb26
@@ -226,8 +220,10 @@ def scalings(
     path: str = None,
 ) -> tuple:  # c_skip, c_out and c_in, each in the shape of `sigma`
     "Preconditioning of a network (Karras et al. 2022, arXiv:2206.00364, eq. 7)."
-    if prediction not in _SCALINGS:
-        raise ValueError(f'prediction: expected one of {", ".join(_SCALINGS)}, got {prediction!r}')
+    if prediction not in _PREDICTIONS:
+        raise ValueError(
+            f'prediction: expected one of {", ".join(_PREDICTIONS)}, got {prediction!r}'
+        )
     path = path or ('flow' if prediction == 'flow' else 'vp')
     if path not in _PATHS:
         raise ValueError(f"path: expected 'vp', 'flow' or None, got {path!r}")
@@ -236,7 +232,18 @@ def scalings(
         raise ValueError(
             f'prediction: expected eps, x0 or {other} on the path {path!r}, got {prediction!r}'
         )
-    return *_SCALINGS[prediction](sigma), _PATHS[path](sigma)
+    if path == 'flow':
+        c_in = 1 / (1 + sigma)
+    else:
+        variance = 1 + sigma**2
+        c_in = variance**-0.5
+    if prediction == 'eps':
+        return torch.ones_like(sigma), -sigma, c_in
+    if prediction == 'x0':
+        return torch.zeros_like(sigma), torch.ones_like(sigma), c_in
+    if prediction == 'v':
+        return 1 / variance, -sigma * c_in, c_in
+    return c_in, -sigma / (1 + sigma), c_in
 
 
 # %% ../nbs/03_denoisers.ipynb #30
@@ -565,11 +572,12 @@ def sigma_to_t(
     quantize: bool = None,  # None: as the model does
 ) -> torch.Tensor:  # step numbers: int64 if quantised, else floats between 0 and n-1
     "The time step of a noise level; levels beyond the ends get the first or the last."
-    sigma = _as_sigma(sigma)
+    if not isinstance(sigma, torch.Tensor):
+        sigma = _as_sigma(sigma)
+    if self.quantize if quantize is None else quantize:
+        return torch.bucketize(sigma.to(self._between.dtype), self._between.to(sigma.device))
     like = torch.promote_types(sigma.dtype, torch.float32)
     levels, sigma = self.sigmas.to(sigma.device), sigma.to(self.sigmas.dtype)
-    if self.quantize if quantize is None else quantize:
-        return torch.bucketize(sigma, self._between.to(sigma.device))
     hi = torch.bucketize(sigma, levels).clamp(1, max(1, len(levels) - 1))
     a, b = levels[hi - 1], levels[hi]
     return (hi - 1 + ((sigma / a).log() / (b / a).log()).clamp(0, 1)).to(like)

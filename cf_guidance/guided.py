@@ -33,11 +33,12 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 
-from .denoisers import Denoiser, Parts, _per_sample, from_x0, to_x0
+from .denoisers import Denoiser, Parts, _per_sample, scalings, to_x0
 from .karras import SigmaSchedule, _checked_sigmas
 from .noise import split_generator
-from .perturb import Applied, Change, PerturbedDenoiser, part_of_batch
-from .transforms import GuidanceTfm, PostRule, _narrow, cfg
+from .perturb import Applied, Change, PerturbedDenoiser, _wrapped_models, part_of_batch
+from .schedules import _in_interval
+from .transforms import GuidanceTfm, PostRule, Rule, _is_number, _narrow, cfg
 
 
 # %% ../nbs/06_guided.ipynb #88481d13
@@ -59,6 +60,10 @@ class Weight:
         step: int | None = None,  # step of the run; None: the one whose noise level is nearest
     ) -> torch.Tensor:  # (B,) float64, on the CPU
         "The weight of each sample."
+        return torch.as_tensor(self.at(sigma, step), dtype=torch.float64).expand(len(sigma))
+
+    def at(self, sigma, step=None):  # a number if all samples have the same, else (B,) float64
+        "The weight as rules take it."
         n = len(sigma)
         if self.function is not None:
             w = _checked_values(self.function(sigma), f'{self.name}: its function')
@@ -70,21 +75,26 @@ class Weight:
                 raise ValueError(
                     f'{self.name}: expected values for {n} samples, got {self.values.shape[1]}'
                 )
-            w = self.values[i] if self.values.ndim == 1 else self.values[i, torch.arange(n)]
-        if w.ndim and w.shape != (n,):
+            each = self.values.ndim == 2 and torch.is_tensor(i)
+            w = self.values[i, torch.arange(n)] if each else self.values[i]
+        if w.ndim == 0:
+            return w.item()
+        if w.shape != (n,):
             raise ValueError(
                 f'{self.name}: expected one value, or {n} (one per sample), got {tuple(w.shape)}'
             )
-        return w.expand(n)
+        numbers = w.tolist()
+        return numbers[0] if n and numbers.count(numbers[0]) == n else w
 
     def _steps(self, sigma, step):
+        "The step of all samples as a number, or (B,) the steps whose noise levels are nearest."
         if step is not None:
             at, last = self.first + step, len(self.values) - 1
             if at < 0 or (at > last and self.sigmas is None):
                 raise ValueError(
                     f'{self.name} has {last + 1} values, one per step, but the step is {step}'
                 )
-            return torch.full((len(sigma),), min(at, last))
+            return min(at, last)
         if self.sigmas is None:
             raise ValueError(
                 f'{self.name} has one value per step ({len(self.values)}): pass sigmas=..., '
@@ -369,23 +379,6 @@ def _check_denoiser(name, model):
 
 
 # %% ../nbs/06_guided.ipynb #f53e799b
-def _wrapped_models(D):
-    "A model and the models inside it, from the outside in."
-    out = [D]
-    while True:
-        inner = None
-        if isinstance(D, Denoiser):
-            inner = D.inner_model
-        elif hasattr(D, '_orig_mod'):
-            inner = D._orig_mod
-        elif hasattr(D, 'pipe') and hasattr(D, 'net'):
-            inner = D.net
-        if inner is None:
-            return out
-        D = inner
-        out.append(D)
-
-
 def _same_model(a, b):
     "Are they one network in the same wrapping?"
     if a is b:
@@ -425,7 +418,7 @@ class Term:
         neg = _as_negative(self.neg)
         put(neg=neg, w=Weight.of(neg.w if self.w is None else self.w))
         put(rule=_checked_rule(self.rule), interval=_checked_interval(self.interval))
-        if self.stop is not None and not (_is_number(self.stop) and -1 <= self.stop <= 1):
+        if self.stop is not None and not _is_number(self.stop, -1, 1):
             raise ValueError(f'stop: expected a cosine from -1 to 1, got {self.stop!r}')
 
     @property
@@ -457,19 +450,17 @@ def _checked_rule(rule):
     return rule
 
 
-def _is_number(o):
-    return isinstance(o, Real) and not isinstance(o, bool)
-
-
 def _checked_interval(interval):
     if interval is None:
         return None
     if isinstance(interval, (list, tuple)):  # a bound may be one of the sampler's `sigmas`
         interval = tuple(o.item() if hasattr(o, 'item') and not o.ndim else o for o in interval)
-    pair = isinstance(interval, tuple) and len(interval) == 2
-    if not pair or not all(map(_is_number, interval)) or not 0 <= interval[0] < interval[1]:
+    if not isinstance(interval, tuple) or len(interval) != 2:
         raise ValueError(f'interval: expected (lo, hi) with 0 <= lo < hi, got {interval!r}')
-    return tuple(float(o) for o in interval)
+    lo, hi = interval
+    if not _is_number(lo, 0) or not (hi == math.inf or _is_number(hi)) or not lo < hi:
+        raise ValueError(f'interval: expected (lo, hi) with 0 <= lo < hi, got {interval!r}')
+    return float(lo), float(hi)
 
 
 # %% ../nbs/06_guided.ipynb #b9677a57
@@ -518,14 +509,15 @@ class GuidedDenoiser(Denoiser):
         # predictions that the caller has evaluated already, (B, ...), by 'pos' or the number of a
         # term
         known: dict | None = None,
+        off: tuple = (),  # numbers of terms that do not guide in this call
         **cond,  # the positive's conditions by name: tensors with one row, or one per sample
     ) -> torch.Tensor:  # (B, ...)
         "The guided estimate of the images."
-        return self._evaluate(x, sigma, cond, step, known or {}, whole=False).pred
+        return self._evaluate(x, sigma, cond, step, known, off, whole=False).pred
 
-    def parts(self, x, sigma, *, step=None, known=None, **cond) -> Parts:
+    def parts(self, x, sigma, *, step=None, known=None, off=(), **cond) -> Parts:
         "The guided, positive and negative estimates; `neg` is that of the first term."
-        return self._evaluate(x, sigma, cond, step, known or {}, whole=True)
+        return self._evaluate(x, sigma, cond, step, known, off, whole=True)
 
     def __getstate__(self):
         return {**self.__dict__, '_runs': _ThreadRuns()}  # a copy begins its own runs
@@ -563,34 +555,51 @@ def _refuse_inner_memory(model):
 
 # %% ../nbs/06_guided.ipynb #96287da2
 @patch
-def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
-    "One evaluation, in the five steps of the list above."
-    sigma, cond = _per_sample(sigma, x), _expand_rows(cond, len(x), x.device)
-    level = sigma.detach().double().cpu()
-    run = self._current_run(x, level, step, cond)
-    if run.names != cond.keys():
-        self._check_negatives(run, x, cond)
+def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, off, whole):
+    "One evaluation. The numbers are those of the list at the top of the page."
+    sigma, cond, known = _per_sample(sigma, x), _expand_rows(cond, len(x), x.device), known or {}
+    levels = sigma.tolist()
+    run = self._current_run(x, levels, step, cond)  # 1
+    if run.names != cond.keys() or known:
+        self._check_call(run, x, cond, known)
     if run.n is None:
-        run.n, run.first = len(x), _max_level(level)
-        with torch.inference_mode(False):
-            run.nfe_per_sample = torch.zeros(run.n, dtype=torch.long)
-    if known:
-        _check_known(known, x, len(self.terms))
-    active = self._activity(sigma, level, step, run, whole)
-    pos, negs = self._estimates(x, sigma, cond, active, known, run, step)
-    run.before = run.states.copy(), run.stopped.copy()
-    pred = self._combine(x, sigma, pos, negs, active, run)
-    if pred.dtype != x.dtype:
-        pred = _narrow(pred, x.dtype)
-    total = pred.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()
-    if not math.isfinite(total) and not pred.isfinite().all():
-        where = f'sigma={float(sigma[0]):.4g}' + ('' if step is None else f', step {step}')
-        raise FloatingPointError(f'the guided estimate is not finite at {where}')
+        run.begin(x, levels)
     if self.remembers:
+        kept = {k: v.detach() for k, v in cond.items()}
+        run.unfinished = _Evaluation(levels, step, x.detach().clone(), kept)
+    active = []
+    for i, t in enumerate(self.terms):  # 2
+        run_of_term = run.weights[i], run.sigma_max, run.stopped.get(i)
+        here = dict(whole=whole, off=i in off, may_skip_pos=self._may_skip_pos)
+        active.append(_active(t, sigma, levels, step, *run_of_term, **here))
+    groups, records = self._entries(x, sigma, cond, active, known, run)  # 3
+    pos, outputs = known.get('pos'), {}
+    run.last_nfe = torch.full((len(x),), len(known))
+    forward = _forward_in_pieces if isinstance(self.inner_model, Microbatched) else _forward
+    for group in groups:  # 4
+        for e, o in zip(group, forward(self.inner_model, group, run, step), strict=True):
+            if e.rows is None:
+                run.last_nfe += 1
+            else:
+                run.last_nfe[e.rows] += 1
+                fill = torch.zeros_like(x) if pos is None else pos
+                o = fill.index_copy(0, e.rows.to(x.device), o)
+            if e.term is None:
+                pos = o
+            else:
+                outputs.setdefault(e.term, []).append(o)
+    pos, negs = self._negatives(x, sigma, cond, pos, active, outputs, known, records, run)  # 5
+    run.before = run.states.copy(), run.stopped.copy()
+    pred = self._combine(x, sigma, pos, negs, active, run)  # 6
+    if not math.isfinite(pred.sum().item()) and not pred.isfinite().all():
+        where = f'sigma={levels[0]:.4g}' + ('' if step is None else f', step {step}')
+        raise FloatingPointError(f'the guided estimate is not finite at {where}')
+    pred = pred if pred.dtype == x.dtype else _narrow(pred, x.dtype)
+    if self.remembers:  # 7
         self._update_stopped(x, sigma, pos, negs, active, run)
     run.nfe_per_sample += run.last_nfe
     run.evaluations += 1
-    run.last = _kept(x, cond) if self.remembers else None, level, step
+    run.last, run.unfinished = run.unfinished or _Evaluation(levels, step), None
     parts = Parts(pred, pos, negs[0], tuple(negs))
     for record in self._runs.recorders:
         record(parts, active, x, sigma)
@@ -599,25 +608,35 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, whole):
 
 # %% ../nbs/06_guided.ipynb #d4bdf3e1
 @patch
-def _check_negatives(self: GuidedDenoiser, run, x, cond):
-    "Check that the negatives fit: at first, and when the names of the conditions change."
-    shape = getattr(self.inner_model, 'latent_shape', None)
-    if shape is not None and len(shape) == x.ndim - 1 == 3 and x.shape[1] != shape[0]:
-        raise ValueError(f'x: expected {shape[0]} channels, got the shape {tuple(x.shape)}')
-    for t in self.terms:
-        t.neg.check(self.inner_model, x, cond)
-    run.names = set(cond)
-
-
-def _check_known(known, x, n_terms):
-    names = 'pos', *range(n_terms)
+def _check_call(self: GuidedDenoiser, run, x, cond, known):
+    "Check what is new: names of conditions, as in the first call of a run, and `known`."
+    if run.names != cond.keys():
+        shape = getattr(self.inner_model, 'latent_shape', None)
+        if shape is not None and len(shape) == x.ndim - 1 == 3 and x.shape[1] != shape[0]:
+            raise ValueError(f'x: expected {shape[0]} channels, got the shape {tuple(x.shape)}')
+        for t in self.terms:
+            t.neg.check(self.inner_model, x, cond)
+            if x.ndim < (axes := getattr(t.rule, 'axes', 1)):
+                raise ValueError(f'x: expected at least {axes} axes, got shape {tuple(x.shape)}')
+        run.names = set(cond)
+    names = 'pos', *range(len(self.terms))
     if not isinstance(known, Mapping) or not all(k in names for k in known):
         raise ValueError(f'known: expected predictions by name, of {names}, got {known!r:.40}')
     for k, v in known.items():
-        _same_shape(v, x, f'known[{k!r}]')
+        if not torch.is_tensor(v) or v.shape != x.shape:
+            raise _shape_error(f'known[{k!r}]', v, x)
 
 
 # %% ../nbs/06_guided.ipynb #62168cb0
+class _Evaluation(NamedTuple):
+    "What a run keeps of an evaluation."
+
+    levels: list  # noise level of each sample
+    step: int | None = None
+    x: torch.Tensor | None = None  # the samples and their conditions, if something remembers
+    cond: dict | None = None
+
+
 @dataclass
 class Run:
     "What a guided denoiser remembers during one run."
@@ -638,10 +657,16 @@ class Run:
     generators: dict = field(default_factory=dict)  # per term: one per sample
     before: tuple = ({}, {})  # `states` and `stopped` before the last evaluation
     first: float = 0.0  # noise level of the first evaluation
-    # of the last evaluation: x and conditions (if needed), sigma (on the CPU), and step
-    last: tuple | None = None
+    last: _Evaluation | None = None  # the last evaluation
+    unfinished: _Evaluation | None = None  # one that has begun; it stays here if it fails
     inner_takes_step: bool = False  # does the denoiser inside want the step as well?
     perturbed: tuple | None = None  # the denoiser, and the perturbed one made of it
+
+    def begin(self, x, levels):
+        "Note what only the first evaluation tells."
+        self.n, self.first = len(x), max(levels, default=0.0)
+        with torch.inference_mode(False):
+            self.nfe_per_sample = torch.zeros(self.n, dtype=torch.long)
 
     def effective_scale(
         self,
@@ -708,56 +733,61 @@ _CHURN = 1.01 * math.sqrt(2)  # samplers that add noise raise sigma by at most s
 
 
 @patch
-def _current_run(self: GuidedDenoiser, x, level, step, cond):
-    "The run that an evaluation belongs to; a new one when the noise rises."
+def _current_run(self: GuidedDenoiser, x, levels, step, cond):
+    "The run that an evaluation belongs to: the cases of the table, in its order."
     if not (step is None or isinstance(step, Integral)):
         raise TypeError(f'step: expected the number of the step, or None, got {step!r:.40}')
     run = self._runs.run or self.start()
+    failed = run.unfinished
+    if failed and x.shape == failed.x.shape and not _near(x, failed.x):
+        return self.start(run.sigmas)
     if run.last is None:
-        return run
-    n, now, before = len(x), _max_level(level), _max_level(run.last[1])
-    if step is not None and run.last[2] is not None:
-        rises = step < run.last[2]
+        return run if run.n in (None, len(x)) else self.start(run.sigmas)
+    now, before = max(levels, default=0.0), max(run.last.levels, default=0.0)
+    if step is not None and run.last.step is not None:
+        begins = step < run.last.step
     else:
         back = now > 1.000001 * before and math.isclose(now, run.first, rel_tol=1e-6)
-        rises = back or now > _CHURN * before
-    if rises or (n != run.n and not self.remembers):
+        begins = back or now > _CHURN * before
+    if begins or (len(x) != run.n and not self.remembers):
         return self.start(run.sigmas)
-    if n != run.n:
-        raise ValueError(f'this run remembers {run.n} samples, got {n}: call start() for a new run')
     if self.remembers:
-        _check_same_samples(self.terms, run, x, level, step, cond)
+        self._check_same_samples(run, x, levels, step, cond)
     return run
 
 
 # %% ../nbs/06_guided.ipynb #9619c30d
-def _max_level(level):
-    return max(level.tolist(), default=0.0)
+def _near(x, other):
+    "Are they the same samples, up to rounding?"
+    if x.shape != other.shape:
+        return False
+    apart = (x - other).flatten(1).norm(dim=1)
+    return bool((apart <= 1e-3 * other.flatten(1).norm(dim=1).clamp(min=1e-30)).all())
 
 
-def _kept(x, cond):
-    return x.detach().clone(), {k: v.detach() for k, v in cond.items()}
-
-
-def _same_cond(a, b):
-    "Are they the same conditions, for samples that begin with the same noise?"
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-
-
-def _check_same_samples(terms, run, x, level, step, cond):
-    "At its first noise level a run meets each sample once: a batch that was cut shows there."
-    (last_x, last_cond), last_level, last_step = run.last
-    if step != last_step or not torch.allclose(level, last_level, rtol=1e-6, atol=0):
+@patch
+def _check_same_samples(self: GuidedDenoiser, run, x, levels, step, cond):
+    "An error where other samples show; a repeated evaluation gets the memory of before."
+    last = run.last
+    if x.shape != last.x.shape:
+        got = f'{run.n} samples, got {len(x)}'
+        if len(x) == run.n:
+            got = f'samples {tuple(last.x.shape[1:])}, got {tuple(x.shape[1:])}'
+        raise ValueError(f'this run remembers {got}: call start() for a new run')
+    pairs = zip(levels, last.levels, strict=True)
+    if step != last.step or not all(math.isclose(a, b, rel_tol=1e-6) for a, b in pairs):
         return
-    apart = (x - last_x).flatten(1).norm(dim=1) / last_x.flatten(1).norm(dim=1).clamp(min=1e-30)
-    at_first = math.isclose(_max_level(level), run.first, rel_tol=1e-6)
-    if at_first and (bool((apart > 1e-3).any()) or not _same_cond(cond, last_cond)):
+    same_cond = cond.keys() == last.cond.keys() and all(
+        torch.equal(v, last.cond[k]) for k, v in cond.items()
+    )
+    at_first = math.isclose(max(levels, default=0.0), run.first, rel_tol=1e-6)
+    if at_first and not (_near(x, last.x) and same_cond):
         raise ValueError(
-            f'other samples at sigma={level[0]:.4g} than this run remembers: call start() for a '
+            f'other samples at sigma={levels[0]:.4g} than this run remembers: call start() for a '
             'new run, and do not cut a batch of a guided denoiser that remembers'
         )
-    if len(apart) and bool((apart == 0).all()):
-        if any(t.neg.draws for t in terms):
+    if len(x) and torch.equal(x, last.x):
+        if any(t.neg.draws for t in self.terms):
             raise ValueError(
                 'the same samples twice at one noise level: call start() for a new run'
             )
@@ -787,66 +817,82 @@ def last_nfe(self: GuidedDenoiser) -> torch.Tensor:  # (B,)
 
 # %% ../nbs/06_guided.ipynb #aa093d16
 class _Active(NamedTuple):
-    "A term at one evaluation."
+    "A term at one evaluation. A mask is True or False if it is so for all samples, else (B,) bool."
 
     w: object  # weight: a number, or (B,) float64
-    on: torch.Tensor  # (B,) bool: is the sample guided?
-    neg_only: torch.Tensor  # (B,) bool: is the result the negative alone?
+    on: object  # mask: is the sample guided?
+    neg_only: object  # mask: is the result the negative alone?
 
 
-def _active(term, weight, sigma, level, step, sigma_max, stopped=None, whole=False):
-    "Which samples a term guides. With `whole`, weights of 0 and 1 are nothing special."
-    w, rule = weight(sigma, step), term.rule
+def _active(
+    term,
+    sigma,  # (B,) noise levels
+    levels,  # the same as a list of floats
+    step,  # of the sampler, or None
+    weight,  # of the term in this run
+    sigma_max,  # above this, rules on noise predictions are off
+    stopped=None,  # (B,) which samples have stopped; None: none
+    whole=False,  # are weights of 0 and 1 nothing special?
+    off=False,  # does the caller want the term off?
+    may_skip_pos=False,  # may the result be the negative alone?
+) -> _Active:
+    "Which samples a term guides."
+    w, rule = weight.at(sigma, step), term.rule
+    on, neg_only = not off and len(levels) > 0, False
+    one = on and levels.count(levels[0]) == len(levels)
+    level = levels[0] if one else torch.tensor(levels, dtype=torch.float64)
     pos_at, neg_at = getattr(rule, 'pos_at', None), getattr(rule, 'neg_at', None)
-    on = torch.ones_like(level, dtype=torch.bool)
     if pos_at is not None and not whole:
-        on = w != pos_at
+        on = on & (w != pos_at)
     if term.interval:
-        lo, hi = term.interval
-        on = on & (level > lo * (1 + 1e-4)) & (level <= hi * (1 + 1e-4))
+        on = on & _in_interval(level, *term.interval)
     if getattr(rule, 'space', 'any') == 'eps':
         on = on & (level <= sigma_max)
     if stopped is not None:
         on = on & ~stopped
-    neg_only = torch.zeros_like(on)
-    if neg_at is not None and not whole:
+    if neg_at is not None and may_skip_pos and not whole:
         neg_only = on & (w == neg_at)
-    same = len(w) > 0 and bool((w == w[:1]).all())
-    return _Active(w[0].item() if same else w, on, neg_only)
+    if torch.is_tensor(on):
+        on = _plain_mask(on)
+    if torch.is_tensor(neg_only):
+        neg_only = _plain_mask(neg_only)
+    return _Active(w, on, neg_only)
 
 
-@patch
-def _activity(self: GuidedDenoiser, sigma, level, step, run, whole):
-    "Which samples each term guides."
-    activity = []
-    for i, (t, weight) in enumerate(zip(self.terms, run.weights, strict=True)):
-        stopped = run.stopped.get(i)
-        a = _active(t, weight, sigma, level, step, run.sigma_max, stopped, whole)
-        if not self._may_skip_pos:
-            a = a._replace(neg_only=torch.zeros_like(a.on))
-        activity.append(a)
-    return activity
+def _plain_mask(mask):
+    "True or False if the mask is so for all samples."
+    if not bool(mask.any()):
+        return False
+    return True if bool(mask.all()) else mask
 
 
-# %% ../nbs/06_guided.ipynb #7aee098c
+def _as_tensor_mask(mask, n):
+    "A mask as a tensor (B,) whatever its form."
+    return mask if torch.is_tensor(mask) else torch.full((n,), mask)
+
+
+# %% ../nbs/06_guided.ipynb #021f3e44
 class _Entry(NamedTuple):
     "A query for some samples, with the tensors of just these samples."
 
     term: int | None  # number of the term; None: the positive
-    rows: torch.Tensor  # (b,) which samples
+    rows: torch.Tensor | None  # (b,) which samples; None: all
     x: torch.Tensor
     sigma: torch.Tensor
     cond: dict
+    # pairs of a `Change` and samples: a perturbed query has one, for all its samples (None); the
+    # positive has those that observe it
+    changes: tuple
     query: Query  # for the whole batch
 
 
-def _entry_of_rows(term, rows, query):
+def _entry_of_rows(term, rows, query, changes):
     "An entry for some rows of a query."
     x, sigma, cond = query[:3]
     if len(rows) < len(x):
         at = rows.to(x.device)
         x, sigma, cond = x[at], sigma[at], {k: v[at] for k, v in cond.items()}
-    return _Entry(term, rows, x, sigma, cond, query)
+    return _Entry(term, rows, x, sigma, cond, changes, query)
 
 
 def _can_batch(a, b):
@@ -859,10 +905,10 @@ def _can_batch(a, b):
     return True
 
 
-# %% ../nbs/06_guided.ipynb #021f3e44
-def _forward(D, group, observers, run, step):
+# %% ../nbs/06_guided.ipynb #ce76bcd1
+def _forward(D, group, run, step):
     "One forward of `D` for entries that fit together: the output for each entry."
-    _, rows, xs, sigmas, conds, queries = zip(*group, strict=True)
+    _, _, xs, sigmas, conds, changes, _ = zip(*group, strict=True)
     x, sigma, cond = xs[0], sigmas[0], dict(conds[0])
     if len(group) > 1:
         x, sigma = torch.cat(xs), torch.cat(sigmas)
@@ -872,23 +918,30 @@ def _forward(D, group, observers, run, step):
         cond['step'] = step
     if not len(x):
         y = x
-    elif observers or any(map(itemgetter(3), queries)):
-        y = _perturbed_forward(D, group, observers, run, x, sigma, cond)
+    elif any(changes):
+        if run.perturbed is None or run.perturbed[0] is not D:
+            run.perturbed = D, PerturbedDenoiser(D)
+        y = run.perturbed[1](x, sigma, cond, *_changed_rows(group))
     else:
         y = D(x, sigma, **cond)
-    return list(_same_shape(y, x, 'inner_model').split(list(map(len, rows))))
+    if not torch.is_tensor(y) or y.shape != x.shape:
+        raise _shape_error('inner_model', y, x)
+    return y.to(x.dtype).split(list(map(len, xs)))
 
 
-def _forward_in_pieces(D, group, observers, run, step):
+def _forward_in_pieces(D, group, run, step):
     "The same for a `Microbatched` denoiser: a sample's rows stay together if they fit."
 
     def piece(samples):
-        seen = [(change, _rows_within(rows, samples)) for change, rows in observers]
-        some = [_entry_of_rows(e.term, _rows_within(e.rows, samples), e.query) for e in group]
-        most = min(D.fitting, len(some))
-        outs = _forward(D.inner_model, some[:most], seen, run, step)
-        for i in range(most, len(some), most):
-            outs += _forward(D.inner_model, some[i : i + most], [], run, step)
+        some = []
+        for e in group:
+            changes = e.changes
+            if e.term is None:  # observers, which have rows of their own
+                changes = tuple((c, _rows_within(own, samples)) for c, own in changes)
+            some.append(_entry_of_rows(e.term, _rows_within(e.rows, samples), e.query, changes))
+        most, outs = min(D.fitting, len(some)), []
+        for i in range(0, len(some), most):
+            outs += _forward(D.inner_model, some[i : i + most], run, step)
         return outs
 
     pieces = D.map(piece, len(group[0].query.x), rows_per_sample=len(group))
@@ -896,35 +949,36 @@ def _forward_in_pieces(D, group, observers, run, step):
 
 
 def _rows_within(rows, samples):
+    "Those of the rows that are in a slice of samples."
+    if rows is None:
+        return torch.arange(samples.start, samples.stop)
     return rows[(rows >= samples.start) & (rows < samples.stop)]
 
 
-# %% ../nbs/06_guided.ipynb #ce76bcd1
-def _same_shape(y, x, name):
-    if not torch.is_tensor(y) or y.shape != x.shape:
-        got = tuple(y.shape) if torch.is_tensor(y) else type(y).__name__
-        raise ValueError(f'{name}: expected an output of shape {tuple(x.shape)}, got {got}')
-    return y.to(x.dtype)
+def _shape_error(name, y, x):
+    got = tuple(y.shape) if torch.is_tensor(y) else type(y).__name__
+    return ValueError(f'{name}: expected an output of shape {tuple(x.shape)}, got {got}')
 
 
 # %% ../nbs/06_guided.ipynb #991e01e6
-def _perturbed_forward(D, group, observers, run, x, sigma, cond):
-    "A forward in which some rows run through perturbed layers."
-    spans = torch.arange(len(x)).split([len(e.rows) for e in group])
-    applied, copy_of = [], torch.arange(len(x))
-    row_of = torch.full((len(group[0].query.x),), -1)
-    row_of[group[0].rows] = spans[0]
-    for e, span in zip(group, spans, strict=True):
-        if e.query.change is None:
-            continue
-        applied.append(Applied(e.query.change, span, e.rows))
-        if e is not group[0] and _same_inputs(e.query, group[0].query):
-            same = row_of[e.rows]
+def _changed_rows(group):
+    "The changes of a forward with their rows; and for each row, the row of which it is a copy."
+    first, n = group[0], len(group[0].query.x)
+    samples = [torch.arange(n) if e.rows is None else e.rows for e in group]
+    copy_of, applied = torch.arange(sum(map(len, samples))), []
+    spans = copy_of.clone().split(list(map(len, samples)))
+    row_of = torch.full((n,), -1)  # the row in which a sample's positive is
+    row_of[samples[0]] = spans[0]
+    for e, own, span in zip(group, samples, spans, strict=True):
+        for change, observed in e.changes:
+            if e.term is None:
+                applied.append(Applied(change, row_of[observed], observed))
+            else:
+                applied.append(Applied(change, span, own))
+        if e.changes and e is not first and _same_inputs(e.query, first.query):
+            same = row_of[own]
             copy_of[span] = torch.where(same < 0, span, same)
-    applied += [Applied(change, row_of[samples], samples) for change, samples in observers]
-    if run.perturbed is None or run.perturbed[0] is not D:
-        run.perturbed = D, PerturbedDenoiser(D)
-    return run.perturbed[1](x, sigma, cond, applied, copy_of)
+    return applied, copy_of
 
 
 def _same_inputs(a, b):
@@ -937,56 +991,22 @@ def _broadcast_mask(mask, x):
     return mask.to(x.device).view(-1, *(1,) * (x.ndim - 1))
 
 
-def _scatter_rows(rows, y, fill):
-    "(B, ...) with `y` in `rows` and `fill` elsewhere."
-    return y if len(rows) == len(fill) else fill.index_copy(0, rows.to(fill.device), y)
+def _where(mask, a, b):
+    "`a` where the mask is true, `b` elsewhere."
+    if torch.is_tensor(mask):
+        return torch.where(_broadcast_mask(mask, a), a, b)
+    return a if mask else b
 
 
 # %% ../nbs/06_guided.ipynb #1d9c75c6
 @patch
-def _estimates(self: GuidedDenoiser, x, sigma, cond, active, known, run, step):
-    "The positive, and the negative of each term; the positive stands in where there is none."
-    groups, observed = self._entries(x, sigma, cond, active, known, run)
-    D, observers = self.inner_model, [o[:2] for o in observed.values()] if observed else []
-    forward = _forward_in_pieces if isinstance(D, Microbatched) else _forward
-    run.last_nfe = torch.full((len(x),), len(known))
-    pos, outputs = known['pos'] if 'pos' in known else torch.zeros_like(x), {}
-    for group in groups:
-        outs = forward(D, group, observers if group is groups[0] else [], run, step)
-        for e, o in zip(group, outs, strict=True):
-            run.last_nfe[e.rows] += 1
-            o = _scatter_rows(e.rows, o, pos)  # the positive comes first
-            if e.term is None:
-                pos = o
-            else:
-                outputs.setdefault(e.term, []).append(o)
-    negs = []
-    for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
-        neg = pos
-        if i in known:
-            neg = _same_shape(known[i], x, f'known[{i}]')
-        elif i in outputs:
-            neg = _same_shape(t.neg.combine(outputs[i], x, sigma, pos), x, 'neg')
-        elif isinstance(t.neg, Called) and bool(a.on.any()):
-            neg = self._evaluate_called(i, a.on, x, sigma, cond, pos, observed, run)
-        negs.append(neg if bool(a.on.all()) else torch.where(_broadcast_mask(a.on, x), neg, pos))
-    if bool(active[0].neg_only.any()):
-        pos = torch.where(_broadcast_mask(active[0].neg_only, x), negs[0], pos)
-    return pos, negs
-
-
-# %% ../nbs/06_guided.ipynb #5b6fde08
-@patch
 def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
-    "Groups of entries, each for one forward, the positive first; and what observes the positive."
-    groups, observed = [], {}
-    rows = (~active[0].neg_only).nonzero().flatten()
-    if 'pos' not in known and (len(rows) or not len(x)):
-        groups.append([_entry_of_rows(None, rows, Query(x, sigma, cond))])
+    "Groups of entries, each for one forward, the positive first; and records of observers."
+    entries, records, pos_changes = [], {}, []
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
-        rows = a.on.nonzero().flatten()
-        if not len(rows) or i in known:
+        if a.on is False or i in known:
             continue
+        rows = a.on.nonzero().flatten() if torch.is_tensor(a.on) else None
         if isinstance(t.neg, Queries):
             generators = self._generators(i, run) if t.neg.draws else None
             queries = t.neg.queries(x, sigma, cond, generators)
@@ -996,19 +1016,50 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
                     f'{t.neg.nfe}'
                 )
             for q in queries:
-                _add_to_group(groups, _entry_of_rows(i, rows, q))
+                entries.append((i, rows, q, ((q.change, None),) if q.change else ()))
         elif 'pos' not in known and (observation := t.neg.observe(sigma, cond)) is not None:
-            observed[i] = observation[0], rows, observation[1]
-    return groups, observed
+            change, records[i] = observation
+            pos_changes.append((change, torch.arange(len(x)) if rows is None else rows))
+    if 'pos' not in known and active[0].neg_only is not True:
+        not_all = torch.is_tensor(active[0].neg_only)
+        rows = (~active[0].neg_only).nonzero().flatten() if not_all else None
+        entries.insert(0, (None, rows, Query(x, sigma, cond), tuple(pos_changes)))
+    groups = []
+    for term, rows, query, changes in entries:
+        if rows is None:
+            entry = _Entry(term, None, *query[:3], changes, query)
+        else:
+            entry = _entry_of_rows(term, rows, query, changes)
+        for group in groups:
+            if _can_batch(group[0], entry):
+                group.append(entry)
+                break
+        else:
+            groups.append([entry])
+    return groups, records
 
 
-def _add_to_group(groups, entry):
-    "Add an entry to the first group that it fits into, or begin one."
-    for group in groups:
-        if _can_batch(group[0], entry):
-            group.append(entry)
-            return
-    groups.append([entry])
+# %% ../nbs/06_guided.ipynb #5b6fde08
+@patch
+def _negatives(self: GuidedDenoiser, x, sigma, cond, pos, active, outputs, known, records, run):
+    "The positive, and the negative of each term; the positive stands in where there is none."
+    pos, negs = torch.zeros_like(x) if pos is None else pos, []
+    for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
+        neg = pos
+        if a.on is not False:
+            if i in known:
+                neg = known[i]
+            elif i in outputs:
+                neg = t.neg.combine(outputs[i], x, sigma, pos)
+            else:
+                neg = self._call_negative(i, a.on, x, sigma, cond, pos, records, run)
+            if not torch.is_tensor(neg) or neg.shape != x.shape:
+                raise _shape_error('neg', neg, x)
+            neg = neg.to(x.dtype)
+        negs.append(neg if a.on is True else _where(a.on, neg, pos))
+    if active[0].neg_only is not False:
+        pos = _where(active[0].neg_only, negs[0], pos)
+    return pos, negs
 
 
 # %% ../nbs/06_guided.ipynb #d3426f88
@@ -1023,9 +1074,9 @@ def _generators(self: GuidedDenoiser, i, run):
 
 
 @patch
-def _evaluate_called(self: GuidedDenoiser, i, on, x, sigma, cond, pos, observed, run):
+def _call_negative(self: GuidedDenoiser, i, on, x, sigma, cond, pos, records, run):
     "The output of a negative that is called, for the samples that need it."
-    neg, rows = self.terms[i].neg, on.nonzero().flatten()
+    neg, rows = self.terms[i].neg, _as_tensor_mask(on, len(x)).nonzero().flatten()
     at, gens = rows.to(x.device), self._generators(i, run) if neg.draws else None
     y = neg(
         self.inner_model,
@@ -1035,48 +1086,71 @@ def _evaluate_called(self: GuidedDenoiser, i, on, x, sigma, cond, pos, observed,
         pos=pos[at] if neg.needs_pos else None,
         rows=rows,
         generators=gens and [gens[r] for r in rows.tolist()],
-        **({'seen': observed[i][2]} if i in observed else {}),
+        **({'seen': records[i]} if i in records else {}),
     )
     run.last_nfe[rows] += neg.nfe
-    return _scatter_rows(rows, _same_shape(y, x[at], 'neg'), pos)
+    if on is True:
+        return y
+    if not torch.is_tensor(y) or y.shape != x[at].shape:
+        raise _shape_error('neg', y, x[at])
+    return pos.index_copy(0, at, y.to(pos.dtype))
 
 
 # %% ../nbs/06_guided.ipynb #c2ce1841
 @patch
 def _apply_rule(self: GuidedDenoiser, i, neg, pos, active, x, sigma, run):
     "The prediction of term `i`; the positive where the term is off."
-    rule, unguided = self.terms[i].rule, pos
+    rule, unguided, w = self.terms[i].rule, pos, active.w
     space, stateful = getattr(rule, 'space', 'any'), getattr(rule, 'stateful', False)
-    convert = space not in ('any', 'x0')
-    if convert:
-        neg, pos = from_x0(neg, x, sigma, space), from_x0(pos, x, sigma, space)
-    if not stateful:
-        pred = rule(neg, pos, active.w)
+    space = None if space in ('any', 'x0') else _Space(space, x, sigma)
+    if space:
+        neg, pos = space.predictions(neg, pos)
+    state = (run.states.get(i),) if stateful else ()
+    if isinstance(rule, Rule):  # what its call would check holds here
+        pred = rule.apply(
+            neg, pos, _broadcast_mask(w.to(pos), x) if torch.is_tensor(w) else w, *state
+        )
     else:
-        old = run.states.get(i)
-        pred, new = rule(neg, pos, active.w, old)
+        pred = rule(neg, pos, w, *state)
+    if stateful:
+        pred, new = pred
         if new is not None:
-            kept = torch.zeros_like(new) if old is None else old
-            new = torch.where(_broadcast_mask(active.on, x), new.detach(), kept)
+            old = torch.zeros_like(new) if state[0] is None else state[0]
+            new = _where(active.on, new.detach(), old)
         run.states[i] = new
-    pred = _same_shape(pred, x, 'rule')
-    pred = to_x0(pred, x, sigma, space) if convert else pred
-    return (
-        pred
-        if bool(active.on.all())
-        else torch.where(_broadcast_mask(active.on, x), pred, unguided)
-    )
+    if not torch.is_tensor(pred) or pred.shape != x.shape:
+        raise _shape_error('rule', pred, x)
+    pred = pred.to(x.dtype)
+    pred = space.estimate(pred) if space else pred
+    return pred if active.on is True else _where(active.on, pred, unguided)
+
+
+class _Space:
+    "The space of a rule: predictions that stand for estimates of the image, and back."
+
+    def __init__(self, space, x, sigma):
+        if sigma.device.type == 'cpu' and 0.0 in sigma.tolist():
+            raise ValueError(f'sigma: expected noise levels above 0 for {space!r}, got 0')
+        c_skip, self.c_out, _ = scalings(space, sigma.view(-1, *(1,) * (x.ndim - 1)))
+        self.skip = c_skip * x
+
+    def predictions(self, *estimates):
+        return [(o - self.skip) / self.c_out for o in estimates]
+
+    def estimate(self, pred):
+        return torch.addcmul(self.skip, self.c_out, pred)
 
 
 # %% ../nbs/06_guided.ipynb #80a26a17
 @patch
 def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
     "The guided estimate, in float32 or better."
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, pos, preds = x.to(wide), pos.to(wide), []
+    wide, preds = torch.promote_types(x.dtype, torch.float32), []
+    if x.dtype != wide:
+        x, pos, negs = x.to(wide), pos.to(wide), [o.to(wide) for o in negs]
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
-        if bool(a.on.any()):
-            preds.append(self._apply_rule(i, neg.to(wide), pos, a, x, sigma, run))
+        if a.on is not False:
+            preds.append(self._apply_rule(i, neg, pos, a, x, sigma, run))
     pred = preds[0] if len(preds) == 1 else pos
     if len(preds) > 1:
         for p in preds:
@@ -1084,43 +1158,46 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
     if self.posts and preds:
         pred = self._post(pred, pos, active, x, sigma)
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
-        if bool(a.on.any()):
+        if a.on is not False:
             delta, moved = (pos - neg).detach().flatten(), (pred - neg).detach().flatten()
             top, bottom = run.scale_sums[i]
             run.scale_sums[i] = top + moved @ delta, bottom + delta @ delta
-            run.guided[i] += int(a.on.sum())
+            run.guided[i] += len(x) if a.on is True else int(a.on.sum())
     return pred
 
 
 @patch
 def _post(self: GuidedDenoiser, pred, pos, active, x, sigma):
     "The prediction after the post-rules, each in the space that it declares."
-    fixed = pred
+    fixed, guided = pred, False
     for post in self.posts:
         if post.space in ('any', 'x0'):
             fixed = post(fixed, pos)
         else:
-            a, b = (from_x0(o, x, sigma, post.space) for o in (fixed, pos))
-            fixed = to_x0(post(a, b), x, sigma, post.space)
-    guided = torch.stack([a.on for a in active]).any(0)
-    return torch.where(_broadcast_mask(guided, x), fixed, pred)
+            space = _Space(post.space, x, sigma)
+            fixed = space.estimate(post(*space.predictions(fixed, pos)))
+    for a in active:
+        guided = guided | a.on
+    return _where(guided, fixed, pred)
 
 
 # %% ../nbs/06_guided.ipynb #7d5b8bcc
 def _noise_predictions(x, sigma, *estimates):
     "Estimates of the image as noise predictions, (B, ...) flat, in float32 or better."
     wide = torch.promote_types(x.dtype, torch.float32)
-    return [from_x0(o.detach().to(wide), x.to(wide), sigma, 'eps').flatten(1) for o in estimates]
+    to_noise = _Space('eps', x.to(wide), sigma)
+    return [o.flatten(1) for o in to_noise.predictions(*(o.detach().to(wide) for o in estimates))]
 
 
 @patch
 def _update_stopped(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
     "Note which samples are no longer guided by which term."
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
-        if t.stop is None or not bool(a.on.any()):
+        if t.stop is None or a.on is False:
             continue
         cosine = torch.cosine_similarity(*_noise_predictions(x, sigma, pos, negs[i])).cpu()
-        new = a.on & ~a.neg_only & (cosine > t.stop)
+        guided = _as_tensor_mask(a.on, len(x)) & ~_as_tensor_mask(a.neg_only, len(x))
+        new = guided & (cosine > t.stop)
         run.stopped[i] = new | run.stopped.get(i, torch.zeros_like(new))
 
 
@@ -1254,15 +1331,16 @@ class Trace(NamedTuple):
 
 def _trace(parts, active, i, x, sigma):
     a, neg = active[i], parts.negs[i]
-    moved = torch.stack([o.on for o in active]).any(0)
+    masks = [_as_tensor_mask(o, len(x)) for o in (a.on, a.neg_only, *(o.on for o in active))]
+    (on, neg_only), moved = masks[:2], torch.stack(masks[2:]).any(0)
     tiny = 4 * torch.finfo(x.dtype).eps * neg.float().flatten(1).norm(dim=1)
     apart = (parts.pos - neg).float().flatten(1).norm(dim=1) > tiny
     # the scale is the same in all spaces; noise predictions tell nothing where all is noise
     d = (parts.pos - neg).float().flatten(1)
     scale = ((parts.pred - neg).float().flatten(1) * d).sum(1) / d.square().sum(1)
     pos, neg = _noise_predictions(x, sigma, parts.pos, neg)
-    both = (a.on & ~a.neg_only).to(x.device)
-    alone = torch.where(moved, math.nan, 1.0).where(~a.neg_only, 0.0).to(d)
+    both = (on & ~neg_only).to(x.device)
+    alone = torch.where(moved, math.nan, 1.0).where(~neg_only, 0.0).to(d)
     scale = scale.where(apart, math.nan).where(both, alone)
     cosine = torch.cosine_similarity(pos, neg).where(both, math.nan)
     ratio = (pos - neg).norm(dim=1) / neg.norm(dim=1)

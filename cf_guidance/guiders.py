@@ -341,7 +341,7 @@ class Guider(BaseGuidance):
             terms = [NegativePrompt() if terms is None else terms]
         if not isinstance(post, (list, tuple)):
             post = [] if post is None else [post]
-        if not terms:
+        if not terms or {} in terms:
             raise TypeError('terms: expected at least one term')
         self.scheduler = _own_scheduler(_unwrapped_value(scheduler))
         self.terms = [_checked_term(_unwrapped_value(t)) for t in terms]
@@ -457,12 +457,12 @@ def _needs_negative(self: Guider, n):
     "Does a negative prompt count at this step, for any of `n` samples?"
     if self._sampler_step < self.zero_init:
         return False
-    level = torch.full((n,), self._sigma, dtype=torch.float64)
+    sigma = torch.full((n,), self._sigma, dtype=torch.float64)
     top = self._levels.sigma_max * (1 + 1e-3)
     stopped = {} if self.denoiser is None else self.denoiser.run.stopped
     for i, t in self._prompt_terms():
-        a = _active(t, t.w, level, level, self._sampler_step, top, stopped.get(i))
-        if bool(a.on.any()):
+        a = _active(t, sigma, sigma.tolist(), self._sampler_step, t.w, top, stopped.get(i))
+        if a.on is not False:
             return True
     return False
 

@@ -39,24 +39,31 @@ from .denoisers import Denoiser
 
 
 # %% ../nbs/05_perturb.ipynb #9b4f5d00
+def _wrapped_models(D):
+    "A model and the models inside it (denoiser, pipeline's adapter, compiled network), outside in."
+    out = [D]
+    while True:
+        D = out[-1]
+        if isinstance(D, Denoiser):
+            out.append(D.inner_model)
+        elif hasattr(D, '_orig_mod'):
+            out.append(D._orig_mod)
+        elif hasattr(D, 'pipe') and hasattr(D, 'net'):
+            out.append(D.net)
+        else:
+            return out
+
+
 def _network_of(
     D,  # a denoiser, a pipeline's adapter, a compiled network, or a network
 ) -> nn.Module:
     "The network inside."
-    while True:
-        if isinstance(D, Denoiser):
-            D = D.inner_model
-        elif hasattr(D, 'pipe') and hasattr(D, 'net'):
-            D = D.net
-        elif hasattr(D, '_orig_mod'):
-            D = D._orig_mod
-        else:
-            break
-    if not isinstance(D, nn.Module):
+    net = _wrapped_models(D)[-1]
+    if not isinstance(net, nn.Module):
         raise TypeError(
-            f'net: expected an nn.Module, or a denoiser around one, got {_type_name(D)}'
+            f'net: expected an nn.Module, or a denoiser around one, got {_type_name(net)}'
         )
-    return D
+    return net
 
 
 def _type_name(o):

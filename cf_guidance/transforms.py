@@ -257,15 +257,6 @@ def _checked_state(state, like):
     return state.to(like)
 
 
-def _at_weight(at, w, end, pred):
-    "`pred`, with `end` in its place where the weight is `at`."
-    if at is None:
-        return pred
-    if torch.is_tensor(w):
-        return torch.where(w == at, end, pred)
-    return end.clone() if w == at else pred
-
-
 # %% ../nbs/01_transforms.ipynb #9c3232f5
 @dataclass(frozen=True, repr=False)
 class Rule(_Formula):
@@ -304,14 +295,24 @@ class Rule(_Formula):
         w = _broadcast_weight(w, neg)
         if state is not None:
             state = _checked_state(state, neg)
+        out = self.apply(neg, pos, w, state)
+        pred, state = out if self.stateful else (out, None)
+        pred = pred if pred.dtype == dtype else _narrow(pred, dtype)
+        return (pred, state) if self.stateful else pred
+
+    def apply(self, neg, pos, w, state=None):
+        "The same without checks, for float32 or wider and a weight that broadcasts."
         if not neg.numel():
             pred, state = pos.clone(), None
         elif self.stateful:
             pred, state = self.formula(neg, pos, w, state, **self.settings)
         else:
             pred = self.formula(neg, pos, w, **self.settings)
-        pred = _at_weight(self.neg_at, w, neg, _at_weight(self.pos_at, w, pos, pred))
-        pred = pred if pred.dtype == dtype else _narrow(pred, dtype)
+        for at, end in ((self.pos_at, pos), (self.neg_at, neg)):
+            if torch.is_tensor(w) and at is not None:
+                pred = torch.where(w == at, end, pred)
+            elif w == at:
+                pred = end.clone()
         return (pred, state) if self.stateful else pred
 
 

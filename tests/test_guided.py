@@ -846,6 +846,73 @@ def test_what_remembers_refuses_a_preview_of_some(name):
         G(X[:1], 1.0, c=C['c'][:1])
 
 
+class FailsOnce:
+    "The toy, which fails in its second forward."
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x, sigma, **cond):
+        self.calls += 1
+        if self.calls == 2:
+            raise KeyboardInterrupt
+        return toy(x, sigma, **cond)
+
+
+def failed(x=X):
+    "A guided denoiser with momentum after a step at sigma 3 and a failed one at 2."
+    G = GuidedDenoiser(FailsOnce(), NONE, w=3.0, rule=apg.of(beta=0.5))
+    G(x, 3.0, **C)
+    with pytest.raises(KeyboardInterrupt):
+        G(x, 2.0, **C)
+    return G
+
+
+def test_a_failed_evaluation_can_be_tried_again():
+    G, H = failed(), GuidedDenoiser(toy, NONE, w=3.0, rule=apg.of(beta=0.5))
+    run = G.run
+    H(X, 3.0, **C)
+    close(G(X, 2.0, **C), H(X, 2.0, **C))
+    assert G.run is run
+
+
+def test_other_samples_after_a_failed_evaluation_begin_a_run():
+    G, H = failed(), GuidedDenoiser(toy, NONE, w=3.0, rule=apg.of(beta=0.5))
+    close(G(-X, 1.0, **C), H(-X, 1.0, **C))
+    assert G.run.evaluations == 1
+
+
+def test_a_first_evaluation_that_failed_leaves_no_trace():
+    G = GuidedDenoiser(FailsOnce(), NONE, w=3.0)
+    G.inner_model.calls = 1
+    with pytest.raises(KeyboardInterrupt):
+        G(X, 2.0, **C)
+    G(X[:2], 2.0, c=C['c'][:2])
+    assert G.run.nfe_per_sample.tolist() == [2, 2]
+
+
+def test_what_remembers_refuses_samples_of_another_shape():
+    G = GuidedDenoiser(toy, NONE, w=3.0, rule=apg)
+    G(X, 3.0, **C)
+    with pytest.raises(ValueError, match=r'remembers samples \(4,\), got \(3,\): call start'):
+        G(X[:, :3], 2.0, **C)
+
+
+def test_terms_that_are_off_in_a_call():
+    G = GuidedDenoiser(toy, Term(NONE, 3.0, apg.of(beta=0.5)), Term(OTHER, 2.0))
+    H = GuidedDenoiser(toy, Term(OTHER, 2.0))
+    close(G(X, 3.0, off=(0,), **C), H(X, 3.0, **C))
+    assert G.run.nfe_per_sample.tolist() == [2] * 6
+    assert G.run.states == {}
+    close(G(X, 2.0, off=(0, 1), **C), toy(X, torch.full((6,), 2.0), **C))
+
+
+def test_a_rule_gets_at_least_its_axes():
+    G = GuidedDenoiser(toy, NONE, w=3.0, rule=rule('any', axes=3)(lambda neg, pos, w: pos))
+    with pytest.raises(ValueError, match=r'x: expected at least 3 axes, got shape \(6, 4\)'):
+        G(X, 1.0, **C)
+
+
 def test_what_does_not_remember_shows_a_preview():
     G = GuidedDenoiser(toy, NONE, w=3.0)
     G(X, 1.0, **C)
@@ -935,7 +1002,7 @@ def test_nothing_is_kept_alive_by_a_run():
     G = GuidedDenoiser(toy, NONE, w=3.0, rule=momentum)
     x = X.clone().requires_grad_()
     G(x, 1.0, **C)
-    assert not G.run.last[0][0].requires_grad
+    assert not G.run.last.x.requires_grad
     assert not any(torch.is_tensor(o) and o.requires_grad for o in G.run.scale_sums[0])
 
 
