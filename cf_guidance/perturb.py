@@ -44,14 +44,16 @@ def _wrapped_models(D):
     out = [D]
     while True:
         D = out[-1]
+        inner = None  # as in a denoiser that is a formula
         if isinstance(D, Denoiser):
-            out.append(D.inner_model)
+            inner = D.inner_model
         elif hasattr(D, '_orig_mod'):
-            out.append(D._orig_mod)
+            inner = D._orig_mod
         elif hasattr(D, 'pipe') and hasattr(D, 'net'):
-            out.append(D.net)
-        else:
+            inner = D.net
+        if inner is None:
             return out
+        out.append(inner)
 
 
 def _network_of(

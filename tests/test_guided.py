@@ -33,6 +33,7 @@ from cf_guidance.guided import (
 from cf_guidance.karras import get_sigmas_karras, on_sigmas, sample, samples
 from cf_guidance.noise import randn, split_generator
 from cf_guidance.perturb import Change
+from cf_guidance.toy import GaussianMixture
 from cf_guidance.transforms import (
     GuidanceTfm,
     apg,
@@ -905,6 +906,13 @@ def test_terms_that_are_off_in_a_call():
     assert G.run.nfe_per_sample.tolist() == [2] * 6
     assert G.run.states == {}
     close(G(X, 2.0, off=(0, 1), **C), toy(X, torch.full((6,), 2.0), **C))
+
+
+def test_two_formulas_are_two_models():
+    "Denoisers with no network inside are not the same because of that."
+    broad, narrow = (GaussianMixture(torch.zeros(1, 2), std) for std in (2.0, 1.0))
+    x = randn((3, 2), 0)
+    GuidedDenoiser(broad, narrow, w=2.0)(x, 1.0)
 
 
 def test_a_rule_gets_at_least_its_axes():
