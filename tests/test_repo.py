@@ -224,8 +224,10 @@ def text_of(path):
 
 
 def test_no_machine_paths():
-    "Files name no folder of the machine they were written on; Colab's /content/drive is no such."
+    "Files name no folder of the machine they were written on. Colab's own folder is none."
     kinds = {'.ipynb', '.py', '.md', '.yml', '.ini', '.toml', '.txt', '.in', '.json', '.css'}
-    place = re.compile(r'(?<![\w.~}])/(?:work|home|root|Users|tmp|opt|mnt|content(?!/drive))/[\w.-]+')
+    place = re.compile(
+        r'(?<![\w.~}])/(?:work|home|root|Users|tmp|opt|mnt|content(?!/drive))/[\w.-]+'
+    )
     texts = {name(p): text_of(p) for p in repo_files() if p.suffix in kinds}
     assert not [(k, m[0]) for k, text in texts.items() for m in place.finditer(text)]
