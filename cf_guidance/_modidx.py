@@ -454,10 +454,6 @@ d = {
                 'denoisers.html#_add_noise',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers._all_sigmas': (
-                'denoisers.html#_all_sigmas',
-                'cf_guidance/denoisers.py',
-            ),
             'cf_guidance.denoisers._as_sigma': (
                 'denoisers.html#_as_sigma',
                 'cf_guidance/denoisers.py',
@@ -562,16 +558,20 @@ d = {
                 'guided.html#guideddenoiser.__init__',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._activity': (
-                'guided.html#guideddenoiser._activity',
-                'cf_guidance/guided.py',
-            ),
             'cf_guidance.guided.GuidedDenoiser._apply_rule': (
                 'guided.html#guideddenoiser._apply_rule',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._check_negatives': (
-                'guided.html#guideddenoiser._check_negatives',
+            'cf_guidance.guided.GuidedDenoiser._call_negative': (
+                'guided.html#guideddenoiser._call_negative',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.GuidedDenoiser._check_call': (
+                'guided.html#guideddenoiser._check_call',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.GuidedDenoiser._check_same_samples': (
+                'guided.html#guideddenoiser._check_same_samples',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.GuidedDenoiser._combine': (
@@ -586,20 +586,16 @@ d = {
                 'guided.html#guideddenoiser._entries',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._estimates': (
-                'guided.html#guideddenoiser._estimates',
-                'cf_guidance/guided.py',
-            ),
             'cf_guidance.guided.GuidedDenoiser._evaluate': (
                 'guided.html#guideddenoiser._evaluate',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided.GuidedDenoiser._evaluate_called': (
-                'guided.html#guideddenoiser._evaluate_called',
-                'cf_guidance/guided.py',
-            ),
             'cf_guidance.guided.GuidedDenoiser._generators': (
                 'guided.html#guideddenoiser._generators',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.GuidedDenoiser._negatives': (
+                'guided.html#guideddenoiser._negatives',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.GuidedDenoiser._post': (
@@ -690,6 +686,7 @@ d = {
             ),
             'cf_guidance.guided.Query': ('guided.html#query', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Run': ('guided.html#run', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Run.begin': ('guided.html#run.begin', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Run.effective_scale': (
                 'guided.html#run.effective_scale',
                 'cf_guidance/guided.py',
@@ -713,6 +710,7 @@ d = {
                 'guided.html#weight._steps',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.Weight.at': ('guided.html#weight.at', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Weight.bind': ('guided.html#weight.bind', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Weight.of': ('guided.html#weight.of', 'cf_guidance/guided.py'),
             'cf_guidance.guided.ZeroInit': ('guided.html#zeroinit', 'cf_guidance/guided.py'),
@@ -738,6 +736,20 @@ d = {
             ),
             'cf_guidance.guided._Active': ('guided.html#_active', 'cf_guidance/guided.py'),
             'cf_guidance.guided._Entry': ('guided.html#_entry', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._Evaluation': ('guided.html#_evaluation', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._Space': ('guided.html#_space', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._Space.__init__': (
+                'guided.html#_space.__init__',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._Space.estimate': (
+                'guided.html#_space.estimate',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._Space.predictions': (
+                'guided.html#_space.predictions',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided._ThreadRuns': ('guided.html#_threadruns', 'cf_guidance/guided.py'),
             'cf_guidance.guided._ThreadRuns.__init__': (
                 'guided.html#_threadruns.__init__',
@@ -748,35 +760,31 @@ d = {
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._active': ('guided.html#_active', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._add_to_group': (
-                'guided.html#_add_to_group',
-                'cf_guidance/guided.py',
-            ),
             'cf_guidance.guided._as_negative': (
                 'guided.html#_as_negative',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._as_posts': ('guided.html#_as_posts', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._as_tensor_mask': (
+                'guided.html#_as_tensor_mask',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided._as_terms': ('guided.html#_as_terms', 'cf_guidance/guided.py'),
             'cf_guidance.guided._broadcast_mask': (
                 'guided.html#_broadcast_mask',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._can_batch': ('guided.html#_can_batch', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._changed_rows': (
+                'guided.html#_changed_rows',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided._check_denoiser': (
                 'guided.html#_check_denoiser',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._check_interval_reaches': (
                 'guided.html#_check_interval_reaches',
-                'cf_guidance/guided.py',
-            ),
-            'cf_guidance.guided._check_known': (
-                'guided.html#_check_known',
-                'cf_guidance/guided.py',
-            ),
-            'cf_guidance.guided._check_same_samples': (
-                'guided.html#_check_same_samples',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._checked_interval': (
@@ -812,9 +820,7 @@ d = {
                 'guided.html#_is_denoiser',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._is_number': ('guided.html#_is_number', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._kept': ('guided.html#_kept', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._max_level': ('guided.html#_max_level', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._near': ('guided.html#_near', 'cf_guidance/guided.py'),
             'cf_guidance.guided._nearest_step': (
                 'guided.html#_nearest_step',
                 'cf_guidance/guided.py',
@@ -823,10 +829,7 @@ d = {
                 'guided.html#_noise_predictions',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._perturbed_forward': (
-                'guided.html#_perturbed_forward',
-                'cf_guidance/guided.py',
-            ),
+            'cf_guidance.guided._plain_mask': ('guided.html#_plain_mask', 'cf_guidance/guided.py'),
             'cf_guidance.guided._refuse_inner_memory': (
                 'guided.html#_refuse_inner_memory',
                 'cf_guidance/guided.py',
@@ -835,15 +838,13 @@ d = {
                 'guided.html#_rows_within',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._same_cond': ('guided.html#_same_cond', 'cf_guidance/guided.py'),
             'cf_guidance.guided._same_inputs': (
                 'guided.html#_same_inputs',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._same_model': ('guided.html#_same_model', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._same_shape': ('guided.html#_same_shape', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._scatter_rows': (
-                'guided.html#_scatter_rows',
+            'cf_guidance.guided._shape_error': (
+                'guided.html#_shape_error',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._sigma_range': (
@@ -852,10 +853,7 @@ d = {
             ),
             'cf_guidance.guided._slice_rows': ('guided.html#_slice_rows', 'cf_guidance/guided.py'),
             'cf_guidance.guided._trace': ('guided.html#_trace', 'cf_guidance/guided.py'),
-            'cf_guidance.guided._wrapped_models': (
-                'guided.html#_wrapped_models',
-                'cf_guidance/guided.py',
-            ),
+            'cf_guidance.guided._where': ('guided.html#_where', 'cf_guidance/guided.py'),
         },
         'cf_guidance.guiders': {
             'cf_guidance.guiders.Guider': ('guiders.html#guider', 'cf_guidance/guiders.py'),
@@ -2769,6 +2767,10 @@ d = {
                 'perturb.html#_with_first_input',
                 'cf_guidance/perturb.py',
             ),
+            'cf_guidance.perturb._wrapped_models': (
+                'perturb.html#_wrapped_models',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb.find_layers': (
                 'perturb.html#find_layers',
                 'cf_guidance/perturb.py',
@@ -3498,6 +3500,10 @@ d = {
                 'transforms.html#rule._args',
                 'cf_guidance/transforms.py',
             ),
+            'cf_guidance.transforms.Rule.apply': (
+                'transforms.html#rule.apply',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms.TNormGuidance': (
                 'transforms.html#tnormguidance',
                 'cf_guidance/transforms.py',
@@ -3540,10 +3546,6 @@ d = {
             ),
             'cf_guidance.transforms._angle': (
                 'transforms.html#_angle',
-                'cf_guidance/transforms.py',
-            ),
-            'cf_guidance.transforms._at_weight': (
-                'transforms.html#_at_weight',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._broadcast_weight': (
