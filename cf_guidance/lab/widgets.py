@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from .. import schedules, transforms
 from .._extras import needs
@@ -187,9 +188,8 @@ class Explorer(AnyWidget):
         "Linked ipywidgets, one for each setting."
         rows = []
         for name in names or self.settings():
-            row = _control_for(
-                self.traits()[name], getattr(self, name), name, self.slider_range(name)
-            )
+            trait, span = self.traits()[name], self.slider_range(name)
+            row = _control_for(trait, getattr(self, name), name, span)
             if row is not None:
                 traitlets.link((self, name), (row, 'value'))
                 rows.append(row)
@@ -255,27 +255,6 @@ class ScheduleDesigner(Explorer):
     sigma_max = number(14.6146, 1, 100, 0.01, least=1e-3, most=1000)
     rho = number(7.0, 1, 15, 0.5, least=0.1, most=100)
 
-    def _family_weights(self):
-        if self.family == 'constant':
-            return [self.w] * self.num_steps
-        f = getattr(schedules, self.family)
-        names = inspect.signature(f).parameters
-        settings = {k: getattr(self, k) for k in names}
-        if 'num_warmup_steps' in names:
-            settings['num_warmup_steps'] = min(self.num_warmup_steps, self.num_steps)
-        return f(**settings)
-
-    def noise_levels(
-        self,
-        n: int,  # number of steps
-    ) -> list:  # `n` floats, the largest first
-        "The sampler's noise levels, one per step."
-        if self.sigmas == 'vp':
-            return get_sigmas_vp(n)[:-1].tolist()
-        if self.sigmas == 'exponential':
-            return get_sigmas_exponential(n, self.sigma_min, self.sigma_max)[:-1].tolist()
-        return get_sigmas_karras(n, self.sigma_min, self.sigma_max, self.rho)[:-1].tolist()
-
     @property
     def ws(self) -> list:
         "The weights, one per step, the noisiest step first."
@@ -289,10 +268,38 @@ class ScheduleDesigner(Explorer):
         inside = schedules.interval_sched(xs, self.lo, self.hi, w=1, outside=0)
         return [w if on else 1.0 for w, on in zip(ws, inside, strict=True)]
 
-    @property
-    def nfe(self) -> int:
-        "Network evaluations for one picture."
-        return sum(1 if w in (0, 1) else 2 for w in self.ws)
+
+# %% ../../nbs/lab/05_widgets.ipynb #89b7256c
+@patch
+def _family_weights(self: ScheduleDesigner):
+    if self.family == 'constant':
+        return [self.w] * self.num_steps
+    f = getattr(schedules, self.family)
+    names = inspect.signature(f).parameters
+    settings = {k: getattr(self, k) for k in names}
+    if 'num_warmup_steps' in names:
+        settings['num_warmup_steps'] = min(self.num_warmup_steps, self.num_steps)
+    return f(**settings)
+
+
+@patch
+def noise_levels(
+    self: ScheduleDesigner,
+    n: int,  # number of steps
+) -> list:  # `n` floats, the largest first
+    "The sampler's noise levels, one per step."
+    if self.sigmas == 'vp':
+        return get_sigmas_vp(n)[:-1].tolist()
+    if self.sigmas == 'exponential':
+        return get_sigmas_exponential(n, self.sigma_min, self.sigma_max)[:-1].tolist()
+    return get_sigmas_karras(n, self.sigma_min, self.sigma_max, self.rho)[:-1].tolist()
+
+
+# %% ../../nbs/lab/05_widgets.ipynb #23e12a55
+@patch(as_prop=True)
+def nfe(self: ScheduleDesigner) -> int:
+    "Network evaluations for one picture."
+    return sum(1 if w in (0, 1) else 2 for w in self.ws)
 
 
 # %% ../../nbs/lab/05_widgets.ipynb #galaxy-class
