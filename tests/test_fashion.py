@@ -126,7 +126,7 @@ def zipped(data):
 )
 def test_damaged_idx_file(tmp_path, content):
     (tmp_path / 'a.gz').write_bytes(content)
-    clear_errors.check(lambda: _read_idx(tmp_path / 'a.gz'), 'a.gz is no gzipped IDX file')
+    clear_errors.check(lambda: _read_idx(tmp_path / 'a.gz'), 'a.gz: expected a gzipped IDX file')
 
 
 def test_subset():

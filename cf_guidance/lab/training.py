@@ -106,7 +106,7 @@ def _load(self: _Run):
             state = torch.load(file, map_location=device, weights_only=True)
             plan, step = state['plan'], state['step']
         except Exception as e:  # torch.load has no error of its own
-            raise ValueError(f'{file} cannot be read: delete it to begin anew') from e
+            raise ValueError(f'{file} cannot be read: delete it to start again') from e
         _check_plan(self.folder, plan, self.plan)
         for k, part in self.parts.items():
             if k in state:
@@ -817,7 +817,7 @@ def _planned(folder, plan):
     try:
         was = dict(json.loads(file.read_text()))
     except ValueError:
-        raise ValueError(f'{file} cannot be read: delete the folder to begin anew') from None
+        raise ValueError(f'{file} cannot be read: delete the folder to start again') from None
     _check_plan(folder, was, plan)
     return folder
 
