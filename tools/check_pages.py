@@ -23,7 +23,7 @@ from selenium.webdriver.chrome.service import Service
 
 LOOK = (Path(__file__).parent / 'check_pages.js').read_text(encoding='utf-8')
 WIDTHS = {1280: 800, 390: 844}
-TALL = 12_000  # pixels of a page that go into one screenshot
+TALL = 8_000  # pixels of a page that go into one screenshot
 SWITCHES = """headless=new no-sandbox disable-gpu no-first-run disable-background-networking
 disable-component-update disable-sync disable-dev-shm-usage hide-scrollbars""".split()
 
