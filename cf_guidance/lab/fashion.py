@@ -130,9 +130,7 @@ def _read_idx(path):
         if d[:3] != b'\0\0\x08' or len(bytes_) != math.prod(shape) or not bytes_:
             raise ValueError('size')
     except (EOFError, IndexError, ValueError, gzip.BadGzipFile):
-        raise ValueError(
-            f'{path}: expected a gzipped IDX file of bytes; download it again'
-        ) from None
+        raise ValueError(f'{path}: expected a gzipped IDX file; download it again') from None
     return torch.frombuffer(bytearray(bytes_), dtype=torch.uint8).view(shape)
 
 
