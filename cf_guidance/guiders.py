@@ -27,6 +27,7 @@ from .guided import (
     _as_posts,
     _ThreadRuns,
 )
+from .perturb import _network_of
 from .pipelines import (
     _INFINITE,
     NegativePrompt,
@@ -34,7 +35,6 @@ from .pipelines import (
     _Family,
     _Loop,
     _scheduler_denoiser,
-    _unwrapped,
 )
 from .transforms import PostRule, Rule
 
@@ -272,7 +272,7 @@ class _ModularLoop(_Loop):
     "The network of a modular pipeline."
 
     def __init__(self, net, device, scheduler):
-        name = type(_unwrapped(net)).__name__
+        name = type(_network_of(net)).__name__
         if name not in _NETWORKS:
             raise ValueError(f'network: expected one of {", ".join(_NETWORKS)}, got {name}')
         super().__init__(net, _NETWORKS[name], device)
@@ -284,7 +284,7 @@ class _ModularLoop(_Loop):
             )
 
     def channels(self):
-        return _unwrapped(self.net).config.out_channels
+        return _network_of(self.net).config.out_channels
 
     def estimate(self, pred, x, sigma):
         "The estimate of the images that a prediction of the network stands for."

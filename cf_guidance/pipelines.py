@@ -23,7 +23,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from importlib.util import find_spec
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ from ._extras import needs
 from .denoisers import Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
 from .guided import Conditions, GuidedDenoiser, Microbatched, Negative, Term, Weight
 from .noise import split_generator
-from .perturb import refuse_caches
+from .perturb import _network_of, refuse_caches
 
 # %% ../nbs/09_pipelines.ipynb #45d479fb
 with needs('diffusers', 'cf_guidance.pipelines'):
@@ -658,14 +658,9 @@ def _one_per_token(ids, text):
     return ids if len(ids) == text.shape[1] else ids[:1].expand(text.shape[1], -1)
 
 
-def _unwrapped(net):
-    "The network inside a compiled one."
-    return getattr(net, '_orig_mod', net)
-
-
 def _signature(net):
     "How a network is called, whatever its `forward` is at this moment."
-    signature = inspect.signature(type(_unwrapped(net)).forward)
+    signature = inspect.signature(type(_network_of(net)).forward)
     return signature.replace(parameters=[*signature.parameters.values()][1:])
 
 
@@ -730,7 +725,7 @@ class _Loop:
         "A prediction as the network would return it; pipelines do not use a variance."
         if self.family.pack > 1:
             return self.pack(pred).to(latents.dtype)
-        if _unwrapped(self.net).config.get('out_channels') == 2 * pred.shape[1]:
+        if _network_of(self.net).config.get('out_channels') == 2 * pred.shape[1]:
             pred = torch.cat([pred, torch.zeros_like(pred)], 1)
         return pred.to(latents.dtype)
 
@@ -740,7 +735,7 @@ class _Loop:
 def channels(self: _Loop):
     "Channels of the latents."
     vae = getattr(self.pipe, 'vae', None)
-    return vae.config.latent_channels if vae else _unwrapped(self.net).config.in_channels
+    return vae.config.latent_channels if vae else _network_of(self.net).config.in_channels
 
 
 @patch
@@ -828,7 +823,7 @@ class _Run(_Loop):
         self.timesteps, self.evaluations, self.index = None, None, -1
         self.G = self.report = None
         self.watching = ExitStack()
-        refuse_caches(_unwrapped(net))
+        refuse_caches(_network_of(net))
         _refuse_own_guidance(self)
 
     def result(self, args, kwargs):
@@ -859,7 +854,7 @@ class _Run(_Loop):
 # %% ../nbs/09_pipelines.ipynb #f38ff00d
 def _stand_in(net, forward):
     "A network of the same class with the same weights, without hooks, and with another forward."
-    new = copy(_unwrapped(net))
+    new = copy(_network_of(net))
     hooks = {k: type(v)() for k, v in vars(new).items() if k.startswith('_forward_')}
     vars(new).update(hooks, _compiled_call_impl=None, forward=forward)
     return new
@@ -907,24 +902,10 @@ def guide(self: _Run, call, negative):
         return self.output(torch.zeros_like(x), call.latents)
     for i in self.prompted:
         self.G.terms[i].neg.cond = cond if negative is None else negative
-    if negative is None and self.prompted:
-        x0 = self._without_prompts(x, sigma, step, cond)
-    else:
-        x0 = self.G(x, sigma, step=step, **cond)
+    off = self.prompted if negative is None else ()
+    x0 = self.G(x, sigma, step=step, off=off, **cond)
     c_skip, c_out, _ = self.scalings(sigma)
     return self.output((x0 - c_skip * x) / c_out, call.latents)
-
-
-@patch
-def _without_prompts(self: _Run, x, sigma, step, cond):
-    "The guided estimate where all terms of negative prompts are off."
-    stopped, n = self.G.run.stopped, len(x)
-    before = {i: stopped.get(i, torch.zeros(n, dtype=torch.bool)) for i in self.prompted}
-    stopped.update({i: torch.ones(n, dtype=torch.bool) for i in self.prompted})
-    try:
-        return self.G(x, sigma, step=step, **cond)
-    finally:
-        stopped.update(before)
 
 
 # %% ../nbs/09_pipelines.ipynb #6ddea1cc
@@ -1075,15 +1056,11 @@ def _checked_arguments(stock, sd, args, kwargs):
             f'num_inference_steps: expected at most {len(most)}, got {given["num_inference_steps"]}'
         )
     for k in ('guidance_scale', 'true_cfg_scale', 'eta'):
-        if k in given and not _is_finite(given[k]):
+        if k in given and not T._is_number(given[k]):
             raise TypeError(f'{k}: expected a finite number, got {given[k]!r:.60}')
     if given.get('prompt') is not None:
         _check_prompts('prompt', given['prompt'])
     return given
-
-
-def _is_finite(o):
-    return isinstance(o, Real) and not isinstance(o, bool) and math.isfinite(o)
 
 
 # %% ../nbs/09_pipelines.ipynb #a81529d6

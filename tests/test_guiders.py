@@ -242,6 +242,12 @@ def test_most_passes_outside_of_a_step(both, want, make):
     assert Guider(both.scheduler, make(both)).num_conditions == want
 
 
+@pytest.mark.parametrize('terms', [[], {}])
+def test_no_terms(both, terms):
+    with pytest.raises(TypeError, match='terms: expected at least one term'):
+        Guider(both.scheduler, terms)
+
+
 def test_the_answer_has_its_parts(both):
     answers = []
 
