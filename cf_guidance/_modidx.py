@@ -3023,10 +3023,6 @@ d = {
                 'pipelines.html#_run._terms',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Run._without_prompts': (
-                'pipelines.html#_run._without_prompts',
-                'cf_guidance/pipelines.py',
-            ),
             'cf_guidance.pipelines._Run.begin': (
                 'pipelines.html#_run.begin',
                 'cf_guidance/pipelines.py',
@@ -3125,10 +3121,6 @@ d = {
                 'pipelines.html#_in_its_precision',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._is_finite': (
-                'pipelines.html#_is_finite',
-                'cf_guidance/pipelines.py',
-            ),
             'cf_guidance.pipelines._is_flow': (
                 'pipelines.html#_is_flow',
                 'cf_guidance/pipelines.py',
@@ -3220,10 +3212,6 @@ d = {
             ),
             'cf_guidance.pipelines._unflatten': (
                 'pipelines.html#_unflatten',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._unwrapped': (
-                'pipelines.html#_unwrapped',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._weight_embedding': (
