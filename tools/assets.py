@@ -1,4 +1,4 @@
-"""Copy into a built site what its pages load: KaTeX from npm, and the explorers.
+"""Copy into a built site what its pages load: KaTeX, ONNX Runtime, the explorers and their model.
 
 npm installs the packages of tools/package.json into a cache outside the repository.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPLORERS = ROOT / 'cf_guidance/lab/explorers'
+RUNTIME = ('ort.wasm.min.mjs', 'ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm')
 
 
 def node_modules():
@@ -61,9 +62,24 @@ def write_explorers(site):
         shutil.copy(picture, to)
 
 
+def copy_runtime(folder):
+    "Copy ONNX Runtime for browsers, which the live model runs in, to `folder`."
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in RUNTIME:
+        shutil.copy(node_modules() / 'onnxruntime-web/dist' / name, folder)
+
+
+def write_model(folder):
+    "Write the embedded model as the live page loads it."
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module('cf_guidance.lab.export').export_onnx(folder=folder)
+
+
 def write_assets(site):
     copy_katex(site)
     write_explorers(site)
+    copy_runtime(site / 'explorers/ort')
+    write_model(site / 'explorers/model')
 
 
 if __name__ == '__main__':

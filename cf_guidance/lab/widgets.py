@@ -15,6 +15,7 @@ __all__ = [
     'RuleGeometry',
     'sprite',
     'Scrubber',
+    'LiveModel',
 ]
 
 # %% ../../nbs/lab/05_widgets.ipynb #3d7ac221
@@ -491,3 +492,32 @@ def _read_sprite(place):
         data = (Path(place) if Path(place).exists() else stored).read_bytes()
     with Image.open(BytesIO(data)) as im:
         return _as_uri(data, im.format.lower()), im.size
+
+
+# %% ../../nbs/lab/05_widgets.ipynb #5d245196
+class LiveModel(Explorer):
+    "The embedded Stable Diffusion, drawing in the reader's browser."
+
+    explorer = 'live'
+    garment = choice(
+        *('sneaker', 't-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt'),
+        *('bag', 'boot'),
+    )
+    colour = choice('red', 'green', 'blue', 'yellow', 'purple', 'orange', 'white', 'black')
+    background = choice('blue', 'red', 'green', 'yellow', 'purple', 'orange', 'white', 'black')
+    negative = traitlets.Unicode('').tag(sync=True)  # negative prompt
+    seed = whole(3, 0, 1000, most=2**32 - 1)  # as `generator` of `MinimalDiffusion`
+    steps = whole(20, 4, 50, least=1, most=500)
+    w = number(3.0, 0, 15, 0.1, least=0, most=100)  # 1 is unguided
+    rule = choice('cfg', 't_norm', 'full_norm', 'rescale', 'apg')
+    schedule = choice('constant', 'cosine', 'curve')
+    low = number(1.0, 0, 5, 0.05, least=0, most=100)  # weight at the end of the cosine
+    decay = number(1.0, 0.3, 3, 0.1, least=0.1, most=10)  # k-decay of the cosine
+    # of schedule 'curve': (progress, share of `w`)
+    curve = traitlets.List([[0, 1], [0.25, 1], [0.5, 1], [0.75, 1], [1, 1]]).tag(sync=True)
+    # guide where lo < sigma <= hi; None: everywhere
+    interval = traitlets.List(
+        traitlets.Float(min=0), None, minlen=2, maxlen=2, allow_none=True
+    ).tag(sync=True)
+    # where the model's files are, when this runs in a notebook
+    base = traitlets.Unicode('https://cf-guidance.github.io/cf_guidance/explorers/').tag(sync=True)

@@ -1,0 +1,259 @@
+"The live model in Chromium draws what the pipeline draws in Python."
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from browser import (
+    call,
+    chromium,
+    console_errors,
+    resize,
+    serve,
+    sideways_scroll,
+    wait_for_explorers,
+    write_page,
+)
+from conftest import ROOT
+from diffusers import StableDiffusionPipeline
+
+from cf_guidance.lab import widgets
+from cf_guidance.noise import randn
+from cf_guidance.pipelines import embedded_path, guided
+from cf_guidance.schedules import get_cos_sched, points_sched
+from cf_guidance.transforms import apg, cfg, full_norm, rescale, t_norm
+
+PROMPT, STEPS = 'a red sneaker on a blue background', 20
+SETTINGS = dict(prompt=PROMPT, negative='', seed=3, interval=None, rule='cfg')
+SETTINGS |= dict(schedule='constant', w=3.0, low=0.0, decay=1.0, curve=[[0, 1], [1, 1]])
+CASES = {
+    'cfg': dict(),
+    'no guidance': dict(w=1.0),
+    'only the negative': dict(w=0.0),
+    't_norm': dict(rule='t_norm', w=0.2),
+    't_norm at 0': dict(rule='t_norm', w=0.0),
+    'full_norm': dict(rule='full_norm', w=0.15),
+    'rescale': dict(rule='rescale', w=7.5),
+    'apg': dict(rule='apg', w=5.0),
+    'another seed': dict(seed=123456789),
+    'negative prompt': dict(negative='a green boot'),
+    'interval': dict(interval=[0.3, 5.0]),
+    'apg in an interval': dict(rule='apg', w=5.0, interval=[0.3, 5.0]),
+    'cosine': dict(schedule='cosine', w=7.5, low=1.0, decay=2.0),
+    'curve': dict(schedule='curve', w=5.0, curve=[[0, 0.2], [0.4, 1], [1, 0.2]]),
+}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, exported_model):
+    "What the site has in explorers/."
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import assets
+
+    folder = tmp_path_factory.mktemp('live')
+    assets.copy_runtime(folder / 'explorers/ort')
+    shutil.copytree(exported_model, folder / 'explorers/model')
+    for name in ('live_engine', 'rule_math', 'schedule_math'):
+        (folder / f'explorers/{name}.js').write_text(widgets.bundle(name), encoding='utf-8')
+    (folder / 'engine.html').write_text('<!doctype html><link rel="icon" href="data:,">')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def browser(folder):
+    with serve(folder) as url, chromium() as driver:
+        driver.set_script_timeout(120)
+        driver.get(f'{url}/engine.html')
+        yield driver
+
+
+@pytest.fixture(scope='module')
+def drawn(browser):
+    "Latents and pixels of every case, from the browser."
+    script = """
+    const { loadEngine, weights } = await import('./explorers/live_engine.js');
+    const engine = await loadEngine(new URL('./explorers/', location.href));
+    const found = {};
+    for (const [name, settings] of Object.entries(args[0])) {
+        const ws = weights(settings, args[1]);
+        const { latents, evaluations } = await engine.sample(settings, [ws]);
+        const [image] = await engine.decode(latents);
+        const pixels = [...image.data];
+        found[name] = { ws, latents: [...latents[0]], evaluations, pixels };
+    }
+    return found;
+    """
+    return call(browser, script, {k: SETTINGS | v for k, v in CASES.items()}, STEPS)
+
+
+@pytest.fixture(scope='module')
+def pipe():
+    pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def expected(pipe, s):
+    "Latents, pixels and network evaluations of the same picture in Python."
+    ws = s['w']
+    if s['schedule'] == 'cosine':
+        ws = get_cos_sched(num_steps=STEPS, max_val=s['w'], min_val=s['low'], k_decay=s['decay'])
+    if s['schedule'] == 'curve':
+        ws = [s['w'] * o for o in points_sched(s['curve'], num_steps=STEPS, kind='linear')]
+    rules = dict(cfg=cfg, rescale=cfg, apg=apg, t_norm=t_norm, full_norm=full_norm)
+    post = rescale if s['rule'] == 'rescale' else None
+    interval = s['interval'] and tuple(s['interval'])
+    sd = guided(pipe, w=ws, rule=rules[s['rule']], post=post, interval=interval)
+    options = dict(negative_prompt=s['negative'], num_inference_steps=STEPS)
+    options |= dict(latents=randn((1, 4, 8, 8), s['seed']), output_type='latent')
+    latents = sd(s['prompt'], **options).images
+    with torch.no_grad():
+        x = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2, 0)
+    return latents[0], pixels, int(sum(sd.report.nfe))
+
+
+@pytest.mark.filterwarnings('ignore:NegativePrompt never guided')
+@pytest.mark.parametrize('case', CASES)
+def test_pictures_are_pythons(drawn, pipe, case):
+    latents, pixels, nfe = expected(pipe, SETTINGS | CASES[case])
+    found = drawn[case]
+    torch.testing.assert_close(
+        torch.tensor(found['latents']).reshape(latents.shape), latents, atol=1e-3, rtol=0
+    )
+    there = torch.tensor(found['pixels'], dtype=torch.float32).reshape(32, 32, 4)[..., :3]
+    assert (there - pixels).abs().max() <= 1
+    assert found['evaluations'] == nfe
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2**31, 2**32 - 1])
+def test_noise_is_pythons(browser, seed):
+    script = "return [...(await import('./explorers/live_engine.js')).noise(...args)]"
+    found = torch.tensor(call(browser, script, seed, 256))
+    torch.testing.assert_close(found, randn((1, 256), seed)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_unknown_words_are_named(browser, exported_model):
+    table = json.loads((exported_model / 'model.json').read_text())['tokens']
+    script = "return (await import('./explorers/live_engine.js')).tokenize(...args).unknown"
+    assert call(browser, script, table, 'a PINK  t-shirt, please') == ['pink', 't-shirt,', 'please']
+
+
+@pytest.fixture(scope='module')
+def page(folder):
+    "The explorer on a page of its own, after its model has been loaded by a click."
+    write_page(folder, widgets.LiveModel(w=2.0))
+    with serve(folder) as url, chromium() as driver:
+        driver.get(f'{url}/index.html')
+        wait_for_explorers(driver)
+        driver.find_element('css selector', '.explorer button').click()
+        wait_until_drawn(driver)
+        yield driver
+
+
+def wait_until_drawn(driver, seconds=120):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    state = "return { ...document.querySelector('.explorer').dataset }"
+
+    def drawn(driver):
+        found = driver.execute_script(state)
+        return found.get('live') == 'true' and found.get('busy') == 'false'
+
+    WebDriverWait(driver, seconds).until(drawn)
+
+
+def set_model(driver, **values):
+    "Set values of the explorer, as Python does in a notebook."
+    script = """
+    const { model } = document.querySelector('.explorer');
+    for (const [name, value] of Object.entries(args[0])) model.set(name, value);
+    await new Promise((f) => requestAnimationFrame(() => requestAnimationFrame(f)));
+    """
+    call(driver, script, values)
+    wait_until_drawn(driver)
+
+
+def shown(driver):
+    "The large picture as the page shows it, (32, 32, 4)."
+    script = """
+    const picture = document.querySelector('.explorer canvas');
+    return [...picture.getContext('2d').getImageData(0, 0, 32, 32).data];
+    """
+    return torch.tensor(call(driver, script), dtype=torch.float32).reshape(32, 32, 4)
+
+
+def text_of(driver):
+    return driver.find_element('css selector', '.explorer').text
+
+
+def test_page_draws_what_python_draws(page, pipe):
+    set_model(page, rule='t_norm', w=0.2, seed=5)
+    _, pixels, nfe = expected(pipe, SETTINGS | dict(rule='t_norm', w=0.2, seed=5))
+    assert (shown(page)[..., :3] - pixels).abs().max() <= 1
+    assert f'20 steps, {nfe} evaluations' in text_of(page)
+
+
+def test_page_has_ten_weights(page):
+    set_model(page, rule='cfg', w=3.0)
+    labels = [o.text for o in page.find_elements('css selector', '.explorer [role=group] > button')]
+    assert labels == [f'w = {w}' for w in (0, 0.5, 1, 1.5, 2, 3, 5, 7.5, 10, 15)]
+
+
+def test_tile_takes_its_weight(page):
+    set_model(page, rule='cfg', w=3.0)
+    page.find_elements('css selector', '.explorer [role=group] > button')[8].click()
+    assert call(page, "return document.querySelector('.explorer').model.get('w')") == 10
+    wait_until_drawn(page)
+
+
+def test_slider_redraws(page):
+    set_model(page, rule='cfg', w=3.0, seed=3)
+    before = shown(page)
+    slider = page.find_element('css selector', '.explorer input[type=range]')
+    slider.send_keys('\ue011')  # the Home key: w = 0
+    call(page, 'await new Promise((f) => setTimeout(f, 100))')
+    wait_until_drawn(page)
+    assert (shown(page) - before).abs().max() > 50
+
+
+def test_dragged_curve_is_used(page):
+    set_model(page, rule='cfg', w=3.0, schedule='constant')
+    handle = page.find_elements('css selector', '.explorer .handle')[2]
+    handle.send_keys('\ue015' * 10)  # arrow down
+    wait_until_drawn(page)
+    get = "return document.querySelector('.explorer').model.get(args[0])"
+    assert call(page, get, 'schedule') == 'curve'
+    assert call(page, get, 'curve')[2] == [0.5, 0.8]
+    set_model(page, schedule='constant')
+
+
+def test_unknown_word_is_shown(page):
+    set_model(page, negative='a pink boot')
+    assert 'Not known to this model: pink' in text_of(page)
+    set_model(page, negative='')
+
+
+def test_python_code_draws_the_picture(page, pipe):
+    from cf_guidance import pipelines, schedules, transforms
+
+    settings = dict(rule='apg', w=5.0, schedule='cosine', low=1.0, decay=2.0, interval=[0.3, 5.0])
+    set_model(page, **settings, negative='a green boot', seed=7)
+    code = page.find_element('css selector', '.explorer pre').get_attribute('textContent')
+    names = {**vars(pipelines), **vars(schedules), **vars(transforms), 'randn': randn}
+    exec(code, names | {'StableDiffusionPipeline': StableDiffusionPipeline}, scope := {})
+    image = torch.tensor(list(scope['image'].getdata())).reshape(32, 32, 3)
+    assert (shown(page)[..., :3] - image).abs().max() <= 1
+    set_model(page, rule='cfg', schedule='constant', interval=None, negative='')
+
+
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+@pytest.mark.parametrize('width', [390, 1280])
+def test_page_fits(page, width, theme):
+    resize(page, width)
+    call(page, f"document.body.className = 'quarto-{theme}'")
+    call(page, 'await new Promise((f) => setTimeout(f, 100))')
+    assert sideways_scroll(page) <= 0
+    assert not console_errors(page)
