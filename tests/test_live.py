@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from browser import (
@@ -179,8 +180,9 @@ def set_model(driver, **values):
 def shown(driver):
     "The large picture as the page shows it, (32, 32, 4)."
     script = """
-    const picture = document.querySelector('.explorer canvas');
-    return [...picture.getContext('2d').getImageData(0, 0, 32, 32).data];
+    const copy = new OffscreenCanvas(32, 32).getContext('2d', { willReadFrequently: true });
+    copy.drawImage(document.querySelector('.explorer canvas'), 0, 0);
+    return [...copy.getImageData(0, 0, 32, 32).data];
     """
     return torch.tensor(call(driver, script), dtype=torch.float32).reshape(32, 32, 4)
 
@@ -244,7 +246,7 @@ def test_python_code_draws_the_picture(page, pipe):
     code = page.find_element('css selector', '.explorer pre').get_attribute('textContent')
     names = {**vars(pipelines), **vars(schedules), **vars(transforms), 'randn': randn}
     exec(code, names | {'StableDiffusionPipeline': StableDiffusionPipeline}, scope := {})
-    image = torch.tensor(list(scope['image'].getdata())).reshape(32, 32, 3)
+    image = torch.tensor(np.array(scope['image'], dtype=np.float32))
     assert (shown(page)[..., :3] - image).abs().max() <= 1
     set_model(page, rule='cfg', schedule='constant', interval=None, negative='')
 

@@ -51,6 +51,9 @@ def output(o):
     if o.output_type == 'stream':
         return fence(''.join(o.text), 'text')
     data = o.get('data', {})
+    picture = re.search(r'<img src="([^"]+)" alt="([^"]+)">', ''.join(data.get('text/html', '')))
+    if picture:  # what stands in for an explorer, which needs the site
+        return relink(f'![{picture[2]}]({picture[1]})')
     if 'text/markdown' in data:
         return relink(''.join(data['text/markdown']).strip())
     if any(k.startswith('image/') for k in data):

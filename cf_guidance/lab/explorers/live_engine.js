@@ -113,13 +113,19 @@ function combine(rule, { pos, neg }, w, x, { alpha }, memory) {
   if (rule === 'cfg') return cfg(neg, pos, w);
   if (rule === 't_norm') return tNorm(neg, pos, w);
   if (rule === 'full_norm') return fullNorm(neg, pos, w);
-  // these two compare images: image = (x - noise * eps) / signal
   const [signal, level] = [Math.sqrt(alpha), Math.sqrt(1 - alpha)];
+  if (rule === 'apg') return apgNoise(neg, pos, w, x, signal, level, memory);
+  // the velocity: v = signal * eps - level * image, so eps = signal * v + level * x
+  const velocity = (eps) => eps.map((e, i) => (e - level * x[i]) / signal);
+  const v = rescale(cfg(velocity(neg), velocity(pos), w), velocity(pos));
+  return v.map((o, i) => signal * o + level * x[i]);
+}
+
+// APG compares images: x = signal * image + level * eps.
+function apgNoise(neg, pos, w, x, signal, level, memory) {
   const image = (eps) => eps.map((e, i) => (x[i] - level * e) / signal);
-  const [a, b] = [image(neg), image(pos)];
-  let guided;
-  if (rule === 'apg') [guided, memory.state] = apg(a, b, w, memory.state);
-  else guided = rescale(cfg(a, b, w), b);
+  const [guided, state] = apg(image(neg), image(pos), w, memory.state);
+  memory.state = state;
   return guided.map((v, i) => (x[i] - signal * v) / level);
 }
 
