@@ -590,6 +590,10 @@ d = {
                 'guided.html#guideddenoiser._evaluate',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.GuidedDenoiser._finish': (
+                'guided.html#guideddenoiser._finish',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.GuidedDenoiser._generators': (
                 'guided.html#guideddenoiser._generators',
                 'cf_guidance/guided.py',
@@ -2218,6 +2222,10 @@ d = {
             ),
             'cf_guidance.lab.widgets.Galaxy': (
                 'lab/widgets.html#galaxy',
+                'cf_guidance/lab/widgets.py',
+            ),
+            'cf_guidance.lab.widgets.LiveModel': (
+                'lab/widgets.html#livemodel',
                 'cf_guidance/lab/widgets.py',
             ),
             'cf_guidance.lab.widgets.RuleGeometry': (

@@ -591,16 +591,24 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, off, whole):
     pos, negs = self._negatives(x, sigma, cond, pos, active, outputs, known, records, run)  # 5
     run.before = run.states.copy(), run.stopped.copy()
     pred = self._combine(x, sigma, pos, negs, active, run)  # 6
+    return self._finish(Parts(pred, pos, negs[0], tuple(negs)), x, sigma, levels, step, active, run)
+
+
+# %% ../nbs/06_guided.ipynb #328a7c7a
+@patch
+def _finish(self: GuidedDenoiser, parts, x, sigma, levels, step, active, run):
+    "The last steps of an evaluation: check the estimate, and remember and count what was done."
+    pred = parts.pred
     if not math.isfinite(pred.sum().item()) and not pred.isfinite().all():
         where = f'sigma={levels[0]:.4g}' + ('' if step is None else f', step {step}')
         raise FloatingPointError(f'the guided estimate is not finite at {where}')
-    pred = pred if pred.dtype == x.dtype else _narrow(pred, x.dtype)
+    if pred.dtype != x.dtype:
+        parts = parts._replace(pred=_narrow(pred, x.dtype))
     if self.remembers:  # 7
-        self._update_stopped(x, sigma, pos, negs, active, run)
+        self._update_stopped(x, sigma, parts.pos, parts.negs, active, run)
     run.nfe_per_sample += run.last_nfe
     run.evaluations += 1
     run.last, run.unfinished = run.unfinished or _Evaluation(levels, step), None
-    parts = Parts(pred, pos, negs[0], tuple(negs))
     for record in self._runs.recorders:
         record(parts, active, x, sigma)
     return parts
@@ -955,6 +963,7 @@ def _rows_within(rows, samples):
     return rows[(rows >= samples.start) & (rows < samples.stop)]
 
 
+# %% ../nbs/06_guided.ipynb #28b574bf
 def _shape_error(name, y, x):
     got = tuple(y.shape) if torch.is_tensor(y) else type(y).__name__
     return ValueError(f'{name}: expected an output of shape {tuple(x.shape)}, got {got}')
