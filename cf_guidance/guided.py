@@ -937,6 +937,7 @@ def _forward(D, group, run, step):
     return y.to(x.dtype).split(list(map(len, xs)))
 
 
+# %% ../nbs/06_guided.ipynb #a51975c8
 def _forward_in_pieces(D, group, run, step):
     "The same for a `Microbatched` denoiser: a sample's rows stay together if they fit."
 
