@@ -125,6 +125,9 @@ def look(driver, home, page, folder):
             colours(driver, mode)
             settle(driver)
             seen = driver.execute_script(LOOK, width >= 1000, mode == 'light')
+            if seen['problems']:  # on a busy machine a page may still be changing its colours
+                time.sleep(1)
+                seen = driver.execute_script(LOOK, width >= 1000, mode == 'light')
             facts[view] = seen['facts']
             found += [(view, *p) for p in seen['problems']]
             found += [(view, *p) for p in [*complaints(driver), *strangers(driver, home)]]
