@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from .._extras import needs
-from ..pipelines import embedded_path
 from .fashion import _WORDS
 
 # %% ../../nbs/lab/06_export.ipynb #16db48bc
@@ -24,8 +23,10 @@ with needs('lab', 'cf_guidance.lab.export'):
     import numpy as np
     import onnx
     import onnxruntime
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler
     from onnx import TensorProto, helper, numpy_helper
+
+    from cf_guidance.pipelines import embedded_path
 
 
 # %% ../../nbs/lab/06_export.ipynb #6fe4163b
@@ -188,6 +189,8 @@ def export_onnx(
 
 def _loaded(pipe):
     "A pipeline in single precision on the CPU."
+    from diffusers import StableDiffusionPipeline
+
     if pipe is None or isinstance(pipe, (str, Path)):
         return StableDiffusionPipeline.from_pretrained(pipe or embedded_path())
     return pipe
