@@ -2,19 +2,9 @@
 
 from pathlib import Path
 
+import browser
 import pytest
 import torch
-from browser import (
-    call,
-    chromium,
-    console_errors,
-    resize,
-    serve,
-    set_dark,
-    sideways_scroll,
-    wait_for_explorers,
-    write_page,
-)
 from torch.testing import assert_close
 
 from cf_guidance import karras, transforms
@@ -37,7 +27,7 @@ def normal(*shape, seed=0):
 
 @pytest.fixture(scope='module')
 def driver():
-    with chromium() as driver:
+    with browser.chromium() as driver:
         yield driver
 
 
@@ -49,11 +39,13 @@ def maths(driver, tmp_path_factory):
     (folder / 'index.html').write_text(page, encoding='utf-8')
     for path in SOURCES.glob('*.js'):
         (folder / path.name).write_text(path.read_text(encoding='utf-8'), encoding='utf-8')
-    with serve(folder) as url:
+    with browser.serve(folder) as url:
 
         def evaluate(body, *args):
             driver.get(f'{url}/index.html')
-            return call(driver, f"const m = await import('./galaxy_math.js'); {body}", *args)
+            return browser.call(
+                driver, f"const m = await import('./galaxy_math.js'); {body}", *args
+            )
 
         yield evaluate
 
@@ -190,12 +182,12 @@ NEXT_FRAMES = 'await new Promise((f) => requestAnimationFrame(() => requestAnima
 
 @pytest.fixture
 def page(driver, tmp_path):
-    write_page(tmp_path, widgets.Galaxy())
-    with serve(tmp_path) as url:
-        resize(driver, 1280)
+    browser.write_page(tmp_path, widgets.Galaxy())
+    with browser.serve(tmp_path) as url:
+        browser.resize(driver, 1280)
         driver.get(f'{url}/index.html')
-        wait_for_explorers(driver)
-        call(driver, NEXT_FRAMES)
+        browser.wait_for_explorers(driver)
+        browser.call(driver, NEXT_FRAMES)
         yield driver
 
 
@@ -213,8 +205,8 @@ READ = """
 
 
 def set_and_read(page, label, value):
-    call(page, SET + NEXT_FRAMES, label, value)
-    return call(page, NEXT_FRAMES + READ)
+    browser.call(page, SET + NEXT_FRAMES, label, value)
+    return browser.call(page, NEXT_FRAMES + READ)
 
 
 def covered(state):
@@ -224,7 +216,7 @@ def covered(state):
 def test_coverage_falls_with_the_weight(page):
     high, low = (covered(set_and_read(page, 'Guidance weight', w)) for w in (6, 1))
     assert high < 50 < 95 < low
-    assert not console_errors(page)
+    assert not browser.console_errors(page)
 
 
 def test_every_choice_draws(page):
@@ -238,7 +230,7 @@ def test_every_choice_draws(page):
     ).items():
         for value in values:
             assert 0 <= covered(set_and_read(page, label, value)) <= 100
-    assert not console_errors(page)
+    assert not browser.console_errors(page)
 
 
 def test_keyboard_moves_the_interval(page):
@@ -247,7 +239,7 @@ def test_keyboard_moves_the_interval(page):
 
     upper = page.find_element(By.CSS_SELECTOR, '[aria-label^="upper end"]')
     upper.send_keys(Keys.ARROW_RIGHT * 20)
-    state = call(page, NEXT_FRAMES + READ)
+    state = browser.call(page, NEXT_FRAMES + READ)
     assert 'interval=(0.0, 3.' in state['code']
     assert float(upper.get_attribute('aria-valuenow')) == pytest.approx(10 / 1.05**20, rel=0.02)
 
@@ -265,12 +257,12 @@ def test_python_code_runs(page):
 
 def test_phone_and_dark(page):
     for dark in (True, False):
-        set_dark(page, dark)
+        browser.set_dark(page, dark)
         for width in (390, 1280):
-            resize(page, width)
-            call(page, NEXT_FRAMES)
-            assert sideways_scroll(page) <= 0
-    assert not console_errors(page)
+            browser.resize(page, width)
+            browser.call(page, NEXT_FRAMES)
+            assert browser.sideways_scroll(page) <= 0
+    assert not browser.console_errors(page)
 
 
 def test_play_walks_through_the_steps(page):

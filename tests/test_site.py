@@ -80,20 +80,29 @@ def test_sources_of_private_names_are_left_out():
     assert prepare.folded(code(SOURCE + 'def _f(): ...'), 'reference') is None
 
 
-def test_pages_load_katex_from_the_site(tmp_path):
-    page = tmp_path / 'lessons/a.html'
+@pytest.mark.parametrize(
+    ('file', 'text', 'change', 'expected'),
+    [
+        (
+            'lessons/a.html',
+            'src="https://cdn.jsdelivr.net/npm/katex@0.16.11/dist/katex.min.js"',
+            finish.local_katex,
+            'src="../site_libs/katex/katex.min.js"',
+        ),
+        (
+            'site_libs/a.css',
+            '@import url(https://fonts.example.org/css?w=300;400);body{}',
+            finish.no_foreign_fonts,
+            'body{}',
+        ),
+    ],
+)
+def test_pages_load_nothing_from_other_hosts(file, text, change, expected, tmp_path):
+    page = tmp_path / file
     page.parent.mkdir()
-    page.write_text('src="https://cdn.jsdelivr.net/npm/katex@0.16.11/dist/katex.min.js"')
-    finish.local_katex(tmp_path)
-    assert page.read_text() == 'src="../site_libs/katex/katex.min.js"'
-
-
-def test_themes_load_no_fonts_from_other_hosts(tmp_path):
-    style = tmp_path / 'site_libs/a.css'
-    style.parent.mkdir()
-    style.write_text('@import url(https://fonts.example.org/css?w=300;400);body{}')
-    finish.no_foreign_fonts(tmp_path)
-    assert style.read_text() == 'body{}'
+    page.write_text(text)
+    change(tmp_path)
+    assert page.read_text() == expected
 
 
 def test_search_finds_names_and_headings_only(tmp_path):
