@@ -695,6 +695,10 @@ d = {
                 'guided.html#run.effective_scale',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.Run.effective_scales': (
+                'guided.html#run.effective_scales',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.Term': ('guided.html#term', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Term.__post_init__': (
                 'guided.html#term.__post_init__',

@@ -658,7 +658,7 @@ class Run:
     nfe_per_sample: torch.Tensor | None = None  # (B,) network evaluations
     last_nfe: torch.Tensor | None = None  # (B,) of the last call
     guided: list = field(default_factory=list)  # per term: how many predictions it changed
-    # per term: sums of <pred - neg, pos - neg> and of |pos - neg|^2
+    # per term: sums of <pred - neg, pos - neg> and of |pos - neg|^2, (B,) each
     scale_sums: list = field(default_factory=list)
     states: dict = field(default_factory=dict)  # per term: memory of its rule
     stopped: dict = field(default_factory=dict)  # per term: (B,) bool
@@ -681,8 +681,17 @@ class Run:
         term: int = 0,  # number of the term
     ) -> float:  # 0 is the negative, 1 the positive; for `cfg` it is `w`
         "`<pred - neg, pos - neg> / |pos - neg|^2` over the whole run (arXiv:2602.22570)."
-        a, b = self.scale_sums[term]
-        return float(a) / float(b) if float(b) else math.nan
+        a, b = (float(torch.as_tensor(o).sum()) for o in self.scale_sums[term])
+        return a / b if b else math.nan
+
+    def effective_scales(
+        self,
+        term: int = 0,  # number of the term
+    ) -> list:  # one per sample; nan if the term did not guide it
+        "The effective scale of each sample."
+        n = self.n or 1
+        sums = (torch.as_tensor(o).expand(n).tolist() for o in self.scale_sums[term])
+        return [a / b if b else math.nan for a, b in zip(*sums, strict=True)]
 
 
 class _ThreadRuns(threading.local):
@@ -1169,9 +1178,10 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
         pred = self._post(pred, pos, active, x, sigma)
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
         if a.on is not False:
-            delta, moved = (pos - neg).detach().flatten(), (pred - neg).detach().flatten()
+            delta, moved = ((o - neg).detach().reshape(len(x), -1) for o in (pos, pred))
             top, bottom = run.scale_sums[i]
-            run.scale_sums[i] = top + moved @ delta, bottom + delta @ delta
+            dot = torch.linalg.vecdot
+            run.scale_sums[i] = top + dot(moved, delta), bottom + dot(delta, delta)
             run.guided[i] += len(x) if a.on is True else int(a.on.sum())
     return pred
 

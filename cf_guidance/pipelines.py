@@ -33,7 +33,15 @@ from torch import nn
 from . import transforms as T
 from ._extras import needs
 from .denoisers import Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
-from .guided import Conditions, GuidedDenoiser, Microbatched, Negative, Term, Weight
+from .guided import (
+    Conditions,
+    GuidedDenoiser,
+    Microbatched,
+    Negative,
+    Term,
+    Weight,
+    _as_posts,
+)
 from .noise import split_generator
 from .perturb import _network_of, refuse_caches
 
@@ -1071,6 +1079,7 @@ class _TermReport:
     negative: str  # kind of the negative
     guided: float  # evaluations that it changed, per image
     scale: float  # mean effective scale of all terms, measured against this negative
+    scales: list  # the same for each image
 
 
 @dataclass(frozen=True)
@@ -1108,7 +1117,8 @@ def _report_of(run):
     terms = []
     for i, t in enumerate(run.G.terms):
         name = type(t.neg).__name__.replace('_PromptOfCall', 'NegativePrompt')
-        terms.append(_TermReport(name, state.guided[i] / n, state.effective_scale(i)))
+        scales = state.effective_scale(i), state.effective_scales(i)
+        terms.append(_TermReport(name, state.guided[i] / n, *scales))
         if not state.guided[i] and run.options.warns:
             warnings.warn(f'{name} never guided: {_why_idle(t, walked)}', stacklevel=4)
     joins = state.perturbed[1].joins if state.perturbed else ''
@@ -1500,8 +1510,10 @@ def sample(
     negative_prompt='',  # what a transform moves away from: a string, or one per image
     num_steps: int | None = None,  # None: that of `self`, or as many as there are weights
     return_nfe: bool = False,  # also return the network evaluations of each image?
+    post=None,  # a post-rule such as `rescale`, or a list of them, for the sum of all terms
+    return_report: bool = False,  # also return what guidance did, as `sd.report` tells it?
     **kwargs,  # of the pipeline's call, such as `eta`
-) -> torch.Tensor:  # (n, 3, H, W) in [0, 1]; or a pair of it and a list of n numbers
+) -> torch.Tensor:  # (n, 3, H, W) in [0, 1]; or a pair of it and what else is returned
     "Images as a tensor."
     if self.pipe is None:
         self.load()
@@ -1514,7 +1526,7 @@ def sample(
     if self.embedded:
         _check_words('prompt', prompts)
         _check_words('negative_prompt', negatives)
-    sd = _guide(self.pipe, _Guidance(terms, [], 0, self.batch_size, warns=False))
+    sd = _guide(self.pipe, _Guidance(terms, _as_posts(post), 0, self.batch_size, warns=False))
     sd.set_progress_bar_config(disable=not self.progress)
     _seed_noise(sd.scheduler, generators)
     out = sd(
@@ -1527,6 +1539,8 @@ def sample(
         **{**_negative_arguments(sd, terms, negatives), **kwargs},
     )
     x = self._decode(out.images)
+    if return_report:
+        return x, sd.report
     return (x, sd.report.nfe) if return_nfe else x
 
 
@@ -1629,6 +1643,8 @@ def generate(
     "Images as PIL images."
     from diffusers.image_processor import VaeImageProcessor
 
-    x = self.sample(prompt, guide_tfm, generator, **{**kwargs, 'return_nfe': False})
+    x = self.sample(
+        prompt, guide_tfm, generator, **{**kwargs, 'return_nfe': False, 'return_report': False}
+    )
     images = VaeImageProcessor.numpy_to_pil(x.permute(0, 2, 3, 1).cpu().numpy())
     return images[0] if len(images) == 1 and isinstance(prompt, str) else images

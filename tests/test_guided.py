@@ -313,10 +313,20 @@ def test_effective_scale_of_a_run():
     assert G.run.guided == [6 * 15]
 
 
+def test_effective_scale_of_each_sample():
+    w = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    G = GuidedDenoiser(toy, NONE, w=w)
+    sample(G, 10 * X, SIGMAS, cond=C)
+    scales = G.run.effective_scales()
+    assert math.isnan(scales[0])  # a weight of 1 does not guide
+    assert scales[1:] == pytest.approx(w[1:].tolist(), rel=1e-4)
+
+
 def test_effective_scale_of_a_run_that_was_not_guided():
     G = GuidedDenoiser(toy, NONE, w=1.0)
     G(X, 1.0, **C)
     assert math.isnan(G.run.effective_scale())
+    assert all(map(math.isnan, G.run.effective_scales()))
     assert G.run.guided == [0]
 
 

@@ -12,13 +12,21 @@ from pipeline_helpers import flow, flux, sd3, seeded, xl
 from cf_guidance.attention import PAG, TPG
 from cf_guidance.denoisers import from_x0, to_x0
 from cf_guidance.guided import Term
-from cf_guidance.pipelines import MinimalDiffusion, NegativePrompt, embedded_path, pipeline_denoiser
+from cf_guidance.noise import split_generator
+from cf_guidance.pipelines import (
+    MinimalDiffusion,
+    NegativePrompt,
+    embedded_path,
+    guided,
+    pipeline_denoiser,
+)
 from cf_guidance.transforms import (
     BaseNormGuidance,
     FullNormGuidance,
     GuidanceTfm,
     TNormGuidance,
     apg,
+    rescale,
 )
 
 # of torchsde, and of schedulers of diffusers under newer versions of numpy
@@ -204,6 +212,24 @@ def test_terms(md):
     assert nfe == [4 * 3 + 2 * 2]
     with pytest.raises(ValueError, match='negative_prompt: a Term has its own negative'):
         md.sample(PROMPTS[0], terms, negative_prompt='a bag')
+
+
+def test_report_of_each_image(md):
+    ws = torch.tensor([1.0, 2.0, 5.0]).expand(6, 3)
+    term = Term(NegativePrompt(), ws)
+    x, report = md.sample(PROMPTS, term, generator=1, return_report=True)
+    scales = report.terms[0].scales
+    assert report.nfe == [6, 12, 12]
+    assert np.isnan(scales[0])
+    assert scales[1:] == pytest.approx([2, 5], rel=1e-3)
+    near(x, md.sample(PROMPTS, term, generator=1))
+    y, report = md.sample(PROMPTS, term, generator=1, post=rescale, return_report=True)
+    assert (x - y).abs().max() > 0.01
+    sd = guided(md.pipe, term, post=rescale)
+    sd.set_progress_bar_config(disable=True)
+    own = dict(generator=split_generator(1, 3), num_inference_steps=6, output_type='pt')
+    near(y, sd(PROMPTS, **own).images)
+    assert report.terms[0].scales[2] < 5
 
 
 def test_micro_batches(md):
