@@ -108,9 +108,13 @@ def _drop_notes(model):
 
 
 # %% ../../nbs/lab/06_export.ipynb #4dcd2862
-def _write_network(net, inputs, file, dtype):
-    "One network as an ONNX file; the first axis of each input may have any length."
+def _write_network(net, inputs, file, dtype, axes=None):
+    """One network as an ONNX file.
+
+    `axes` names the axes of each input that may have any length; None: the first of each.
+    """
     written = BytesIO()
+    axes = dict.fromkeys(inputs, {0: 'rows'}) if axes is None else axes
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the exporter's own
         # the older exporter: its U-Net takes half the time in a browser
@@ -120,7 +124,7 @@ def _write_network(net, inputs, file, dtype):
             written,
             input_names=list(inputs),
             output_names=['out'],
-            dynamic_axes={k: {0: 'rows'} for k in [*inputs, 'out']},
+            dynamic_axes={**axes, 'out': next(iter(axes.values()))},
             opset_version=17,
             dynamo=False,
         )
