@@ -1251,6 +1251,152 @@ d = {
             'cf_guidance.karras.sample': ('karras.html#sample', 'cf_guidance/karras.py'),
             'cf_guidance.karras.samples': ('karras.html#samples', 'cf_guidance/karras.py'),
         },
+        'cf_guidance.lab.backends': {
+            'cf_guidance.lab.backends._ByName': (
+                'lab/backends.html#_byname',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._ByName.__init__': (
+                'lab/backends.html#_byname.__init__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._ByName.forward': (
+                'lab/backends.html#_byname.forward',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Compiled': (
+                'lab/backends.html#_compiled',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Compiled.__call__': (
+                'lab/backends.html#_compiled.__call__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Compiled.__init__': (
+                'lab/backends.html#_compiled.__init__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Fast': (
+                'lab/backends.html#_fast',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Fast.__call__': (
+                'lab/backends.html#_fast.__call__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Fast.__init__': (
+                'lab/backends.html#_fast.__init__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Fast.why_not': (
+                'lab/backends.html#_fast.why_not',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._HalfPrecision': (
+                'lab/backends.html#_halfprecision',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._HalfPrecision.__call__': (
+                'lab/backends.html#_halfprecision.__call__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._HalfPrecision.__init__': (
+                'lab/backends.html#_halfprecision.__init__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Onnx': (
+                'lab/backends.html#_onnx',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Onnx.__call__': (
+                'lab/backends.html#_onnx.__call__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Onnx.__init__': (
+                'lab/backends.html#_onnx.__init__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Onnx.fits': (
+                'lab/backends.html#_onnx.fits',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Unfit': (
+                'lab/backends.html#_unfit',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Weights': (
+                'lab/backends.html#_weights',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Weights.__init__': (
+                'lab/backends.html#_weights.__init__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Weights.changed': (
+                'lab/backends.html#_weights.changed',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Weights.read': (
+                'lab/backends.html#_weights.read',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._as_onnx': (
+                'lab/backends.html#_as_onnx',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._cache_folder': (
+                'lab/backends.html#_cache_folder',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._fast_class': (
+                'lab/backends.html#_fast_class',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._fast_network': (
+                'lab/backends.html#_fast_network',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._fast_way': (
+                'lab/backends.html#_fast_way',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._fingerprint': (
+                'lab/backends.html#_fingerprint',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._free_axes': (
+                'lab/backends.html#_free_axes',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._kept_onnx': (
+                'lab/backends.html#_kept_onnx',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._narrow': (
+                'lab/backends.html#_narrow',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._plain_network': (
+                'lab/backends.html#_plain_network',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._recorded_call': (
+                'lab/backends.html#_recorded_call',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._tensors': (
+                'lab/backends.html#_tensors',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends.backend_of': (
+                'lab/backends.html#backend_of',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends.with_backend': (
+                'lab/backends.html#with_backend',
+                'cf_guidance/lab/backends.py',
+            ),
+        },
         'cf_guidance.lab.export': {
             'cf_guidance.lab.export._Decoder': (
                 'lab/export.html#_decoder',
