@@ -1960,6 +1960,122 @@ d = {
                 'cf_guidance/lab/plots.py',
             ),
         },
+        'cf_guidance.lab.store': {
+            'cf_guidance.lab.store.Store': ('lab/store.html#store', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store.Store.__init__': (
+                'lab/store.html#store.__init__',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store._files': (
+                'lab/store.html#store._files',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store._groups': (
+                'lab/store.html#store._groups',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store._labels': (
+                'lab/store.html#store._labels',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store._not_in': (
+                'lab/store.html#store._not_in',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store._planned': (
+                'lab/store.html#store._planned',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store._read': (
+                'lab/store.html#store._read',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store._results': (
+                'lab/store.html#store._results',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store._set_aside': (
+                'lab/store.html#store._set_aside',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store._write_part': (
+                'lab/store.html#store._write_part',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.add': (
+                'lab/store.html#store.add',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.merge': (
+                'lab/store.html#store.merge',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.missing': (
+                'lab/store.html#store.missing',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.picture': (
+                'lab/store.html#store.picture',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.pictures': (
+                'lab/store.html#store.pictures',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.plan': (
+                'lab/store.html#store.plan',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.requests': (
+                'lab/store.html#store.requests',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.stats': (
+                'lab/store.html#store.stats',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.status': (
+                'lab/store.html#store.status',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.table': (
+                'lab/store.html#store.table',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store._digest': ('lab/store.html#_digest', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._existing': (
+                'lab/store.html#_existing',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store._half': ('lab/store.html#_half', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._huggingface': (
+                'lab/store.html#_huggingface',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store._joined': ('lab/store.html#_joined', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._label': ('lab/store.html#_label', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._name': ('lab/store.html#_name', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._number': ('lab/store.html#_number', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._opened': ('lab/store.html#_opened', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._part': ('lab/store.html#_part', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._picture': (
+                'lab/store.html#_picture',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store._plain': ('lab/store.html#_plain', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._record': ('lab/store.html#_record', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._short': ('lab/store.html#_short', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._text': ('lab/store.html#_text', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._write_parquet': (
+                'lab/store.html#_write_parquet',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.canonical': (
+                'lab/store.html#canonical',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.key_of': ('lab/store.html#key_of', 'cf_guidance/lab/store.py'),
+        },
         'cf_guidance.lab.sweeps': {
             'cf_guidance.lab.sweeps._as_list': (
                 'lab/sweeps.html#_as_list',
