@@ -186,7 +186,7 @@ def permuted(
 class Perturbation(Queries):
     "A negative from the same network, with some of its layers changed."
 
-    w = 4.0
+    w, perturbs = 4.0, True
 
     def __init__(
         self,
@@ -338,7 +338,8 @@ class _AttentionMap:
 class SAG(Called):
     "Self-attention guidance (arXiv:2210.00939, eq. 15-17): blur the positive where attention is."
 
-    needs_pos, w = True, 1.75  # the paper's scale is `w - 1`; diffusers uses 0.75
+    w = 1.75  # the paper's scale is `w - 1`; diffusers uses 0.75
+    needs_pos = perturbs = True
 
     def __init__(
         self,

@@ -296,7 +296,12 @@ class NetDenoiser(Denoiser):
 
     def forward(self, x, sigma, **cond):
         c_skip, c_out, pred = self._precondition(x, sigma, cond)
-        return torch.addcmul(c_skip * x, c_out, pred.to(c_out.dtype)).to(x.dtype)
+        x0 = torch.addcmul(c_skip * x, c_out, pred.to(c_out.dtype)).to(x.dtype)
+        if x0.device.type == 'cpu' and not math.isfinite(x0.detach().sum().item()):
+            if not x0.isfinite().all():
+                level = torch.as_tensor(sigma).flatten()[0].item()
+                raise FloatingPointError(f'the estimate is not finite at sigma={level:.4g}')
+        return x0
 
     def loss(self, x0, noise, sigma, **cond):
         "Mean squared error of what the network predicts, (B,); see `Denoiser.loss`."
@@ -516,8 +521,11 @@ class DiscreteDenoiser(NetDenoiser):
         prediction: str = 'eps',  # 'eps', 'x0' or 'v'
         quantize: bool = True,  # only use levels of the list? False: interpolate between steps
     ):
-        sigmas = _levels_of(scaled_linear() if alphas_cumprod is None else alphas_cumprod)
+        abar = scaled_linear() if alphas_cumprod is None else alphas_cumprod
+        sigmas = _levels_of(abar)
         super().__init__(net, prediction, sigmas[0], sigmas[-1])
+        # the highest level at which noise predictions differ from the input
+        self.sigma_max_eps = float(sigmas[-2 if abar[-1] == 0 and len(abar) > 1 else -1])
         self.quantize, self.sigmas = quantize, sigmas.float()
 
     @property

@@ -36,7 +36,14 @@ from fastcore.basics import patch
 from .denoisers import Denoiser, Parts, _per_sample, scalings, to_x0
 from .karras import SigmaSchedule, _checked_sigmas
 from .noise import split_generator
-from .perturb import Applied, Change, PerturbedDenoiser, _wrapped_models, part_of_batch
+from .perturb import (
+    Applied,
+    Change,
+    PerturbedDenoiser,
+    _refuse_tracing,
+    _wrapped_models,
+    part_of_batch,
+)
 from .schedules import _in_interval
 from .transforms import GuidanceTfm, PostRule, Rule, _is_number, _narrow, cfg
 
@@ -198,6 +205,7 @@ class Negative:
     # (goes on from run to run), or a list of them, one per sample
     generator = None
     draws = False  # does it draw random numbers?
+    perturbs = False  # does it change layers of the network, or observe them?
 
     def check(
         self,
@@ -494,6 +502,7 @@ class GuidedDenoiser(Denoiser):
             _refuse_inner_memory(getattr(t.neg, 'model', None))
         _refuse_inner_memory(inner_model)
         self.remembers = any(t.remembers for t in self.terms)
+        self.perturbs = any(t.neg.perturbs for t in self.terms)
         neg = self.terms[0].neg
         self._may_skip_pos = (
             len(self.terms) == 1 and isinstance(neg, Queries) and not (neg.needs_pos or self.posts)
@@ -557,6 +566,8 @@ def _refuse_inner_memory(model):
 @patch
 def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, off, whole):
     "One evaluation. The numbers are those of the list at the top of the page."
+    if self.perturbs:
+        _refuse_tracing()
     sigma, cond, known = _per_sample(sigma, x), _expand_rows(cond, len(x), x.device), known or {}
     levels = sigma.tolist()
     run = self._current_run(x, levels, step, cond)  # 1
@@ -610,7 +621,7 @@ def _finish(self: GuidedDenoiser, parts, x, sigma, levels, step, active, run):
     run.evaluations += 1
     run.last, run.unfinished = run.unfinished or _Evaluation(levels, step), None
     for record in self._runs.recorders:
-        record(parts, active, x, sigma)
+        record(parts, active, x, sigma, run.sigma_max)
     return parts
 
 
@@ -651,7 +662,7 @@ class Run:
 
     sigmas: tuple | None = None  # noise levels of the sampler, if known
     weights: list = field(default_factory=list)  # the weight of each term, bound to `sigmas`
-    sigma_max: float = math.inf  # largest noise level of the model
+    sigma_max: float = math.inf  # largest noise level for rules on noise predictions
     n: int | None = None  # number of samples
     names: set | None = None  # of the conditions that the negatives have been checked for
     evaluations: int = 0  # how often the denoiser was called
@@ -720,7 +731,7 @@ def start(
         self.inner_model.start(sigmas)
     self._runs.earlier = self.nfe
     n = len(self.terms)
-    top = _sigma_range(self)[1] * (1 + 1e-3)
+    top = _largest_for_eps(self)
     run = Run(sigmas, weights, top, guided=[0] * n, scale_sums=[(0.0, 0.0)] * n)
     run.inner_takes_step = getattr(self.inner_model, 'takes_step', False)
     self._runs.run = run
@@ -743,6 +754,11 @@ def _sigma_range(D):
         return float(D.sigma_min), float(D.sigma_max)
     except (AttributeError, NotImplementedError):
         return 0.0, math.inf
+
+
+def _largest_for_eps(D):
+    "The highest noise level at which noise predictions are more than the input."
+    return getattr(D, 'sigma_max_eps', _sigma_range(D)[1]) * (1 + 1e-3)
 
 
 # %% ../nbs/06_guided.ipynb #ad0d1ada
@@ -912,16 +928,6 @@ def _entry_of_rows(term, rows, query, changes):
     return _Entry(term, rows, x, sigma, cond, changes, query)
 
 
-def _can_batch(a, b):
-    "Do two entries fit into one batch?"
-    if a.x.shape[1:] != b.x.shape[1:] or a.x.dtype != b.x.dtype or a.cond.keys() != b.cond.keys():
-        return False
-    for k, v in a.cond.items():
-        if v.shape[1:] != b.cond[k].shape[1:] or v.dtype != b.cond[k].dtype:
-            return False
-    return True
-
-
 # %% ../nbs/06_guided.ipynb #ce76bcd1
 def _forward(D, group, run, step):
     "One forward of `D` for entries that fit together: the output for each entry."
@@ -933,14 +939,19 @@ def _forward(D, group, run, step):
             cond[k] = torch.cat(list(map(itemgetter(k), conds)))
     if run.inner_takes_step:
         cond['step'] = step
-    if not len(x):
-        y = x
-    elif any(changes):
-        if run.perturbed is None or run.perturbed[0] is not D:
-            run.perturbed = D, PerturbedDenoiser(D)
-        y = run.perturbed[1](x, sigma, cond, *_changed_rows(group))
-    else:
-        y = D(x, sigma, **cond)
+    try:
+        if not len(x):
+            y = x
+        elif any(changes):
+            if run.perturbed is None or run.perturbed[0] is not D:
+                run.perturbed = D, PerturbedDenoiser(D)
+            y = run.perturbed[1](x, sigma, cond, *_changed_rows(group))
+        else:
+            y = D(x, sigma, **cond)
+    except FloatingPointError as e:
+        if step is None or run.inner_takes_step:
+            raise
+        raise FloatingPointError(f'{e}, step {step}') from None
     if not torch.is_tensor(y) or y.shape != x.shape:
         raise _shape_error('inner_model', y, x)
     return y.to(x.dtype).split(list(map(len, xs)))
@@ -1043,19 +1054,17 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
         not_all = torch.is_tensor(active[0].neg_only)
         rows = (~active[0].neg_only).nonzero().flatten() if not_all else None
         entries.insert(0, (None, rows, Query(x, sigma, cond), tuple(pos_changes)))
-    groups = []
+    groups = {}
     for term, rows, query, changes in entries:
         if rows is None:
             entry = _Entry(term, None, *query[:3], changes, query)
         else:
             entry = _entry_of_rows(term, rows, query, changes)
-        for group in groups:
-            if _can_batch(group[0], entry):
-                group.append(entry)
-                break
-        else:
-            groups.append([entry])
-    return groups, records
+        form = [entry.x.shape[1:], entry.x.dtype]
+        for k in sorted(entry.cond):
+            form += k, entry.cond[k].shape[1:], entry.cond[k].dtype
+        groups.setdefault(tuple(form), []).append(entry)
+    return groups.values(), records
 
 
 # %% ../nbs/06_guided.ipynb #5b6fde08
@@ -1217,7 +1226,7 @@ def _update_stopped(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
             continue
         cosine = torch.cosine_similarity(*_noise_predictions(x, sigma, pos, negs[i])).cpu()
         guided = _as_tensor_mask(a.on, len(x)) & ~_as_tensor_mask(a.neg_only, len(x))
-        new = guided & (cosine > t.stop)
+        new = guided & (cosine > t.stop) & (sigma <= run.sigma_max).cpu()
         run.stopped[i] = new | run.stopped.get(i, torch.zeros_like(new))
 
 
@@ -1339,7 +1348,10 @@ class ZeroInit(Denoiser):
 
 # %% ../nbs/06_guided.ipynb #e644b4ce
 class Trace(NamedTuple):
-    "One evaluation, (B,) each; nan where one of the two predictions was not evaluated."
+    """One evaluation, (B,) each; nan where one of the two predictions was not evaluated.
+
+    The last two are also nan at noise levels beyond the model's range.
+    """
 
     sigma: torch.Tensor  # noise levels
     # <pred-neg, pos-neg> / <pos-neg, pos-neg>; where only one prediction was evaluated, 1 is the
@@ -1349,7 +1361,7 @@ class Trace(NamedTuple):
     ratio: torch.Tensor  # |pos-neg| / |neg|, as noise predictions
 
 
-def _trace(parts, active, i, x, sigma):
+def _trace(parts, active, i, x, sigma, sigma_max):
     a, neg = active[i], parts.negs[i]
     masks = [_as_tensor_mask(o, len(x)) for o in (a.on, a.neg_only, *(o.on for o in active))]
     (on, neg_only), moved = masks[:2], torch.stack(masks[2:]).any(0)
@@ -1362,9 +1374,10 @@ def _trace(parts, active, i, x, sigma):
     both = (on & ~neg_only).to(x.device)
     alone = torch.where(moved, math.nan, 1.0).where(~neg_only, 0.0).to(d)
     scale = scale.where(apart, math.nan).where(both, alone)
-    cosine = torch.cosine_similarity(pos, neg).where(both, math.nan)
+    told = both & (sigma <= sigma_max)  # by noise predictions
+    cosine = torch.cosine_similarity(pos, neg).where(told, math.nan)
     ratio = (pos - neg).norm(dim=1) / neg.norm(dim=1)
-    return Trace(sigma, scale, cosine, ratio.where(both, math.nan))
+    return Trace(sigma, scale, cosine, ratio.where(told, math.nan))
 
 
 # %% ../nbs/06_guided.ipynb #10b0ed83
@@ -1381,8 +1394,8 @@ def watch(
         raise IndexError(f'term: expected 0 to {len(self.terms) - 1}, got {term}')
     traces, recorders = [], self._runs.recorders
 
-    def record(parts, active, x, sigma):
-        traces.append(_trace(parts, active, term, x, sigma))
+    def record(parts, active, *evaluation):
+        traces.append(_trace(parts, active, term, *evaluation))
 
     recorders.append(record)
     try:

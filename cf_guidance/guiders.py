@@ -25,6 +25,7 @@ from .guided import (
     Term,
     _active,
     _as_posts,
+    _largest_for_eps,
     _ThreadRuns,
 )
 from .perturb import _network_of
@@ -35,6 +36,7 @@ from .pipelines import (
     _Family,
     _Loop,
     _scheduler_denoiser,
+    _weight_at_infinity,
 )
 from .transforms import PostRule, Rule
 
@@ -144,6 +146,8 @@ def _as_negative(o, net):
 
 
 def _name_and_settings(o):
+    if not isinstance(o, (str, Mapping)):
+        raise TypeError(f'neg: expected a name, or a dict with a name, got {type(o).__name__}')
     settings = dict(name=o) if isinstance(o, str) else dict(o)
     name = settings.pop('name', None)
     if name not in _NEGATIVES:
@@ -458,10 +462,11 @@ def _needs_negative(self: Guider, n):
     if self._sampler_step < self.zero_init:
         return False
     sigma = torch.full((n,), self._sigma, dtype=torch.float64)
-    top = self._levels.sigma_max * (1 + 1e-3)
+    top = _largest_for_eps(self._levels)
     stopped = {} if self.denoiser is None else self.denoiser.run.stopped
     for i, t in self._prompt_terms():
-        a = _active(t, sigma, sigma.tolist(), self._sampler_step, t.w, top, stopped.get(i))
+        w = _weight_at_infinity(t.w)
+        a = _active(t, sigma, sigma.tolist(), self._sampler_step, w, top, stopped.get(i))
         if a.on is not False:
             return True
     return False
@@ -530,6 +535,7 @@ def cleanup_models(self: Guider, denoiser):
 def _begin(self: Guider):
     "The guided denoiser of a run."
     terms = [_term_for(t, self._loop.net) for t in self.terms]
+    terms = [replace(t, w=_weight_at_infinity(t.w)) for t in terms]
     for i, t in self._prompt_terms():
         terms[i] = replace(t, neg=NegativePrompt())  # it holds the conditions of this run
     steps = self._evaluations.num_steps

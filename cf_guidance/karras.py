@@ -467,8 +467,12 @@ class _BoundDenoiser:
         return getattr(self.D, 'quantize_sigma', lambda o: o)(sigma)
 
     def _query(self, f, x, sigma):
-        step = dict(step=self.step) if self.takes_step else {}
-        return f(x, _per_sample(sigma, x), **step, **self.cond)
+        if self.takes_step:
+            return f(x, _per_sample(sigma, x), step=self.step, **self.cond)
+        try:
+            return f(x, _per_sample(sigma, x), **self.cond)
+        except FloatingPointError as e:
+            raise FloatingPointError(f'{e}, step {self.step}') from None
 
     def _checked(self, x0, x, sigma):
         "The estimate in the type of `x`, which autocast may have changed."

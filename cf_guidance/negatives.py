@@ -296,7 +296,7 @@ class TSG(Queries):
     "The same network with noise on its time embedding (arXiv:2407.02687)."
 
     w = 2.0  # the paper tunes it for each model
-    draws = True
+    draws = perturbs = True
 
     def __init__(
         self,

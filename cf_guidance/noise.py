@@ -136,5 +136,7 @@ def step_generator(
     device='cpu',  # where the generator draws
 ) -> torch.Generator:  # the same for the same `seed` and `i`
     "The generator for step `i` of a run, whatever was drawn before."
+    _check_whole('seed', seed, 'a whole number from 0')
+    _check_whole('i', i, 'the number of the step, 0 or more')
     key = hashlib.sha256(f'{seed}/{i}'.encode()).digest()[:7]
     return torch.Generator(device).manual_seed(int.from_bytes(key, 'big'))

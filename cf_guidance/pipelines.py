@@ -459,6 +459,8 @@ def decode(
     if not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] != self.latent_shape[0]:
         got = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
         raise ValueError(f'x: expected latents (B, {self.latent_shape[0]}, h, w), got {got}')
+    if not bool(x.isfinite().all()):
+        raise ValueError('x: expected finite latents, got NaN or infinity')
     if self.vae:
         scale, shift = self._scale_and_shift(x)
         with _in_its_precision(self.vae) as dtype:
@@ -547,6 +549,17 @@ def _noise_levels(scheduler, D, times):
         if (own / levels).log().nan_to_num(0.0).abs().median() < 0.5:
             levels = own
     return levels.clamp(max=_INFINITE).tolist()
+
+
+def _weight_at_infinity(w):
+    "A weight whose function of sigma is told infinity where `_INFINITE` stands for it."
+    if w.function is None:
+        return w
+
+    def function(sigma):
+        return w.function(sigma.where(sigma < _INFINITE, math.inf))
+
+    return replace(w, function=function)
 
 
 # %% ../nbs/09_pipelines.ipynb #3ac89080
@@ -973,12 +986,13 @@ def _terms(self: _Run, n):
     for t in self.options.terms:
         if isinstance(t.neg, NegativePrompt):
             neg = _PromptOfCall(self)
-            w = neg.w if t.w.function == t.neg.w else t.w
+            w = Weight.of(neg.w) if t.w.function == t.neg.w else t.w
         else:
             neg, w = copy(t.neg), t.w
             if k > 1 and n > k:
                 vars(neg).update({a: _repeat_rows(o, n // k, k) for a, o in vars(neg).items()})
-        out.append(replace(t, neg=neg, w=_repeat_rows(w, n // k, k)))
+        w = _weight_at_infinity(_repeat_rows(w, n // k, k))
+        out.append(replace(t, neg=neg, w=w))
     return out
 
 

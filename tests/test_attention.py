@@ -788,6 +788,18 @@ def test_compiled():
     assert runs
 
 
+@pytest.mark.parametrize('negative', [PAG, SLG, SAG])
+def test_a_compiled_guided_denoiser_is_refused_before_it_is_traced(negative):
+    torch._dynamo.reset()
+    den, x, sigma, cond = case('dit')
+    G, graphs = GuidedDenoiser(den, negative(den), w=3.0), []
+    compiled = torch.compile(G, backend=lambda gm, inputs: graphs.append(gm) or gm.forward)
+    with pytest.raises(RuntimeError, match='compile the network, not what guides'):
+        compiled(x, sigma, **cond)
+    assert not graphs
+    assert G.nfe == 0
+
+
 def test_own_function():
     "A perturbation of one's own"
 

@@ -351,6 +351,12 @@ def test_zero_snr():
     assert D.sigma_max == 4096 * (1 - 2**-24) ** 0.5
 
 
+def test_zero_snr_has_a_last_level_at_which_noise_predictions_say_something():
+    D = DiscreteDenoiser(None, torch.tensor([0.9, 0.5, 0.0]), 'v')
+    assert D.sigma_max_eps == 1.0
+    assert ROUNDED.sigma_max_eps == ROUNDED.sigma_max
+
+
 def test_one_time_step():
     D = DiscreteDenoiser(None, torch.tensor([0.5]))
     assert (D.sigma_to_t(torch.tensor([0.1, 9.0])).tolist(), D.sigma_max) == ([0, 0], 1.0)
@@ -473,3 +479,18 @@ def test_bad_input(call, error, message):
     with pytest.raises(error, match=message) as e:
         call()
     assert len(str(e.value)) < 160
+
+
+# a result that is not finite
+
+
+@pytest.mark.parametrize('value', [nan, inf])
+def test_an_estimate_that_is_not_finite(value):
+    D = NetDenoiser(lambda x, t: x.new_full(x.shape, value))
+    with pytest.raises(FloatingPointError, match='the estimate is not finite at sigma=2$'):
+        D(normal(3, 4), 2.0)
+
+
+def test_finite_estimates_whose_sum_overflows():
+    x = torch.full((1, 4), 6e4, dtype=torch.float16)
+    assert NetDenoiser(lambda x, t: torch.zeros_like(x))(x, 2.0).isfinite().all()

@@ -1240,6 +1240,27 @@ def test_eps_rules_on_a_model_of_zero_terminal_snr(r):
     assert torch.equal(out, D(X * 1e6, 1e6, **C))
 
 
+def test_eps_rules_are_left_out_at_the_stand_in_for_zero_terminal_snr():
+    abar = torch.linspace(0.999, 0.0, 50)
+    D = DiscreteDenoiser(lambda x, t, c: torch.tanh(x + c[:, None]), abar, 'v')
+    for sigma, n in (D.sigmas[-1].item(), 6), (D.sigmas[-2].item(), 12):
+        G = GuidedDenoiser(D, NONE, w=3.0, rule=base_norm)
+        G(X * sigma, sigma, **C)
+        assert G.nfe == n
+
+
+def test_no_sample_stops_where_noise_predictions_say_nothing():
+    G = GuidedDenoiser(flow_model(), NONE, w=3.0, stop=0.9)
+    with G.watch() as traces:
+        G(X * 1e6, 1e6, step=0, **C)
+    assert not G.run.stopped[0].any()
+    assert traces[0].cosine.isnan().all()
+    assert traces[0].ratio.isnan().all()
+    assert (traces[0].scale - 3).abs().max() < 1e-3
+    G(X * 900.0, 900.0, step=1, **C)
+    assert G.run.stopped[0].any()
+
+
 def test_rules_of_other_spaces_act_at_any_level():
     G = GuidedDenoiser(flow_model(), NONE, w=3.0, rule=apg)
     G(X * 1e6, 1e6, **C)
@@ -1261,6 +1282,14 @@ def test_what_is_not_finite_raises_with_step_and_sigma(value):
 
     with pytest.raises(FloatingPointError, match='not finite at sigma=2, step 3'):
         GuidedDenoiser(broken, NONE, w=3.0)(X, 2.0, step=3, **C)
+
+
+def test_a_network_that_is_not_finite_raises_with_step_and_sigma():
+    D = DiscreteDenoiser(lambda x, t, c: x * math.nan)
+    for G in (GuidedDenoiser(D, NONE, w=3.0), GuidedDenoiser(GuidedDenoiser(D, NONE), NONE)):
+        with pytest.raises(FloatingPointError) as e:
+            G(X, 2.0, step=3, **C)
+        assert str(e.value) == 'the estimate is not finite at sigma=2, step 3'
 
 
 def test_images_that_are_not_finite():

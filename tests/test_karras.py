@@ -1080,3 +1080,9 @@ def test_not_finite_names_step_and_sigma():
     step = int((SIGMAS > 1).sum()) - 1
     with pytest.raises(FloatingPointError, match=rf'at step {step} \(sigma='):
         sample(broken, X, SIGMAS)
+
+
+def test_a_network_that_is_not_finite_names_step_and_sigma():
+    D = DiscreteDenoiser(lambda x, t: x.where(t[0] > 600, nan))
+    with pytest.raises(FloatingPointError, match=r'not finite at sigma=[0-9.]+, step [1-9]'):
+        sample(D, X * SIGMAS[0], SIGMAS)

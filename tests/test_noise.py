@@ -132,3 +132,10 @@ def test_bad_input(call, error, message):
     with pytest.raises(error, match=message) as e:
         call()
     assert len(str(e.value)) < 160
+
+
+def test_a_step_generator_wants_whole_numbers():
+    with pytest.raises(TypeError, match="seed: expected a whole number from 0, got 'a'"):
+        step_generator('a', 0)
+    with pytest.raises(ValueError, match='i: expected the number of the step, 0 or more, got -1'):
+        step_generator(0, -1)

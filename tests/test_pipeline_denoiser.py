@@ -509,6 +509,10 @@ BAD = {  # what is done -> what the error says
         lambda: pipeline_denoiser(sd(ddim())).decode(torch.zeros(1, 3, 8, 8)),
         r'x: expected latents \(B, 4, h, w\)',
     ),
+    'latents that are not finite': (
+        lambda: pipeline_denoiser(sd(ddim())).decode(torch.full((1, 4, 8, 8), float('nan'))),
+        'x: expected finite latents, got NaN',
+    ),
     'no prompts': (
         lambda: pipeline_denoiser(sd(ddim())).cond([]),
         'what: expected at least one string',

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 import threading
 import warnings
@@ -818,6 +819,29 @@ def test_rules_on_noise_at_infinity():
     own = run(pipe, steps=8)
     assert off(results['cfg'][1], own) < 1e-5
     assert results['t_norm'][1].abs().max() < 5 * own.abs().max()
+
+
+def test_a_weight_at_infinity():
+    "A function of sigma is told the true level, and a weight that is not finite there is refused."
+    seen = []
+    pipe = sd3(flow(shift=3.0))
+
+    def w(sigma):
+        seen.append(sigma[0].item())
+        return torch.where(sigma < 5, 3.0, 1.0)
+
+    sd = guided(pipe, w=w)
+    run(sd, steps=8)
+    assert seen[0] == math.inf
+    assert all(s < 1e3 for s in seen[1:])
+    with pytest.raises(ValueError, match='w: its function: expected finite values'):
+        run(guided(pipe, w=lambda sigma: 1 + sigma), steps=8)
+
+
+def test_stop_where_there_is_only_noise():
+    sd = guided(sd3(flow(shift=3.0)), w=3.0, stop=-1.0)
+    run(sd, steps=4)
+    assert sd.report.terms[0].guided == 2  # not beyond the model's range, then once and stopped
 
 
 def test_noise_predictions_of_pure_noise():
