@@ -782,7 +782,6 @@ d = {
                 'guided.html#_broadcast_mask',
                 'cf_guidance/guided.py',
             ),
-            'cf_guidance.guided._can_batch': ('guided.html#_can_batch', 'cf_guidance/guided.py'),
             'cf_guidance.guided._changed_rows': (
                 'guided.html#_changed_rows',
                 'cf_guidance/guided.py',
@@ -826,6 +825,10 @@ d = {
             ),
             'cf_guidance.guided._is_denoiser': (
                 'guided.html#_is_denoiser',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._largest_for_eps': (
+                'guided.html#_largest_for_eps',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._near': ('guided.html#_near', 'cf_guidance/guided.py'),
@@ -2542,6 +2545,10 @@ d = {
                 'lab/widgets.html#scrubber.value',
                 'cf_guidance/lab/widgets.py',
             ),
+            'cf_guidance.lab.widgets._Family': (
+                'lab/widgets.html#_family',
+                'cf_guidance/lab/widgets.py',
+            ),
             'cf_guidance.lab.widgets._as_uri': (
                 'lab/widgets.html#_as_uri',
                 'cf_guidance/lab/widgets.py',
@@ -3486,6 +3493,10 @@ d = {
             ),
             'cf_guidance.pipelines._unflatten': (
                 'pipelines.html#_unflatten',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._weight_at_infinity': (
+                'pipelines.html#_weight_at_infinity',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._weight_embedding': (

@@ -23,12 +23,11 @@ from diffusers import StableDiffusionPipeline
 from cf_guidance.lab import widgets
 from cf_guidance.noise import randn
 from cf_guidance.pipelines import embedded_path, guided
-from cf_guidance.schedules import get_cos_sched, points_sched
 from cf_guidance.transforms import apg, cfg, full_norm, rescale, t_norm
 
+MODEL = "document.querySelector('[data-explorer=live]').model"
 PROMPT, STEPS = 'a red sneaker on a blue background', 20
-SETTINGS = dict(prompt=PROMPT, negative='', seed=3, interval=None, rule='cfg')
-SETTINGS |= dict(schedule='constant', w=3.0, low=0.0, decay=1.0, curve=[[0, 1], [1, 1]])
+SETTINGS = widgets.LiveModel(steps=STEPS, seed=3).props() | dict(prompt=PROMPT)
 CASES = {
     'cfg': dict(),
     'no guidance': dict(w=1.0),
@@ -42,9 +41,18 @@ CASES = {
     'negative prompt': dict(negative='a green boot'),
     'interval': dict(interval=[0.3, 5.0]),
     'apg in an interval': dict(rule='apg', w=5.0, interval=[0.3, 5.0]),
-    'cosine': dict(schedule='cosine', w=7.5, low=1.0, decay=2.0),
-    'curve': dict(schedule='curve', w=5.0, curve=[[0, 0.2], [0.4, 1], [1, 0.2]]),
+    'cosine': dict(family='get_cos_sched', w=7.5, min_val=1.0, k_decay=2.0),
+    'curve': dict(family='points_sched', w=5.0, curve=[[0, 0.2], [0.4, 1], [1, 0.2]]),
+    'bump in an interval': dict(family='beta_sched', a=3.0, base=1.0, interval=[0.3, 5.0]),
 }
+# settings of each family that are not its defaults
+FAMILIES = dict(
+    get_cos_sched=dict(num_cycles=1.5, num_warmup_steps=3, warmup_init_val=0.5, k_decay=2.0),
+    inv_kdecay_sched=dict(min_val=0.5, k_decay=0.7),
+    pcs_sched=dict(kappa=2.0, base=0.5),
+    beta_sched=dict(a=3.0, b=1.5),
+    points_sched=dict(curve=[[0, 0.2], [0.3, 1.5], [1, 0]], kind='pchip'),
+)
 
 
 @pytest.fixture(scope='module')
@@ -56,7 +64,7 @@ def folder(tmp_path_factory, exported_model):
     folder = tmp_path_factory.mktemp('live')
     assets.copy_runtime(folder / 'explorers/ort')
     shutil.copytree(exported_model, folder / 'explorers/model')
-    for name in ('live_engine', 'rule_math', 'schedule_math'):
+    for name in ('live_engine', 'live'):
         (folder / f'explorers/{name}.js').write_text(widgets.bundle(name), encoding='utf-8')
     (folder / 'engine.html').write_text('<!doctype html><link rel="icon" href="data:,">')
     return folder
@@ -78,7 +86,7 @@ def drawn(browser):
     const engine = await loadEngine(new URL('./explorers/', location.href));
     const found = {};
     for (const [name, settings] of Object.entries(args[0])) {
-        const ws = weights(settings, args[1]);
+        const ws = weights(settings, settings.steps);
         const { latents, evaluations } = await engine.sample(settings, [ws]);
         const [image] = await engine.decode(latents);
         const pixels = [...image.data];
@@ -86,7 +94,7 @@ def drawn(browser):
     }
     return found;
     """
-    return call(browser, script, {k: SETTINGS | v for k, v in CASES.items()}, STEPS)
+    return call(browser, script, {k: SETTINGS | v for k, v in CASES.items()})
 
 
 @pytest.fixture(scope='module')
@@ -96,13 +104,17 @@ def pipe():
     return pipe
 
 
+def expected_weights(s):
+    "What the designer's Python makes of the same settings."
+    names = widgets.ScheduleDesigner.settings().keys() & s.keys()
+    points = [[tau, share * s['w']] for tau, share in s['curve']]
+    own = dict(num_steps=s['steps'], max_val=s['w'], points=points)
+    return widgets.ScheduleDesigner(**{k: s[k] for k in names} | own).ws
+
+
 def expected(pipe, s):
     "Latents, pixels and network evaluations of the same picture in Python."
-    ws = s['w']
-    if s['schedule'] == 'cosine':
-        ws = get_cos_sched(num_steps=STEPS, max_val=s['w'], min_val=s['low'], k_decay=s['decay'])
-    if s['schedule'] == 'curve':
-        ws = [s['w'] * o for o in points_sched(s['curve'], num_steps=STEPS, kind='linear')]
+    ws = expected_weights(s)
     rules = dict(cfg=cfg, rescale=cfg, apg=apg, t_norm=t_norm, full_norm=full_norm)
     post = rescale if s['rule'] == 'rescale' else None
     interval = s['interval'] and tuple(s['interval'])
@@ -129,6 +141,15 @@ def test_pictures_are_pythons(drawn, pipe, case):
     assert found['evaluations'] == nfe
 
 
+@pytest.mark.parametrize('family', widgets.LiveModel.family.values)
+def test_weights_are_pythons(browser, family):
+    s = SETTINGS | dict(family=family, w=5.0) | FAMILIES.get(family, {})
+    script = "return (await import('./explorers/live_engine.js')).weights(...args)"
+    assert call(browser, script, s, STEPS) == pytest.approx(expected_weights(s), abs=1e-6)
+    peak = call(browser, script, s, STEPS, 2.0)
+    assert peak == pytest.approx(expected_weights(s | dict(w=2.0)), abs=1e-6)
+
+
 @pytest.mark.parametrize('seed', [0, 1, 2**31, 2**32 - 1])
 def test_noise_is_pythons(browser, seed):
     script = "return [...(await import('./explorers/live_engine.js')).noise(...args)]"
@@ -145,7 +166,7 @@ def test_unknown_words_are_named(browser, exported_model):
 @pytest.fixture(scope='module')
 def page(folder):
     "The explorer on a page of its own, after its model has been loaded by a click."
-    write_page(folder, widgets.LiveModel(w=2.0))
+    write_page(folder, widgets.LiveModel(w=2.0), widgets.ScheduleDesigner())
     with serve(folder) as url, chromium() as driver:
         driver.get(f'{url}/index.html')
         wait_for_explorers(driver)
@@ -166,14 +187,14 @@ def wait_until_drawn(driver, seconds=120):
     WebDriverWait(driver, seconds).until(drawn)
 
 
-def set_model(driver, **values):
-    "Set values of the explorer, as Python does in a notebook."
+def set_model(driver, which='live', **values):
+    "Set values of an explorer, as Python does in a notebook."
     script = """
-    const { model } = document.querySelector('.explorer');
+    const { model } = document.querySelector(`[data-explorer=${args[1]}]`);
     for (const [name, value] of Object.entries(args[0])) model.set(name, value);
     await new Promise((f) => requestAnimationFrame(() => requestAnimationFrame(f)));
     """
-    call(driver, script, values)
+    call(driver, script, values, which)
     wait_until_drawn(driver)
 
 
@@ -222,14 +243,14 @@ def test_slider_redraws(page):
 
 
 def test_dragged_curve_is_used(page):
-    set_model(page, rule='cfg', w=3.0, schedule='constant')
+    set_model(page, rule='cfg', w=3.0, family='constant')
     handle = page.find_elements('css selector', '.explorer .handle')[2]
     handle.send_keys('\ue015' * 10)  # arrow down
     wait_until_drawn(page)
     get = "return document.querySelector('.explorer').model.get(args[0])"
-    assert call(page, get, 'schedule') == 'curve'
+    assert call(page, get, 'family') == 'points_sched'
     assert call(page, get, 'curve')[2] == [0.5, 0.8]
-    set_model(page, schedule='constant')
+    set_model(page, family='constant')
 
 
 def test_unknown_word_is_shown(page):
@@ -239,16 +260,65 @@ def test_unknown_word_is_shown(page):
 
 
 def test_python_code_draws_the_picture(page, pipe):
-    from cf_guidance import pipelines, schedules, transforms
-
-    settings = dict(rule='apg', w=5.0, schedule='cosine', low=1.0, decay=2.0, interval=[0.3, 5.0])
-    set_model(page, **settings, negative='a green boot', seed=7)
+    settings = dict(rule='apg', w=5.0, min_val=1.0, k_decay=2.0, interval=[0.3, 5.0])
+    set_model(page, **settings, family='get_cos_sched', negative='a green boot', seed=7)
     code = page.find_element('css selector', '.explorer pre').get_attribute('textContent')
-    names = {**vars(pipelines), **vars(schedules), **vars(transforms), 'randn': randn}
-    exec(code, names | {'StableDiffusionPipeline': StableDiffusionPipeline}, scope := {})
+    exec(code, scope := {})
     image = torch.tensor(np.array(scope['image'], dtype=np.float32))
     assert (shown(page)[..., :3] - image).abs().max() <= 1
-    set_model(page, rule='cfg', schedule='constant', interval=None, negative='')
+    set_model(page, rule='cfg', family='constant', interval=None, negative='')
+
+
+DESIGNS = {
+    'family': (
+        dict(family='pcs_sched', w=4.0, kappa=2.0, num_steps=12, use_interval=True, lo=0.3, hi=5.0),
+        dict(family='pcs_sched', w=4.0, kappa=2.0, steps=12, interval=[0.3, 5.0]),
+    ),
+    'points': (
+        dict(family='points_sched', points=[[0, 1], [1, 4]], num_steps=10),
+        dict(family='points_sched', curve=[[0, 0.25], [1, 1]], w=4, kind='pchip', steps=10),
+    ),
+    'warm-up and clamp': (
+        dict(family='constant', w=8.0, num_steps=3, warmup=1, warmup_start=2.0),
+        dict(family='points_sched', curve=[[0, 0.25], [1 / 3, 1], [2 / 3, 1], [1, 1]], w=8),
+    ),
+}
+
+
+@pytest.mark.parametrize('case', DESIGNS)
+def test_designer_sends_its_schedule(page, case):
+    design, found = DESIGNS[case]
+    design = widgets.ScheduleDesigner().props() | design
+    set_model(page, which='schedule', **design)
+    page.find_element('xpath', '//button[text()="Use in the live model"]').click()
+    call(page, 'await new Promise((f) => setTimeout(f, 100))')
+    wait_until_drawn(page)
+    for name, value in found.items():
+        assert call(page, f'return {MODEL}.get(args[0])', name) == value, name
+    ws = widgets.ScheduleDesigner(**design | dict(use_interval=False)).ws
+    script = f"return (await import('./explorers/live_engine.js')).weights(args[0], {len(ws)})"
+    names = list(SETTINGS)
+    settings = call(
+        page, f'return Object.fromEntries(args[0].map((o) => [o, {MODEL}.get(o)]))', names
+    )
+    assert call(page, script, settings) == pytest.approx(ws, abs=1e-6)
+    set_model(page, **{k: v for k, v in SETTINGS.items() if k != 'prompt'})
+
+
+def test_page_answers_while_it_draws(page):
+    script = """
+    const { model } = document.querySelector('.explorer');
+    const frame = document.querySelector('.explorer').dataset;
+    model.set('seed', 11);
+    let [gap, last] = [0, performance.now()];
+    do {
+        await new Promise((f) => setTimeout(f, 0));
+        gap = Math.max(gap, performance.now() - last);
+        last = performance.now();
+    } while (frame.busy === 'true');
+    return gap;
+    """
+    assert call(page, script) < 300  # milliseconds; the ten weights of a step take longer
 
 
 @pytest.mark.parametrize('theme', ['light', 'dark'])

@@ -210,21 +210,18 @@ class Explorer(AnyWidget):
         return {**data, **page}, metadata
 
 
-# %% ../../nbs/lab/05_widgets.ipynb #e2192b6f
+# %% ../../nbs/lab/05_widgets.ipynb #e2192b6e
 _weight = partial(number, low=0.0, high=20.0, least=-1000.0, most=1000.0)
 
 
-class ScheduleDesigner(Explorer):
-    "Design a schedule of `w`. Its settings are those of `cf_guidance.schedules`; `ws` is the list."
+class _Family(Explorer):
+    "The families of `cf_guidance.schedules` and their settings, but for the main weight."
 
-    explorer = 'schedule'
     family = choice(
         *('get_cos_sched', 'constant', 'inv_kdecay_sched', 'linear_sched', 'invlinear_sched'),
         *('cosine_sched', 'sine_sched', 'tent_sched', 'v_sched', 'pcs_sched', 'beta_sched'),
         'points_sched',
     )
-    num_steps = whole(50, 1, 100, least=1)
-    max_val = _weight(7.5)
     min_val = _weight(0.15)
     num_cycles = number(0.5, 0, 5, 0.25, least=-100, most=100)
     num_warmup_steps = whole(0, 0, 50)
@@ -233,13 +230,22 @@ class ScheduleDesigner(Explorer):
     cycle_mul = number(1.0, 0.5, 2, 0.25, least=0.01, most=100)
     cycle_decay = number(1.0, 0, 1, 0.05, least=-100, most=100)
     cycle_limit = number(1.0, 0, 3, 1, least=-100, most=100)
-    w = _weight(7.5)
     base = _weight(0.0)
     kappa = number(1.0, 0.1, 5, 0.05, least=0.01, most=100)
     a = number(2.0, 1, 10, 0.1, least=1, most=100)
     b = number(3.0, 1, 10, 0.1, least=1, most=100)
-    points = traitlets.List([[0, 1], [0.3, 8], [0.7, 6], [1, 1]]).tag(sync=True)  # (progress, w)
     kind = choice('pchip', 'linear')  # through the points
+
+
+# %% ../../nbs/lab/05_widgets.ipynb #e2192b6f
+class ScheduleDesigner(_Family):
+    "Design a schedule of `w`. Its settings are those of `cf_guidance.schedules`; `ws` is the list."
+
+    explorer = 'schedule'
+    num_steps = whole(50, 1, 100, least=1)
+    max_val = _weight(7.5)
+    w = _weight(7.5)
+    points = traitlets.List([[0, 1], [0.3, 8], [0.7, 6], [1, 1]]).tag(sync=True)  # (progress, w)
     cycles = whole(1, 1, 5, least=1, most=20)  # how often the curve runs...
     decay = number(1.0, 0, 1, least=0, most=1)  # ...each time this share of the time before
     warmup = whole(0, 0, 30)  # steps before all that
@@ -495,8 +501,12 @@ def _read_sprite(place):
 
 
 # %% ../../nbs/lab/05_widgets.ipynb #5d245196
-class LiveModel(Explorer):
-    "The embedded Stable Diffusion, drawing in the reader's browser."
+class LiveModel(_Family):
+    """The embedded Stable Diffusion, drawing in the reader's browser.
+
+    Each family of schedules has one main weight: its `w`, its `max_val`, or what the shares of
+    `curve` multiply. Here all of them are `w`.
+    """
 
     explorer = 'live'
     garment = choice(
@@ -510,14 +520,13 @@ class LiveModel(Explorer):
     steps = whole(20, 4, 50, least=1, most=500)
     w = number(3.0, 0, 15, 0.1, least=0, most=100)  # 1 is unguided
     rule = choice('cfg', 't_norm', 'full_norm', 'rescale', 'apg')
-    schedule = choice('constant', 'cosine', 'curve')
-    low = number(1.0, 0, 5, 0.05, least=0, most=100)  # weight at the end of the cosine
-    decay = number(1.0, 0.3, 3, 0.1, least=0.1, most=10)  # k-decay of the cosine
-    # of schedule 'curve': (progress, share of `w`)
+    family = traitlets.Enum(_Family.family.values, 'constant').tag(sync=True)
+    # of family `points_sched`: (progress, share of `w`)
     curve = traitlets.List([[0, 1], [0.25, 1], [0.5, 1], [0.75, 1], [1, 1]]).tag(sync=True)
+    kind = choice('linear', 'pchip')
     # guide where lo < sigma <= hi; None: everywhere
     interval = traitlets.List(
         traitlets.Float(min=0), None, minlen=2, maxlen=2, allow_none=True
     ).tag(sync=True)
     # where the model's files are, when this runs in a notebook
-    base = traitlets.Unicode('https://cf-guidance.github.io/cf_guidance/explorers/').tag(sync=True)
+    files = traitlets.Unicode('https://cf-guidance.github.io/cf_guidance/explorers/').tag(sync=True)

@@ -4,9 +4,17 @@ import { bind, button, change, checkbox, copyButton, element, mount } from './co
 import { numberField, onChange, onWidth, oncePerFrame, pathThrough } from './common.js';
 import { roundHandle, scale, select, shortest, slider, svgElement } from './common.js';
 import { withDefaults } from './common.js';
-import { RULES, loadEngine, weights } from './live_engine.js';
+import { RULES, loadEngine, scheduleSettings, weights } from './live_engine.js';
+import { familyControls, familySelect } from './schedule_controls.js';
+import { DEFAULTS, FAMILIES, NUMBERS, designed, familyCall } from './schedule_design.js';
 
-const DEFAULTS = {
+// Numbers of the families beside w and max_val, and those of them that are weights.
+const UNUSED = ['w', 'max_val'];
+const WEIGHTS = ['min_val', 'warmup_init_val', 'base'];
+const OWN = Object.values(FAMILIES).flatMap(({ numbers }) => numbers);
+const SHAPE = [...new Set(OWN)].filter((name) => !UNUSED.includes(name));
+
+const START = {
   garment: 'sneaker',
   colour: 'red',
   background: 'blue',
@@ -15,10 +23,10 @@ const DEFAULTS = {
   steps: 20,
   w: 3,
   rule: 'cfg',
-  schedule: 'constant',
-  low: 1,
-  decay: 1,
+  family: 'constant',
+  ...Object.fromEntries(SHAPE.map((name) => [name, NUMBERS[name].value])),
   curve: [0, 0.25, 0.5, 0.75, 1].map((tau) => [tau, 1]),
+  kind: 'linear',
   interval: null,
 };
 const GARMENTS = [
@@ -26,24 +34,20 @@ const GARMENTS = [
   ...['sandal', 'shirt', 'sneaker', 'bag', 'boot'],
 ];
 const COLOURS = ['red', 'green', 'blue', 'yellow', 'purple', 'orange', 'white', 'black'];
-const SCHEDULES = [
-  ['constant', 'the same at each step'],
-  ['cosine', 'a cosine that falls'],
-  ['curve', 'drawn by hand'],
-];
 const STRIP = [0, 0.5, 1, 1.5, 2, 3, 5, 7.5, 10, 15];
 const NORM_STRIP = [0.01, 0.03, 0.06, 0.09, 0.12, 0.15, 0.18, 0.22, 0.26, 0.3];
 const DRAFT = 8; // steps of a picture that is drawn while a control moves
 const PAUSE = 200; // milliseconds without a change, after which all steps are taken
 const INTERVAL = [0.3, 5];
+const HANDLES = 12; // a curve with more points is bent by five handles
 const DOWNLOAD = '10 MB, and once 14 MB for ONNX Runtime';
 
 const isNorm = (rule) => Boolean(RULES[rule].norm);
-const startWeight = (rule) => (isNorm(rule) ? 0.2 : 3);
+const NORM_SCALE = 1 / 15; // from a weight of CFG to one of T-Norm
 const article = (word) => (/^[aeiou]/.test(word) ? 'an' : 'a');
 
 function settingsOf(model) {
-  const s = Object.fromEntries(Object.keys(DEFAULTS).map((name) => [name, model.get(name)]));
+  const s = Object.fromEntries(Object.keys(START).map((name) => [name, model.get(name)]));
   const what = `${article(s.colour)} ${s.colour} ${s.garment}`;
   return { ...s, prompt: `${what} on ${article(s.background)} ${s.background} background` };
 }
@@ -51,7 +55,7 @@ function settingsOf(model) {
 // The folder with the model: beside this file on a site, elsewhere where the model says.
 function baseOf(model) {
   const own = import.meta.url;
-  return new URL('.', own.startsWith('http') ? own : model.get('base'));
+  return new URL('.', own.startsWith('http') ? own : model.get('files'));
 }
 
 // ---------------------------------------------------------------------------- Python
@@ -59,19 +63,25 @@ function baseOf(model) {
 const number = (v) => (Number.isInteger(v) ? `${v}.0` : shortest(Number(v.toPrecision(4))));
 
 function weightCode(s) {
-  if (s.schedule === 'constant') return number(s.w);
-  if (s.schedule === 'cosine') {
-    const ends = `max_val=${number(s.w)}, min_val=${number(s.low)}`;
-    return `get_cos_sched(num_steps=${s.steps}, ${ends}, k_decay=${number(s.decay)})`;
-  }
-  return `[${weights(s, s.steps).map(number).join(', ')}]`;
+  if (s.family === 'constant') return number(s.w);
+  const settings = scheduleSettings(s);
+  const points = settings.points.map((p) => p.map((v) => Number(v.toPrecision(6))));
+  return familyCall({ ...settings, points });
 }
 
 export function pythonCode(s) {
   const rule = { cfg: '', rescale: ', post=rescale' }[s.rule] ?? `, rule=${s.rule}`;
   const interval = s.interval ? `, interval=(${s.interval.map(number).join(', ')})` : '';
   const negative = s.negative.trim() ? `, negative_prompt=${JSON.stringify(s.negative)}` : '';
+  const rules = s.rule === 'cfg' ? [] : [`from cf_guidance.transforms import ${s.rule}`];
+  const families = s.family === 'constant' ? [] : [s.family];
   return [
+    'from diffusers import StableDiffusionPipeline',
+    'from cf_guidance.noise import randn',
+    'from cf_guidance.pipelines import embedded_path, guided',
+    ...families.map((name) => `from cf_guidance.schedules import ${name}`),
+    ...rules,
+    '',
     'pipe = StableDiffusionPipeline.from_pretrained(embedded_path())',
     `w = ${weightCode(s)}`,
     `sd = guided(pipe, w=w${rule}${interval})`,
@@ -94,80 +104,103 @@ function textField({ label, hint }) {
   return made;
 }
 
+// The points of the curve that can be dragged, as (progress, share of w).
+function handlePoints(s) {
+  if (s.family === 'points_sched' && s.curve.length <= HANDLES) return s.curve;
+  const ws = weights(s, 101);
+  return START.curve.map(([tau]) => [tau, ws[Math.round(100 * tau)] / (s.w || 1)]);
+}
+
 // The weight at each step, with handles that bend the curve.
-function weightPlot(frame, model) {
-  const svg = svgElement('svg', { height: 130, role: 'group', 'aria-label': 'weight per step' });
-  const title = element('span', { class: 'name' }, 'Weight at each step: drag the curve');
-  const root = element('div', { class: 'control' }, title, svg);
-  const drawing = svgElement('g');
-  const handles = DEFAULTS.curve.map((_, k) =>
-    roundHandle({
-      label: `weight after ${25 * k} % of the steps`,
-      onMove: (x, y) => bend(k, axes.y.invert(y) / axes.top),
-      onKey: (dx, dy) => bend(k, shares()[k] + 0.02 * (dy + dx)),
-    }),
-  );
-  svg.append(drawing, ...handles);
-  let axes = null;
-
-  // The curve's handles as shares of the largest weight.
-  function shares() {
-    const s = settingsOf(model);
-    if (s.schedule === 'curve') return s.curve.map(([, share]) => share);
-    const ws = weights(s, 101);
-    return DEFAULTS.curve.map(([tau]) => ws[Math.round(100 * tau)] / (s.w || 1));
+class WeightPlot {
+  constructor(frame, model) {
+    this.model = model;
+    this.nodes = [];
+    const name = { role: 'group', 'aria-label': 'weight per step' };
+    this.svg = svgElement('svg', { height: 130, ...name });
+    this.drawing = svgElement('g');
+    this.svg.append(this.drawing);
+    const title = element('span', { class: 'name' }, 'Weight at each step: drag the curve');
+    this.root = element('div', { class: 'control' }, title, this.svg);
+    onWidth(frame, this.root, (width) => {
+      this.svg.setAttribute('width', width);
+      this.draw();
+    });
+    const names = ['steps', 'w', 'family', 'curve', 'kind', ...SHAPE];
+    onChange(
+      frame,
+      model,
+      names,
+      oncePerFrame(() => this.draw()),
+    );
   }
 
-  function bend(k, share) {
-    const values = shares();
-    values[k] = Math.min(1, Math.max(0, Number(share.toFixed(3))));
-    const curve = DEFAULTS.curve.map(([tau], i) => [tau, values[i]]);
-    change(model, { curve, schedule: 'curve' });
+  bend(k, next) {
+    const s = settingsOf(this.model);
+    const curve = handlePoints(s).map((p) => [...p]);
+    const share = next(curve[k][1]);
+    curve[k][1] = Number(Math.min(this.most, Math.max(0, share)).toFixed(3));
+    change(this.model, { curve, family: 'points_sched' });
   }
 
-  function draw() {
-    const width = Number(svg.getAttribute('width'));
+  addHandle(k) {
+    const node = roundHandle({
+      label: `weight, point ${k + 1}`,
+      onMove: (x, y) => this.bend(k, () => this.y.invert(y) / (this.model.get('w') || 1)),
+      onKey: (dx, dy) => this.bend(k, (share) => share + 0.02 * (dy + dx)),
+    });
+    this.nodes.push(node);
+    this.svg.append(node);
+  }
+
+  draw() {
+    const width = Number(this.svg.getAttribute('width'));
     if (!width) return;
-    const s = settingsOf(model);
+    const s = settingsOf(this.model);
     const ws = weights(s, s.steps);
-    const top = Math.max(s.w, ...ws) || 1;
-    const x = scale([0, 1], [34, width - 16]);
-    const y = scale([0, top], [106, 16]);
-    axes = { x, y, top: s.w || 1 };
-    const at = (i) => x(s.steps > 1 ? i / (s.steps - 1) : 0.5);
-    const line = (w) => {
+    const [low, top] = [Math.min(0, ...ws), Math.max(s.w, ...ws) || 1];
+    this.x = scale([0, 1], [34, width - 16]);
+    this.y = scale([low, top], [106, 16]);
+    this.most = top / (s.w || 1);
+    this.drawLines(ws, [low, Number(top.toPrecision(3))]);
+    this.drawHandles(s);
+  }
+
+  drawLines(ws, levels) {
+    const { x, y } = this;
+    const lines = levels.flatMap((w) => {
       const place = { x1: x(0), x2: x(1), y1: y(w), y2: y(w) };
-      const label = svgElement('text', { x: 28, y: y(w) + 4, 'text-anchor': 'end' }, shortest(w));
-      return [svgElement('line', { class: 'grid', ...place }), label];
-    };
-    const path = pathThrough(ws.map((w, i) => [at(i), y(w)]));
-    const names = [
-      [0, 'start', 'noise'],
-      [1, 'end', 'picture'],
-    ].map(([tau, anchor, text]) =>
-      svgElement('text', { x: x(tau), y: 126, 'text-anchor': anchor }, text),
-    );
+      const label = { x: 28, y: y(w) + 4, 'text-anchor': 'end' };
+      return [
+        svgElement('line', { class: 'grid', ...place }),
+        svgElement('text', label, shortest(w)),
+      ];
+    });
+    const at = (i) => x(ws.length > 1 ? i / (ws.length - 1) : 0.5);
+    const d = pathThrough(ws.map((w, i) => [at(i), y(w)]));
     const style = 'fill: none; stroke: var(--accent); stroke-width: 2';
-    drawing.replaceChildren(
-      ...[0, Number(top.toPrecision(3))].flatMap(line),
-      svgElement('path', { d: path, style }),
-      ...names,
-    );
-    shares().forEach((share, k) => {
-      const [tau] = DEFAULTS.curve[k];
-      handles[k].setAttribute('transform', `translate(${x(tau)} ${y(share * (s.w || 1))})`);
-      handles[k].setAttribute('aria-valuemin', 0);
-      handles[k].setAttribute('aria-valuemax', s.w);
-      handles[k].setAttribute('aria-valuenow', shortest(share * s.w));
+    const names = [
+      svgElement('text', { x: x(0), y: 126, 'text-anchor': 'start' }, 'noise'),
+      svgElement('text', { x: x(1), y: 126, 'text-anchor': 'end' }, 'picture'),
+    ];
+    this.drawing.replaceChildren(...lines, svgElement('path', { d, style }), ...names);
+  }
+
+  drawHandles(s) {
+    const points = handlePoints(s);
+    while (this.nodes.length > points.length) this.nodes.pop().remove();
+    while (this.nodes.length < points.length) this.addHandle(this.nodes.length);
+    points.forEach(([tau, share], k) => {
+      const w = share * (s.w || 1);
+      const place = `translate(${this.x(tau)} ${this.y(w)})`;
+      const value = { min: 0, max: shortest(s.w), now: shortest(w) };
+      this.nodes[k].setAttribute('transform', place);
+      for (const [name, v] of Object.entries(value)) {
+        this.nodes[k].setAttribute(`aria-value${name}`, v);
+      }
+      this.nodes[k].setAttribute('aria-valuetext', `w ${shortest(w)} at progress ${shortest(tau)}`);
     });
   }
-
-  onWidth(frame, root, (width) => {
-    svg.setAttribute('width', width);
-    draw();
-  });
-  onChange(frame, model, ['steps', 'w', 'schedule', 'low', 'decay', 'curve'], oncePerFrame(draw));
-  return { root };
 }
 
 // Guide only where the noise level is between two numbers?
@@ -192,15 +225,41 @@ function intervalControls(frame, model) {
   return { root };
 }
 
+// What w is in a family.
+function meaningOfW(family) {
+  if (family === 'constant') return '';
+  if (family === 'points_sched') return 'The points are shares of w.';
+  if (family === 'pcs_sched') return 'w is the last weight.';
+  const isMean = FAMILIES[family].numbers.includes('w');
+  return isMean
+    ? 'w is the mean over the steps, if base is 0.'
+    : 'w is max_val, the largest weight.';
+}
+
+// The family of the schedule and its numbers.
+function scheduleControls(frame, model) {
+  const family = familySelect(frame, model, 'Weight over the steps');
+  const note = element('p', { class: 'note' });
+  const { root, sliders } = familyControls(frame, model, { without: UNUSED });
+  const show = () => (note.textContent = meaningOfW(model.get('family')));
+  onChange(frame, model, ['family'], show);
+  show();
+  return { family, note, root, sliders };
+}
+
+// A rule measures its weights in lengths or not: another kind of rule needs other weights.
+function useRule(model, rule) {
+  const [before, after] = [isNorm(model.get('rule')), isNorm(rule)];
+  const factor = NORM_SCALE ** (after - before);
+  const names = before === after ? [] : ['w', ...WEIGHTS];
+  const most = after ? 0.5 : 15;
+  const fit = (v) => Math.min(most, Number((v * factor).toPrecision(3)));
+  change(model, { rule, ...Object.fromEntries(names.map((o) => [o, fit(model.get(o))])) });
+}
+
 function makeControls(frame, model) {
   const weight = slider({ label: 'Guidance weight w (1 is unguided)', min: 0, max: 15, step: 0.1 });
-  const fitWeight = () => {
-    const norm = isNorm(model.get('rule'));
-    weight.limit(norm ? { max: 0.5, step: 0.01 } : { max: 15, step: 0.1 });
-    weight.set(model.get('w'));
-  };
   const rules = Object.entries(RULES).map(([name, { title }]) => [name, title]);
-  const rule = select({ label: 'Rule', options: rules });
   const made = {
     w: weight,
     garment: select({ label: 'Garment', options: GARMENTS }),
@@ -208,27 +267,57 @@ function makeControls(frame, model) {
     background: select({ label: 'Background', options: COLOURS }),
     negative: textField({ label: 'Negative prompt', hint: 'empty, or such as: a green boot' }),
     seed: numberField({ label: 'Seed', min: 0, max: 2 ** 32 - 1, step: 1 }),
-    steps: slider({ label: 'Steps', min: 4, max: 50, step: 1 }),
-    rule,
-    schedule: select({ label: 'Weight over the steps', options: SCHEDULES }),
-    low: slider({ label: 'Weight at the end', min: 0, max: 5, step: 0.05 }),
-    decay: slider({ label: 'k-decay', min: 0.3, max: 3, step: 0.1 }),
+    steps: slider({ label: 'Steps', min: 4, max: 50, most: 500, step: 1 }),
+    rule: select({ label: 'Rule', options: rules }),
   };
   for (const [name, control] of Object.entries(made)) bind(frame, model, name, control);
-  fitWeight();
-  rule.onInput = (value) => {
-    const same = isNorm(value) === isNorm(model.get('rule'));
-    const low = isNorm(value) ? 0.05 : 1;
-    change(model, { rule: value, ...(same ? {} : { w: startWeight(value), low }) });
+  made.rule.onInput = (rule) => useRule(model, rule);
+  const schedule = scheduleControls(frame, model);
+  const fitWeights = () => {
+    const range = isNorm(model.get('rule')) ? { max: 0.5, step: 0.01 } : { max: 15, step: 0.1 };
+    weight.limit(range);
+    weight.set(model.get('w'));
+    for (const name of WEIGHTS) {
+      schedule.sliders[name].limit(range);
+      schedule.sliders[name].set(model.get(name));
+    }
   };
-  const showCosine = () => {
-    const cosine = model.get('schedule') === 'cosine';
-    for (const name of ['low', 'decay']) made[name].root.style.display = cosine ? '' : 'none';
+  fitWeights();
+  onChange(frame, model, ['rule'], fitWeights);
+  return { ...made, schedule };
+}
+
+// What the live model takes over from the settings of the schedule designer. The designer's cycles,
+// warm-up and clamps become the points of a curve.
+export function fromDesigner(settings) {
+  const s = { ...DEFAULTS, ...settings };
+  const interval = s.use_interval ? [s.lo, s.hi] : null;
+  const isPlain = s.cycles === 1 && s.warmup === 0 && !s.use_low && !s.use_high;
+  const { numbers } = FAMILIES[s.family];
+  if (isPlain && s.family !== 'points_sched') {
+    const shape = numbers.filter((name) => !UNUSED.includes(name)).map((name) => [name, s[name]]);
+    const w = numbers.includes('w') ? s.w : s.max_val;
+    return { family: s.family, w, steps: s.num_steps, interval, ...Object.fromEntries(shape) };
+  }
+  const { ws } = designed({ ...s, use_interval: false });
+  const points = isPlain ? s.points : ws.map((w, i) => [i / Math.max(1, ws.length - 1), w]);
+  const w = Math.max(...points.map(([, v]) => Math.abs(v))) || 1;
+  const curve = points.map(([tau, v]) => [tau, v / w]);
+  const kind = isPlain ? s.kind : 'linear';
+  return { family: 'points_sched', kind, w, curve, steps: ws.length, interval };
+}
+
+// Take over the designer's schedule when its button is pressed.
+function listenToDesigner(frame, model) {
+  const use = ({ detail }) => {
+    const found = fromDesigner(detail);
+    const rule = found.w > 1 && isNorm(model.get('rule')) ? { rule: 'cfg' } : {};
+    change(model, { ...rule, ...found });
+    frame.root.scrollIntoView({ block: 'start' });
   };
-  showCosine();
-  onChange(frame, model, ['rule'], fitWeight);
-  onChange(frame, model, ['schedule'], showCosine);
-  return made;
+  document.addEventListener('explorer-schedule', use);
+  frame.onCleanup(() => document.removeEventListener('explorer-schedule', use));
+  document.dispatchEvent(new CustomEvent('explorer-live'));
 }
 
 // ---------------------------------------------------------------------------- pictures
@@ -347,7 +436,7 @@ function showModel(frame, model, engine) {
     code.textContent = pythonCode(settingsOf(model));
     update();
   };
-  onChange(frame, model, Object.keys(DEFAULTS), oncePerFrame(react));
+  onChange(frame, model, Object.keys(START), oncePerFrame(react));
 
   const another = () => change(model, { seed: Math.floor(Math.random() * 1000) });
   const stacked = 'display: grid; gap: 0.7rem; align-content: start; min-width: 0';
@@ -358,9 +447,11 @@ function showModel(frame, model, engine) {
   const left = stack(made.w.root, picture.node, status, strip.root);
   const right = stack(
     group(made.garment, made.colour, made.background),
-    group(made.rule, made.schedule),
-    weightPlot(frame, model).root,
-    group(made.low, made.decay),
+    made.rule.root,
+    made.schedule.family.root,
+    new WeightPlot(frame, model).root,
+    made.schedule.note,
+    made.schedule.root,
     intervalControls(frame, model).root,
     made.negative.root,
     unknown,
@@ -371,7 +462,10 @@ function showModel(frame, model, engine) {
     'details',
     {},
     element('summary', {}, 'The same in Python'),
-    stack(code, copyButton(() => code.textContent)),
+    stack(
+      code,
+      copyButton(() => code.textContent),
+    ),
   );
   frame.root.replaceChildren(element('div', { class: 'columns' }, left, right), python);
   react();
@@ -390,6 +484,7 @@ function showStart(frame, model, fallback) {
       });
       showModel(frame, model, engine);
       frame.root.dataset.live = 'true';
+      listenToDesigner(frame, model);
     } catch (error) {
       status.textContent = `The model could not be loaded: ${error.message}`;
       start.disabled = false;
@@ -402,7 +497,7 @@ function showStart(frame, model, fallback) {
 
 function render({ model, el }) {
   const fallback = [...el.childNodes];
-  withDefaults(model, DEFAULTS);
+  withDefaults(model, START);
   const frame = mount(el, 'A Stable Diffusion in miniature, live');
   showStart(frame, model, fallback);
   return frame.cleanup;

@@ -2,7 +2,8 @@
 // three networks run in ONNX Runtime. Twin of cf_guidance.pipelines and cf_guidance.lab.export.
 
 import { apg, cfg, fullNorm, rescale, tNorm } from './rule_math.js';
-import { curveThrough, getCosSched, inInterval, makeSched } from './schedule_math.js';
+import { familyWeights } from './schedule_design.js';
+import { inInterval } from './schedule_math.js';
 
 // ---------------------------------------------------------------------------- noise
 
@@ -89,13 +90,17 @@ export const RULES = {
   apg: { title: 'APG' },
 };
 
-// The weight at each of n steps; `peak` takes the place of the largest weight.
-export function weights({ schedule, w, low, decay, curve }, n, peak = w) {
-  if (schedule === 'cosine') {
-    return getCosSched({ num_steps: n, max_val: peak, min_val: low, k_decay: decay });
-  }
-  if (schedule === 'constant') return Array(n).fill(peak);
-  return makeSched(curveThrough(curve), n).map((share) => share * peak);
+// The settings of schedule_design.js. Every family has one main weight, called w here: its w, its
+// max_val, or what the shares of `curve` multiply.
+export function scheduleSettings(s, n = s.steps, w = s.w) {
+  const points = s.curve.map(([tau, share]) => [tau, share * w]);
+  const warmup = Math.round((s.num_warmup_steps * n) / s.steps);
+  return { ...s, num_steps: n, num_warmup_steps: warmup, w, max_val: w, points };
+}
+
+// The weight at each of n steps.
+export function weights(s, n, w) {
+  return familyWeights(scheduleSettings(s, n, w));
 }
 
 // Which predictions a rule needs at a weight.
@@ -161,6 +166,7 @@ export async function loadEngine(base, onProgress = () => {}) {
   const about = await (await fetch(new URL('model/model.json', base))).json();
   const ort = await import(new URL('ort/ort.wasm.min.mjs', base));
   ort.env.wasm.numThreads = 1; // more need headers that a static site cannot send
+  ort.env.wasm.proxy = true; // the networks run in a worker, and the page stays responsive
   const files = Object.entries(about.files);
   const all = files.reduce((sum, [, { bytes }]) => sum + bytes, 0);
   let [done, shown] = [0, 0];

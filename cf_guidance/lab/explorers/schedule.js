@@ -1,11 +1,11 @@
 // Schedule designer: how w changes along the steps, what that costs, and the Python that makes it.
 import { mount, withDefaults, onChange, change, bind, onWidth, oncePerFrame } from './common.js';
-import { element, svgElement, slider, select, checkbox, button, copyButton } from './common.js';
+import { element, svgElement, select, checkbox, button, copyButton } from './common.js';
 import { formatNumber, scale, ticks, logTicks, pathThrough, roundHandle } from './common.js';
 import { makeHandle, shortest } from './common.js';
 import { INTERVALS, curveThrough } from './schedule_math.js';
-import { NUMBERS, FAMILIES, DEFAULTS, designed, problem, pythonCode } from './schedule_design.js';
-import { familyWeights } from './schedule_design.js';
+import { DEFAULTS, designed, problem, pythonCode, familyWeights } from './schedule_design.js';
+import { familyControls, familySelect, numberSlider } from './schedule_controls.js';
 
 const MARGIN = { left: 34, right: 12, top: 18, bottom: 38 };
 const HEIGHT = 250;
@@ -266,13 +266,6 @@ class IntervalBand {
 
 // ---------------------------------------------------------------------------- controls
 
-function numberSlider(frame, model, name) {
-  const { value, ...range } = NUMBERS[name];
-  const made = slider({ least: range.min, ...range, label: name, value });
-  made.root.dataset.number = name;
-  return bind(frame, model, name, made).root;
-}
-
 function switchBox(frame, model, name, label) {
   return bind(frame, model, name, checkbox({ label })).root;
 }
@@ -280,11 +273,6 @@ function switchBox(frame, model, name, label) {
 function section(title, isOpen, ...rows) {
   const body = element('div', { class: 'controls' }, ...rows);
   return element('details', { open: isOpen }, element('summary', {}, title), body);
-}
-
-function familySelect(frame, model) {
-  const options = Object.entries(FAMILIES).map(([name, { title }]) => [name, `${title} (${name})`]);
-  return bind(frame, model, 'family', select({ label: 'family', options })).root;
 }
 
 function paperSelect(model) {
@@ -297,7 +285,7 @@ function paperSelect(model) {
 }
 
 function otherSections(frame, model) {
-  const numbers = (...names) => names.map((name) => numberSlider(frame, model, name));
+  const numbers = (...names) => names.map((name) => numberSlider(frame, model, name).root);
   const kinds = ['karras', 'exponential', 'vp'];
   const levels = bind(frame, model, 'sigmas', select({ label: 'noise levels', options: kinds }));
   const guide = switchBox(frame, model, 'use_interval', 'guide only in an interval of sigma');
@@ -317,26 +305,18 @@ function otherSections(frame, model) {
   ];
 }
 
-// The sliders of the chosen family.
-function familyControls(frame, model) {
-  const root = element('div', { class: 'controls' });
-  const all = Object.fromEntries(
-    Object.keys(NUMBERS).map((name) => [name, numberSlider(frame, model, name)]),
-  );
-  const kinds = [
-    ['pchip', 'a smooth curve (pchip)'],
-    ['linear', 'straight lines (linear)'],
-  ];
-  const kind = bind(frame, model, 'kind', select({ label: 'through the points', options: kinds }));
-  const update = () => {
-    const { numbers } = FAMILIES[model.get('family')];
-    const rows = ['num_steps', ...numbers].map((name) => all[name]);
-    const isDrawn = model.get('family') === 'points_sched';
-    root.replaceChildren(...rows, ...(isDrawn ? [kind.root] : []));
+// Sends the settings to the live model; shown when one has been started on this page.
+function sendButton(frame, model) {
+  const send = () => {
+    const detail = settingsOf(model);
+    if (!problem(detail)) document.dispatchEvent(new CustomEvent('explorer-schedule', { detail }));
   };
-  onChange(frame, model, ['family'], update);
-  update();
-  return root;
+  const node = button({ label: 'Use in the live model', onClick: send });
+  const show = () => (node.hidden = !document.querySelector('.explorer[data-live]'));
+  document.addEventListener('explorer-live', show);
+  frame.onCleanup(() => document.removeEventListener('explorer-live', show));
+  show();
+  return node;
 }
 
 // ---------------------------------------------------------------------------- words
@@ -386,7 +366,6 @@ function render({ model, el }) {
     cost.textContent = costText(design);
     code.textContent = pythonCode(settings);
     if (plots.every((plot) => plot.width)) drawPlots();
-    el.dispatchEvent(new CustomEvent('explorer-schedule', { bubbles: true, detail: design }));
   }
 
   function drawPlots() {
@@ -457,14 +436,14 @@ function render({ model, el }) {
   showButtons();
   const copy = copyButton(() => code.textContent, 'Copy the Python');
   el.append(
-    familySelect(frame, model),
+    familySelect(frame, model, 'family').root,
     element('div', { class: 'columns' }, ...plots.map((plot) => plot.root)),
     element('div', { class: 'row' }, cost, step),
     element('div', { class: 'row' }, byHand, more, fewer, help),
-    familyControls(frame, model),
+    familyControls(frame, model, { common: ['num_steps'] }).root,
     ...otherSections(frame, model),
     code,
-    element('div', { class: 'row' }, copy),
+    element('div', { class: 'row' }, copy, sendButton(frame, model)),
   );
   redraw();
   return frame.cleanup;

@@ -178,7 +178,8 @@ function changed(s, names, defaults = DEFAULTS) {
   return Object.fromEntries(names.filter((o) => s[o] !== defaults[o]).map((o) => [o, s[o]]));
 }
 
-function familyCall(s) {
+// Python that makes the weights of the family alone.
+export function familyCall(s) {
   if (s.family === 'constant') return `[${literal(s.w)}] * ${s.num_steps}`;
   const n = { num_steps: s.num_steps };
   if (s.family === 'points_sched') {
