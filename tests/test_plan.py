@@ -1,0 +1,251 @@
+"Plans of sweeps: requests, their cost, and the terms that draw them."
+
+import itertools
+import json
+import shutil
+
+import clear_errors
+import pytest
+import torch
+
+from cf_guidance.lab.plan import (
+    NEGATIVES,
+    POST_RULES,
+    RULES,
+    SCHEDULES,
+    Sweep,
+    batch_key,
+    evaluations_of,
+    fingerprint,
+    posts_of,
+    scheduler_of,
+    terms_of,
+)
+from cf_guidance.pipelines import MinimalDiffusion, embedded_path, sigmas_of
+
+PROMPT = 'a red sneaker on a blue background'
+OTHER = 'a yellow coat on a black background'
+
+
+@pytest.fixture(scope='module')
+def md():
+    return MinimalDiffusion(progress=False).load()
+
+
+def draw(md, requests, **kwargs):
+    "Pixels and evaluations of requests with one batch key, as JSON brings them."
+    requests = json.loads(json.dumps(requests))
+    prompts, seeds = ([r[k] for r in requests] for k in ('prompt', 'seed'))
+    md.pipe.scheduler = scheduler_of(requests[0])
+    terms = terms_of(requests, md.pipe)
+    return md.sample(
+        prompts, terms, seeds, num_steps=requests[0]['steps'], return_nfe=True, **kwargs
+    )
+
+
+@pytest.mark.parametrize('negative', [*NEGATIVES, 'none'])
+def test_each_rule_draws_with_each_negative(md, negative):
+    sweep = Sweep(prompt=PROMPT, negative=negative, rule=[*RULES], w=[1, 1.5], steps=2, seed=3)
+    batches = itertools.groupby(sweep.requests, batch_key)  # w runs fastest
+    for _, requests in batches:
+        requests = list(requests)
+        pixels, nfe = draw(md, requests)
+        assert pixels.isfinite().all()
+        assert nfe == [evaluations_of(r) for r in requests]
+
+
+def mixed(**settings):
+    "Requests of one batch: other prompts, seeds and weights."
+    return Sweep(prompt=[PROMPT, OTHER], seed=[5, 1], w=[0.5, 2.5], steps=3, **settings).requests
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        *(dict(negative=o) for o in NEGATIVES),
+        dict(rule='apg', schedule='linear', interval=(0.5, 5)),
+        dict(rule='t_norm', post=[['rescale', 'ep_cfg(trim=0.1)']], eta=1),
+        dict(guidance=[{}, dict(negative='tpg', w=1.75), dict(negative='icg', w=1.1)]),
+        dict(scheduler='EulerAncestralDiscreteScheduler', negative='autoguidance'),
+        dict(scheduler='HeunDiscreteScheduler', stop=0.99, interval=(0, 5)),
+    ],
+    ids=str,
+)
+def test_a_request_alone_is_the_same_as_in_a_batch(md, settings):
+    requests = mixed(**settings)
+    assert len({batch_key(r) for r in requests}) == 1
+    more = dict(eta=settings.get('eta', 0.0))
+    together, nfe = draw(md, requests, **more)
+    if 'stop' not in settings:
+        assert nfe == [evaluations_of(r) for r in requests]
+    for i in (0, 3, 6):
+        alone, _ = draw(md, [requests[i]], **more)
+        assert (alone[0] - together[i]).abs().max() < 1e-4
+
+
+def test_seeds_and_negative_prompts_act(md):
+    requests = Sweep(prompt=PROMPT, negative_prompt=['', OTHER], seed=[0, 1], steps=3).requests
+    pixels, _ = draw(md, requests)
+    flat = pixels.flatten(1)
+    assert torch.pdist(flat).min() > 0.1
+
+
+BAD = {
+    'prompt': [
+        3,
+        None,
+        [],
+        [PROMPT, PROMPT],
+        'a red spaceship',
+        ' '.join(['red'] * 20),
+        [[PROMPT]],
+    ],
+    'negative_prompt': [3, 'ugly', []],
+    'seed': [-1, 0.5, '0', None, 2**64, True, [0, 0], []],
+    'w': [-1, 'high', float('nan'), float('inf'), 1e39, [1, 1.0], [], True, {'a': 1}],
+    'rule': ['cgf', 'apg(', 'apg(.5)', 'apg(etta=1)', "apg(eta='x')", 3, 'rescale', {'eta': 1}, ''],
+    'negative': ['pagg', 'pag(sigma=1)', 'seg(sigma=-1)', 'sag(kernel=0)', 'sag(kernel=1.5)', 5],
+    'interval': [(5, 0.3), '5:0.3', '.3', 'a:b', (1000, 2000), 3, (-1, 2), {'lo': 1}],
+    'stop': [2, 'x', True],
+    'schedule': ['lin', 'linear(num_steps=3)', 'linear(foo=1)', [-1, 2], [1, 2, 3], 'points', {}],
+    'post': ['cfg', 'rescale(phi=7)', 'rescal', 3, [['rescale', 'x']]],
+    'scheduler': ['DDIM', 'DDIMScheduler(foo=1)', 3, 'FlowMatchEulerDiscreteScheduler', 'torch'],
+    'steps': [0, -5, 1.5, 'many', 1001, [5, 5]],
+    'eta': [-1, 'x', float('nan')],
+    'size': [0, [(1, 2, 3)], 'x', (32, 'x')],
+    'dtype': ['float', 'int8', 3],
+    'device': ['gpu', 'cuda:0', None],
+    'backend': ['tf', None],
+    'guidance': [{}, [1], [{'weight': 1}], [{'seed': 1}], 'pag'],
+    'cases': [[{'foo': 1}], [3], 'w'],
+    'where': ['w <', 'foo < 1', '__import__("os")', 'w.real > 1', 'w > 100', 3, lambda foo: True],
+    'model': ['', 'no-such', '/no/such/folder', 'a/b/c', 3, '../x', '\0'],
+    'weight': [3],
+}
+
+
+@pytest.mark.parametrize('name, value', [(k, v) for k, each in BAD.items() for v in each], ids=str)
+def test_bad_values_are_clear(name, value):
+    settings = {'prompt': PROMPT, 'w': 2, 'steps': 5, name: value}
+    if name == 'schedule' and value != [1, 2, 3]:
+        del settings['w'], settings['steps']
+    clear_errors.check(lambda: Sweep(**settings), name, most=320)  # some list all names
+
+
+def test_what_does_not_go_together_is_clear():
+    check = clear_errors.check
+    check(lambda: Sweep(w=2), 'prompt')
+    check(lambda: Sweep(prompt=PROMPT, schedule=[1, 2], w=2), 'w')
+    check(lambda: Sweep(prompt=PROMPT, schedule='linear(w=2)', w=2), 'w')
+    check(lambda: Sweep(prompt=PROMPT, schedule={'name': 'points', 'points': [[0, 1]]}, w=2), 'w')
+    check(lambda: Sweep(prompt=PROMPT, scheduler='EulerDiscreteScheduler', eta=0.5), 'eta')
+    check(lambda: Sweep(prompt=PROMPT, w=[1, 2], cases=[{'w': 3}]), 'cases')
+    check(lambda: Sweep(prompt=PROMPT, where=lambda **kw: True).settings(), 'where')
+    check(lambda: Sweep.from_dict([1]), 'settings')
+    check(lambda: Sweep.from_toml('/no/such.toml'), 'plan')
+    check(lambda: terms_of([], None), 'requests')
+    two = Sweep(prompt=PROMPT, rule=['cfg', 'apg'], steps=2).requests
+    check(lambda: terms_of(two, None), 'requests')
+
+
+def test_the_order_is_that_of_the_axes_and_nothing_is_twice():
+    sweep = Sweep(seed=range(2), prompt=PROMPT, negative=['none', 'prompt'], w=[1, 2], steps=2)
+    assert [(o['seed'], o['negative'], o['w']) for o in sweep.labels] == [
+        *[(0, 'none', 1), (0, 'prompt', 1), (0, 'prompt', 2)],
+        *[(1, 'none', 1), (1, 'prompt', 1), (1, 'prompt', 2)],
+    ]
+    assert len(sweep) == 6
+    assert sweep.evaluations == 2 * (2 + 2 + 4)
+    assert repr(sweep).startswith('6 pictures (seed 2, negative 2, w 2), 16 network')
+
+
+def test_other_spellings_are_the_same_request():
+    def of(**settings):
+        return Sweep(prompt=PROMPT, steps=2, **settings).requests
+
+    assert of(rule='apg(eta=1)') == of(rule={'name': 'apg', 'eta': 1.0})
+    assert of(rule=RULES['apg'].of(eta=1)) == of(rule='apg(eta = 1)')
+    assert of(interval=(0.5, 3)) == of(interval='.5:3') == of(interval=[0.5, 3.0])
+    assert of(w=7.5, seed=0, eta=0) == of() == of(w='none', negative='prompt')
+    assert of(scheduler='DDIMScheduler') == of(scheduler=None)
+    assert of(schedule=[2, 3], w=None) == of(guidance=[{'schedule': [2.0, 3.0]}])
+    assert of(size=32) == of(size=(32, 32))
+    assert of(interval=(0.5, float('inf'))) == of(interval='.5:inf')
+
+
+def test_requests_are_json_and_do_not_change():
+    sweep = Sweep(prompt=PROMPT, rule=[*RULES], negative=[*NEGATIVES], post=[*POST_RULES], steps=2)
+    text = json.dumps(sweep.requests, allow_nan=False)
+    assert json.loads(text) == sweep.requests
+    again = Sweep(prompt=PROMPT, rule=[*RULES], negative=[*NEGATIVES], post=[*POST_RULES], steps=2)
+    assert json.dumps(again.requests) == text
+    assert {type(posts_of(r)[0]) for r in sweep.requests} == {type(POST_RULES['rescale'])}
+
+
+def test_each_schedule_makes_weights():
+    points = {'name': 'points', 'points': [[0, 1], [1, 3]]}
+    families = [points if o == 'points' else o for o in SCHEDULES]
+    for r in Sweep(prompt=PROMPT, schedule=families, steps=6).requests:
+        assert len(r['terms'][0]['weights']) == 6
+    a, b = Sweep(prompt=PROMPT, schedule=['linear', 'get_cos'], w=4, steps=6).requests
+    assert sum(a['terms'][0]['weights']) == pytest.approx(24)
+    assert b['terms'][0]['weights'][0] == 4
+    (pag,) = Sweep(prompt=PROMPT, negative='pag', steps=2).requests
+    assert pag['terms'][0]['weights'] == [4.0, 4.0]
+
+
+def test_sigmas_are_those_of_the_pipeline(md):
+    for name in (
+        'DDIMScheduler',
+        'EulerDiscreteScheduler',
+        'PNDMScheduler',
+        'HeunDiscreteScheduler',
+    ):
+        (r,) = Sweep(prompt=PROMPT, scheduler=name, steps=7).requests
+        md.pipe.scheduler = scheduler_of(r)
+        assert r['sigmas'] == sigmas_of(md.pipe, 7).tolist()
+    karras = 'DPMSolverMultistepScheduler(use_karras_sigmas=True)'
+    a, b = Sweep(prompt=PROMPT, scheduler=[karras, karras.split('(')[0]], steps=7).requests
+    assert a['sigmas'] != b['sigmas']
+    assert scheduler_of(a).config.use_karras_sigmas
+
+
+@pytest.mark.parametrize('scheduler', ['PNDMScheduler', 'HeunDiscreteScheduler'])
+def test_evaluations_of_schedulers_that_evaluate_twice(md, scheduler):
+    (r,) = Sweep(prompt=PROMPT, scheduler=scheduler, steps=5, interval=(0.6, 4)).requests
+    assert draw(md, [r])[1] == [evaluations_of(r)]
+
+
+def test_a_plan_is_the_same_after_its_file(tmp_path):
+    where = 'w < 4 or rule == "cfg"'
+    sweep = Sweep(
+        prompt=[PROMPT, OTHER],
+        cases=[{'negative': 'pag', 'w': None}, {'w': 2, 'interval': None}, {'interval': (0.3, 5)}],
+        rule=['cfg', RULES['apg'].of(eta=0.5)],
+        schedule=[None, 'linear', {'name': 'beta', 'a': 3}],
+        post=[None, [POST_RULES['rescale'], 'cfg_norm']],
+        steps=3,
+        where='schedule is None or rule == "cfg"',
+    )
+    sweep.to_toml(tmp_path / 'plan.toml')
+    again = Sweep.from_toml(tmp_path / 'plan.toml')
+    assert again.requests == sweep.requests
+    assert again.settings() == sweep.settings()
+    assert Sweep(prompt=PROMPT, w=[2, 8], rule=['cfg', 'apg'], steps=2, where=where).labels == [
+        dict(prompt=PROMPT, seed=0, w=w, rule=rule)
+        for w, rule in [(2, 'cfg'), (2, 'apg'), (8, 'cfg')]
+    ]
+    (tmp_path / 'bad.toml').write_text('w = [1,')
+    clear_errors.check(lambda: Sweep.from_toml(tmp_path / 'bad.toml'), 'plan')
+
+
+def test_a_fingerprint_follows_the_files(tmp_path):
+    folder = tmp_path / 'model'
+    shutil.copytree(embedded_path('fashion-sd'), folder)
+    before = fingerprint(folder)
+    assert before == fingerprint('fashion-sd')
+    (folder / 'README.md').write_text('other words')
+    assert fingerprint(folder) == before
+    config = folder / 'unet' / 'config.json'
+    config.write_text(config.read_text() + '\n')
+    assert fingerprint(folder) != before
