@@ -54,7 +54,8 @@ setup(
         'diffusers': requirements('diffusers'),
         'sde': requirements('sde'),
         'lab': requirements('diffusers', 'sde', 'lab'),
-        'dev': requirements('diffusers', 'sde', 'lab', 'dev'),
+        'ray': requirements('diffusers', 'sde', 'lab', 'ray'),
+        'dev': requirements('diffusers', 'sde', 'lab', 'ray', 'dev'),
     },
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),

@@ -10,12 +10,13 @@ _PACKAGES = {
         *('matplotlib', 'pandas', 'pyarrow', 'IPython', 'ipywidgets', 'anywidget', 'traitlets'),
         *('onnx', 'onnxruntime'),
     },
+    'ray': {'ray'},
 }
 
 
 @contextmanager
 def needs(
-    extra: str,  # 'diffusers', 'sde' or 'lab'
+    extra: str,  # 'diffusers', 'sde', 'lab' or 'ray'
     who: str,  # what needs it, for the message: the name of a module or of a function
 ):
     "Around imports: if a package of `extra` is missing, raise an `ImportError` that names both."
