@@ -32,6 +32,7 @@ from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path
 
+# %% ../../nbs/lab/09_plan.ipynb #ffe46268
 import torch
 from fastcore.basics import patch
 
@@ -138,6 +139,7 @@ def _split_call(what, text):
         ) from None
 
 
+# %% ../../nbs/lab/09_plan.ipynb #3a05e004
 def _name_and_settings(what, value, known):
     "Name and settings of a value given as text, as a dict, or as the object itself."
     if isinstance(value, Rule | PostRule):
@@ -300,6 +302,7 @@ def _weights(what, values):
     return [float(v) + 0.0 for v in values]
 
 
+# %% ../../nbs/lab/09_plan.ipynb #15b7ffb7
 def _schedule_values(schedule, w, usual, steps):
     "The weight at each step."
     if isinstance(schedule, list):
@@ -361,6 +364,7 @@ def fingerprint(
     return _checksum(str(folder.resolve()), stamps)
 
 
+# %% ../../nbs/lab/09_plan.ipynb #87d0c628
 @lru_cache(maxsize=64)
 def _checksum(folder, stamps):
     "Checksum of files; `stamps` change when they do."
@@ -422,6 +426,7 @@ def scheduler_of(
     return _other_scheduler(own, _configured(own, request['scheduler']['name'], settings))
 
 
+# %% ../../nbs/lab/09_plan.ipynb #98747373
 def _configured(own, name, settings):
     "A scheduler by name with settings, and the rest from the checkpoint's own."
     cls = type(own) if name is None else getattr(diffusers, name, None)
@@ -547,6 +552,7 @@ def _values_of(what, given, known):
     return {k: _value(k, v) for k, v in given.items()}
 
 
+# %% ../../nbs/lab/09_plan.ipynb #20a06a6b
 def _value(name, value):
     "A value as in a request, or what a request is made of."
     if name in _MAY_BE_NONE and (value is None or value == 'none'):
@@ -608,6 +614,7 @@ def _steps(values, terms):
     return values.get('steps') or next(iter(lengths), 50)
 
 
+# %% ../../nbs/lab/09_plan.ipynb #4f656e31
 def _request(values):
     "Everything that fixes one picture."
     if 'prompt' not in values:
@@ -728,6 +735,7 @@ def _axis(name, value):
     return pairs
 
 
+# %% ../../nbs/lab/09_plan.ipynb #c44cec64
 def _label(value):
     "A value as a number or a short text, for tables and pictures."
     if value is None:
@@ -931,6 +939,7 @@ def _pool(prompts, D):
     )
 
 
+# %% ../../nbs/lab/09_plan.ipynb #c71b4de5
 def _weak_denoiser(negative, D):
     "The denoiser with another network, for autoguidance."
     pipe, net = copy(D.inner_model.pipe), D.inner_model.net
@@ -983,6 +992,7 @@ def settings(
     return {k: _writable(v) for k, v in self.given.items()} | where
 
 
+# %% ../../nbs/lab/09_plan.ipynb #707e061f
 @patch(cls_method=True)
 def from_dict(
     cls: Sweep,

@@ -179,6 +179,7 @@ def _label(label):
     return json.dumps(label)
 
 
+# %% ../../nbs/lab/08_store.ipynb #39c6aeb7
 def _write_parquet(table, file):
     "Write a table, all or nothing."
 
@@ -516,6 +517,7 @@ def _not_in(self: Store, other):
             yield table.take(rows._row.to_numpy())
 
 
+# %% ../../nbs/lab/08_store.ipynb #c1dd25d6
 def _joined(tables):
     "Tables, joined up to the size of a part as long as they have the same columns."
     held = []
