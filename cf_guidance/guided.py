@@ -589,10 +589,8 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, off, whole):
     forward = _forward_in_pieces if isinstance(self.inner_model, Microbatched) else _forward
     for group in groups:  # 4
         for e, o in zip(group, forward(self.inner_model, group, run, step), strict=True):
-            if e.rows is None:
-                run.last_nfe += 1
-            else:
-                run.last_nfe[e.rows] += 1
+            run.last_nfe[slice(None) if e.rows is None else e.rows] += 1
+            if e.rows is not None:
                 fill = torch.zeros_like(x) if pos is None else pos
                 o = fill.index_copy(0, e.rows.to(x.device), o)
             if e.term is None:
@@ -687,23 +685,6 @@ class Run:
         with torch.inference_mode(False):
             self.nfe_per_sample = torch.zeros(self.n, dtype=torch.long)
 
-    def effective_scale(
-        self,
-        term: int = 0,  # number of the term
-    ) -> float:  # 0 is the negative, 1 the positive; for `cfg` it is `w`
-        "`<pred - neg, pos - neg> / |pos - neg|^2` over the whole run (arXiv:2602.22570)."
-        a, b = (float(torch.as_tensor(o).sum()) for o in self.scale_sums[term])
-        return a / b if b else math.nan
-
-    def effective_scales(
-        self,
-        term: int = 0,  # number of the term
-    ) -> list:  # one per sample; nan if the term did not guide it
-        "The effective scale of each sample."
-        n = self.n or 1
-        sums = (torch.as_tensor(o).expand(n).tolist() for o in self.scale_sums[term])
-        return [a / b if b else math.nan for a, b in zip(*sums, strict=True)]
-
 
 class _ThreadRuns(threading.local):
     "Per thread: the current run, earlier evaluations, and who watches. A copy begins empty."
@@ -713,6 +694,28 @@ class _ThreadRuns(threading.local):
 
     def __reduce__(self):
         return _ThreadRuns, ()
+
+
+# %% ../nbs/06_guided.ipynb #e193ac62
+@patch
+def effective_scale(
+    self: Run,
+    term: int = 0,  # number of the term
+) -> float:  # 0 is the negative, 1 the positive; for `cfg` it is `w`
+    "`<pred - neg, pos - neg> / |pos - neg|^2` over the whole run (arXiv:2602.22570)."
+    a, b = (float(torch.as_tensor(o).sum()) for o in self.scale_sums[term])
+    return a / b if b else math.nan
+
+
+@patch
+def effective_scales(
+    self: Run,
+    term: int = 0,  # number of the term
+) -> list:  # one per sample; nan if the term did not guide it
+    "The effective scale of each sample."
+    n = self.n or 1
+    sums = (torch.as_tensor(o).expand(n).tolist() for o in self.scale_sums[term])
+    return [a / b if b else math.nan for a, b in zip(*sums, strict=True)]
 
 
 # %% ../nbs/06_guided.ipynb #b1479888
@@ -1187,9 +1190,9 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
         pred = self._post(pred, pos, active, x, sigma)
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
         if a.on is not False:
-            delta, moved = ((o - neg).detach().reshape(len(x), -1) for o in (pos, pred))
-            top, bottom = run.scale_sums[i]
-            dot = torch.linalg.vecdot
+            delta = (pos - neg).detach().reshape(len(x), -1)
+            moved = (pred - neg).detach().reshape(len(x), -1)
+            (top, bottom), dot = run.scale_sums[i], torch.linalg.vecdot
             run.scale_sums[i] = top + dot(moved, delta), bottom + dot(delta, delta)
             run.guided[i] += len(x) if a.on is True else int(a.on.sum())
     return pred
