@@ -35,7 +35,7 @@ from fastcore.basics import patch
 
 from .denoisers import Denoiser, Parts, _per_sample, scalings, to_x0
 from .karras import SigmaSchedule, _checked_sigmas
-from .noise import split_generator
+from .noise import _check_whole, split_generator
 from .perturb import (
     Applied,
     Change,
@@ -1249,8 +1249,7 @@ class Microbatched(Denoiser):
                 'inner_model: expected the denoiser inside, as in '
                 'GuidedDenoiser(Microbatched(D, size), ...), got a GuidedDenoiser'
             )
-        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
-            raise ValueError(f'size: expected a whole number from 1, got {size!r}')
+        _check_whole('size', size, low=1)
         self.size = int(size)
         self.fitting = self.size  # rows that were not too many in this run
 

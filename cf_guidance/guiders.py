@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from fastcore.basics import patch
@@ -28,6 +28,7 @@ from .guided import (
     _largest_for_eps,
     _ThreadRuns,
 )
+from .noise import _check_whole
 from .perturb import _network_of
 from .pipelines import (
     _INFINITE,
@@ -350,7 +351,10 @@ class Guider(BaseGuidance):
         self.scheduler = _own_scheduler(_unwrapped_value(scheduler))
         self.terms = [_checked_term(_unwrapped_value(t)) for t in terms]
         self.posts = _as_posts([_as_rule(_unwrapped_value(o), 'post') for o in post])
-        self.zero_init, self.max_batch = _checked_options(zero_init, max_batch)
+        _check_whole('zero_init', zero_init)
+        if max_batch is not None:
+            _check_whole('max_batch', max_batch, low=1)
+        self.zero_init, self.max_batch = zero_init, max_batch
         self.denoiser = None  # the guided denoiser of the last run
         self._levels = _scheduler_denoiser(self.scheduler, nn.Identity())
         if zero_init and self._levels.prediction != 'flow':
@@ -365,16 +369,6 @@ class Guider(BaseGuidance):
             zero_init=zero_init,
             max_batch=max_batch,
         )
-
-
-# %% ../nbs/10_guiders.ipynb #42
-def _checked_options(zero_init, max_batch):
-    for name, o, low in (('zero_init', zero_init, 0), ('max_batch', max_batch, 1)):
-        if name == 'max_batch' and o is None:
-            continue
-        if not isinstance(o, Integral) or isinstance(o, bool) or o < low:
-            raise ValueError(f'{name}: expected a whole number from {low}, got {o!r}')
-    return zero_init, max_batch
 
 
 # %% ../nbs/10_guiders.ipynb #50

@@ -69,8 +69,9 @@ def _as_generator(g, device='cpu'):
 
 
 # %% ../nbs/02_noise.ipynb #ce215715
-def _check_whole(name, value, what, low=0):
-    "An error unless `value` is a whole number from `low` up."
+def _check_whole(name, value, what=None, low=0):
+    "An error, which says that `what` is expected, unless `value` is a whole number from `low` up."
+    what = f'a whole number from {low}' if what is None else what
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f'{name}: expected {what}, got {value!r:.40}')
     if value < low:

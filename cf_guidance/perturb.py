@@ -467,24 +467,22 @@ class Applied(NamedTuple):
     samples: torch.Tensor  # (R,) numbers of samples
 
 
-class _Request(NamedTuple):
+@dataclass
+class _Request:
     "What `PerturbedDenoiser` wants of the next forward of its shadow."
 
     applied: list  # of `Applied`
     copy_of: torch.Tensor  # (B,) the row of which a row is a copy, or None
     n: int  # rows
-    plan: object  # the `_Plan` of the shadow
-    ran: list  # gets the text for the report: how the rows joined
+    joins: str = ''  # the answer: how the rows joined, as text; '' if the network did not run
 
 
 class _Thread(threading.local):
-    request = None  # the `_Request` of the `PerturbedDenoiser` that is evaluating
-    call = None  # the `_Forward` of the forward that runs
-    part = None  # rows (LongTensor) of the batch that are evaluated now; None: all
+    call = None  # the `_Forward` of the forward that runs, for the changed layers in it
+    parts = ()  # choices of rows, each from those that the one before left; (): the whole batch
 
 
 _thread = _Thread()
-_UNKNOWN_ROWS = 'rows of an unknown part of the batch'
 
 
 # %% ../nbs/05_perturb.ipynb #4ca0cc7e
@@ -528,15 +526,12 @@ def part_of_batch(
     rows,  # which rows of the batch are evaluated inside: a slice or a LongTensor
 ):
     "Inside, a perturbed network evaluates these rows of the batch only."
-    before, request = _thread.part, _thread.request
-    if before is None and request is not None:
-        _thread.part = torch.arange(request.n)[rows]
-    else:
-        _thread.part = _UNKNOWN_ROWS if before is None or before is _UNKNOWN_ROWS else before[rows]
+    before = _thread.parts
+    _thread.parts = (*before, rows)
     try:
         yield
     finally:
-        _thread.part = before
+        _thread.parts = before
 
 
 def _restrict_to_part(applied, copy_of, n, part):
@@ -698,6 +693,8 @@ def _map_outputs(f, *outs):
 
 
 def _changed_block(layer, call, kinds, args, kwargs):
+    "The block with its changes, one around the other, each a function of the first input."
+
     def run(x):
         return _run_changed(layer, call, kinds, *_with_first_input(x, args, kwargs))
 
@@ -707,6 +704,7 @@ def _changed_block(layer, call, kinds, args, kwargs):
     return run(x)
 
 
+# %% ../nbs/05_perturb.ipynb #0efa77e0
 @dataclass
 class _Block:
     "A block as a function of its first input, with a change for some rows."
@@ -720,27 +718,29 @@ class _Block:
     kwargs: dict
 
     def __call__(self, x):
-        full = []
-        own = x if self.rows is None else x[self.rows]
+        "The output for all rows: that of the block, with new rows from `fn`."
+        own, outs = self.own_rows(x), []  # `outs`: outputs of the block for all rows
 
         def run(new):
-            full.append(self.run(_replace_rows(x, self.rows, new, own.shape, own.dtype, self.site)))
-            return _map_outputs(self.own_rows, full[-1])
+            outs.append(self.run(_replace_rows(x, self.rows, new, own.shape, own.dtype, self.site)))
+            return _map_outputs(self.own_rows, outs[-1])
+
+        def output():
+            if not outs:  # `fn` has not run the block
+                outs.append(self.run(x))
+            return outs[0]
 
         def given():
-            if not full:
-                full.append(self.run(x))
             args, kwargs = _with_first_input(x, self.args, self.kwargs)
-            return _map_outputs(self.own_rows, _inputs_as_output(self.layer, full[0], args, kwargs))
+            inputs = _inputs_as_output(self.layer, output(), args, kwargs)
+            return _map_outputs(self.own_rows, inputs)
 
         self.site.given = given
-        new = self.fn(own, run, self.site)
-        if not full:
-            full.append(self.run(x))
-        if isinstance(new, tuple) != isinstance(full[0], tuple):
-            got, want = type(new).__name__, type(full[0]).__name__
+        new, old = self.fn(own, run, self.site), output()
+        if isinstance(new, tuple) != isinstance(old, tuple):
+            got, want = type(new).__name__, type(old).__name__
             raise ValueError(f'{self.layer.name}: expected fn to return a {want}, got {got}')
-        return _map_outputs(self.merged, full[0], new)
+        return _map_outputs(self.merged, old, new)
 
     def own_rows(self, o):
         return o if self.rows is None else o[self.rows]
@@ -1049,6 +1049,7 @@ class _Plan:
     static: list = None  # of (change, rows), for a `perturbed` network
     joins: str = ''  # the text for the report when rows join late
     patch: object = None  # see `_patch_size`
+    request: _Request = None  # that of the `PerturbedDenoiser` that is evaluating
 
     def late(self, call, copy_of, args, kwargs):
         "Drop the copies from the inputs; the reason, if that is not done."
@@ -1059,34 +1060,43 @@ class _Plan:
         copies = call.n - len(starts)
         if copies * math.prod(shape[2:] if len(shape) > 3 else shape[1:2]) < _MIN_POSITIONS_TO_JOIN:
             return args, kwargs, 'too few and small copies to be worth it'
-        device = call.first.device
-        starts_there, refused = starts.to(device), []
-
-        def drop(o):
-            if len(o) == call.n:
-                return o[starts_there]
-            if len(o) != 1:
-                refused.append(o)
-            return o
-
         given = _named_arguments(self.net, args, kwargs)
-        for name, o in given.items():
-            if o is None or isinstance(o, (bool, int, float)) or name in self.architecture.shared:
-                continue
-            use = 'before' if name in self.architecture.inputs else self.use_of(name, given)
-            if use == 'before':
-                given[name] = _map_tensors(drop, o)
-            elif use is None:
-                _map_tensors(refused.append, o)
-        if refused:
+        early = self.early_inputs(given, call.n)
+        if early is None:
             return args, kwargs, 'an input is used between the blocks'
         at = torch.full((call.n,), -1)
         at[starts] = torch.arange(len(starts))
-        call.kept, call.index = len(starts), at[copy_of].to(device)
+        device = call.first.device
+        starts, call.kept, call.index = starts.to(device), len(starts), at[copy_of].to(device)
+
+        def without_copies(o):
+            return o[starts] if len(o) == call.n else o
+
+        for name in early:
+            given[name] = _map_tensors(without_copies, given[name])
         return (), given, ''
 
 
 # %% ../nbs/05_perturb.ipynb #c79b7b1b
+@patch
+def early_inputs(self: _Plan, given, n):
+    "Names of the inputs that are used before the rows join; None if an input stands against it."
+    early = []
+    for name, o in given.items():
+        tensors = []
+        _map_tensors(tensors.append, o)
+        if not tensors or name in self.architecture.shared:
+            continue
+        use = 'before' if name in self.architecture.inputs else self.use_of(name, given)
+        if use is None:
+            return None
+        if use == 'before':
+            if any(len(v) not in (1, n) for v in tensors):
+                return None
+            early.append(name)
+    return early
+
+
 @patch
 def use_of(self: _Plan, name, given):
     "Is an input used before the rows join, after, or is that not known (None)?"
@@ -1137,11 +1147,11 @@ class _ShadowForward:
         self.forward, self.plan = forward, plan
 
     def __call__(self, *args, **kwargs):
-        plan, request = self.plan, _thread.request
+        plan, request = self.plan, self.plan.request
         first = _first_input(args, kwargs)
-        if request is not None and request.plan is plan:
+        if request is not None:
             applied, copy_of = request.applied, request.copy_of
-            if len(first) != request.n or _thread.part is not None:
+            if _thread.parts or len(first) != request.n:
                 applied, copy_of = request.for_rows(len(first))
         elif plan.static is not None:
             _refuse_tracing()
@@ -1162,7 +1172,7 @@ class _ShadowForward:
         if len(call.ran) < len(plan.layers):
             plan.check_ran(call)
         if plan.static is None:
-            request.ran.append(f'full rows: {why}' if why else plan.joins)
+            request.joins = f'full rows: {why}' if why else plan.joins
         else:
             _check_finite(out, first)
         return out
@@ -1172,22 +1182,21 @@ class _ShadowForward:
 @patch
 def for_rows(self: _Request, n):
     "The changes and copies for the `n` rows that the network is given."
-    part = _thread.part
-    expected = self.n if part is None else len(part)
-    if n != expected:
+    part = torch.arange(self.n)
+    for rows in _thread.parts:
+        part = part[rows]
+    if n != len(part):
         raise RuntimeError(
-            f'the denoiser gave its network {n} rows for {expected}; evaluate parts of a batch '
+            f'the denoiser gave its network {n} rows for {len(part)}; evaluate parts of a batch '
             'inside part_of_batch(rows)'
         )
-    if part is None:
-        return self.applied, self.copy_of
     return _restrict_to_part(self.applied, self.copy_of, self.n, part)
 
 
 @patch
 def fixed(self: _Plan, n):
     "The changes of a `perturbed` network."
-    if _thread.part is not None and any(rows is not None for _, rows in self.static):
+    if _thread.parts and any(rows is not None for _, rows in self.static):
         raise RuntimeError('rows: not possible for a network that is evaluated in parts of a batch')
     picked = [
         (c, torch.arange(n) if rows is None else _row_numbers(rows, n).unique())
@@ -1330,7 +1339,10 @@ _layers_key = attrgetter('change.key')
 
 
 class PerturbedDenoiser:
-    "A denoiser that evaluates some rows of a batch with changed layers. It lives as long as a run."
+    """A denoiser that evaluates some rows of a batch with changed layers.
+
+    It belongs to one run, and so to one thread.
+    """
 
     def __init__(
         self,
@@ -1354,16 +1366,15 @@ class PerturbedDenoiser:
             return self.D(x, sigma, **cond)
         key = tuple(map(_layers_key, applied))
         shadow, plan = self._shadows.get(key) or self._new_shadow(key, applied)
-        request = _Request(applied, copy_of, len(x), plan, [])
-        before = _thread.request, _thread.part
-        _thread.request, _thread.part = request, None
+        plan.request = request = _Request(applied, copy_of, len(x))
+        before, _thread.parts = _thread.parts, ()
         try:
             out = shadow(x, sigma, **cond)
         finally:
-            _thread.request, _thread.part = before
-        if not request.ran:
+            plan.request, _thread.parts = None, before
+        if not request.joins:
             raise RuntimeError('the denoiser did not evaluate the network that is to be changed')
-        self.joins = request.ran[-1]
+        self.joins = request.joins
         return out
 
     def _new_shadow(self, key, applied):

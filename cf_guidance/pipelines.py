@@ -42,7 +42,7 @@ from .guided import (
     Weight,
     _as_posts,
 )
-from .noise import split_generator
+from .noise import _check_whole, split_generator
 from .perturb import _network_of, refuse_caches
 
 # %% ../nbs/09_pipelines.ipynb #45d479fb
@@ -310,19 +310,10 @@ def _shapes(self: _PipelineNet, height, width):
         o * self.factor if s is None else s for s, o in zip((height, width), native, strict=True)
     )
     for name, s in zip(('height', 'width'), size, strict=True):
-        _check_whole(name, s)
+        _check_whole(name, s, low=1)
         if s % unit:
             raise ValueError(f'{name}: expected a multiple of {unit} pixels, got {s}')
     return (channels, *(s // self.factor for s in size)), size
-
-
-# %% ../nbs/09_pipelines.ipynb #95b
-def _check_whole(name, value, low=1):
-    "An error unless `value` is a whole number from `low` up."
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f'{name}: expected a whole number, got {value!r:.60}')
-    if value < low:
-        raise ValueError(f'{name}: expected a whole number from {low}, got {value}')
 
 
 # %% ../nbs/09_pipelines.ipynb #97
@@ -576,7 +567,7 @@ def sigmas_of(
     if num_steps is None and not {'timesteps', 'sigmas'} & {*kwargs}:
         raise TypeError('num_steps: expected a whole number, or timesteps=, or sigmas=')
     if num_steps is not None:
-        _check_whole('num_steps', num_steps)
+        _check_whole('num_steps', num_steps, low=1)
     scheduler = deepcopy(pipe.scheduler)
     trained = scheduler.config.get('num_train_timesteps')
     if num_steps is not None and trained and num_steps > trained:
@@ -713,7 +704,8 @@ class _Loop:
     def __init__(self, net, family, device, pipe=None):
         self.net, self.family, self.device, self.pipe = net, family, device, pipe
         self.signature = _signature(net)
-        self.call, self.time, self.first = None, None, None
+        self.call = None  # the loop's call of the network that is answered now
+        self.time = None  # what the denoiser takes for its time
         self.D, self.known = None, {}
 
     def denoiser(self, scheduler):
@@ -843,6 +835,7 @@ class _Run(_Loop):
         self.prompted = [i for i, neg in negatives if isinstance(neg, NegativePrompt)]
         self.timesteps, self.evaluations, self.index = None, None, -1
         self.G = self.report = None
+        self.waiting = None  # Flux: the prompt's call, and the output that it was given
         self.watching = ExitStack()
         refuse_caches(_network_of(net))
         _refuse_own_guidance(self)
@@ -851,7 +844,7 @@ class _Run(_Loop):
         "Run the pipeline's own code."
         with self.watching:
             out = type(self.clone)._plain.__call__(self.clone, *args, **kwargs)
-        if self.first is not None:
+        if self.waiting is not None:
             raise RuntimeError('pipe: it evaluated the prompt without the negative prompt')
         self.report = _report_of(self)
         return out
@@ -896,13 +889,14 @@ def _both_halves(self: _Run, call):
 @patch
 def _second_call(self: _Run, call):
     "The prompt comes first, and its output is filled in with the negative prompt."
-    if self.first is None:
+    if self.waiting is None:
         z = call.latents
         if self.family.pack == 1:
             z = z[:, : self.channels()]
-        self.first = call, torch.full_like(z, math.nan)
-        return self.first[1]
-    (pos, output), self.first = self.first, None
+        output = torch.full_like(z, math.nan)
+        self.waiting = call, output
+        return output
+    (pos, output), self.waiting = self.waiting, None
     if self.evaluations is None and not torch.equal(pos.latents, call.latents):
         raise ValueError('pipe: it evaluates prompt and negative prompt at different latents')
     return output.copy_(self.guide(pos, _conditions_like(call, pos)))
@@ -1071,7 +1065,7 @@ def _checked_arguments(stock, sd, args, kwargs):
     given |= mine | mine.get('kwargs', {})
     for k, low in (('num_inference_steps', 1), ('num_images_per_prompt', 1)):
         if given.get(k) is not None:
-            _check_whole(k, given[k], low)
+            _check_whole(k, given[k], low=low)
     most = getattr(sd.scheduler, 'alphas_cumprod', None)
     if most is not None and (given.get('num_inference_steps') or 1) > len(most):
         raise ValueError(
@@ -1271,9 +1265,9 @@ def guided(
     _stock_class(pipe)
     given = dict(w=w, rule=rule, interval=interval, stop=stop)
     checked = GuidedDenoiser(nn.Identity(), *(terms or [NegativePrompt()]), post=post, **given)
-    _check_whole('zero_init', zero_init, 0)
+    _check_whole('zero_init', zero_init)
     if max_batch is not None:
-        _check_whole('max_batch', max_batch)
+        _check_whole('max_batch', max_batch, low=1)
     return _guide(pipe, _Guidance(checked.terms, checked.posts, zero_init, max_batch))
 
 
@@ -1298,10 +1292,10 @@ class MinimalDiffusion:
         revision: str | None = None,  # of a model on the hub; `load` records the commit
         use_safetensors: bool = True,  # refuse checkpoints that are pickles?
     ):
-        _check_whole('batch_size', batch_size)
+        _check_whole('batch_size', batch_size, low=1)
         for name, o in dict(num_steps=num_steps, height=height, width=width).items():
             if o is not None:
-                _check_whole(name, o)
+                _check_whole(name, o, low=1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f'dtype: expected a floating-point type, got {dtype!r}')
         self.model_name, self.device, self.dtype, self.generator = (
@@ -1533,7 +1527,7 @@ def sample(
         self.load()
     num_steps = self.num_steps if num_steps is None else num_steps
     if num_steps is not None:
-        _check_whole('num_steps', num_steps)
+        _check_whole('num_steps', num_steps, low=1)
     terms, num_steps = _as_guidance(guide_tfm, num_steps)
     seeds = next(o for o in (generator, self.generator, 0) if o is not None)
     prompts, negatives, generators = _per_image(terms, prompt, negative_prompt, seeds)
@@ -1543,15 +1537,9 @@ def sample(
     sd = _guide(self.pipe, _Guidance(terms, _as_posts(post), 0, self.batch_size, warns=False))
     sd.set_progress_bar_config(disable=not self.progress)
     _seed_noise(sd.scheduler, generators)
-    out = sd(
-        prompt=prompts,
-        num_inference_steps=num_steps,
-        generator=generators,
-        output_type='latent',
-        height=self.height,
-        width=self.width,
-        **{**_negative_arguments(sd, terms, negatives), **kwargs},
-    )
+    size = dict(output_type='latent', height=self.height, width=self.width)
+    more = {**_negative_arguments(sd, terms, negatives), **kwargs}
+    out = sd(prompt=prompts, num_inference_steps=num_steps, generator=generators, **size, **more)
     x = self._decode(out.images)
     if return_report:
         return x, sd.report

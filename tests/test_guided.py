@@ -1984,7 +1984,8 @@ ERRORS = [
     *[(lambda t=t: enter(g().watch(t)), TypeError, 'term:') for t in ('a', None, 1.0, True)],
     *[(lambda t=t: enter(g().watch(t)), IndexError, 'term:') for t in (1, -1)],
     # the wrappers
-    *[(lambda n=n: Microbatched(never, n), ValueError, 'size:') for n in (0, -1, 1.5, True, None)],
+    *[(lambda n=n: Microbatched(never, n), ValueError, 'size:') for n in (0, -1)],
+    *[(lambda n=n: Microbatched(never, n), TypeError, 'size:') for n in (1.5, True, None)],
     (lambda: Microbatched(None, 2), TypeError, 'inner_model:'),
     *[
         (lambda n=n: ZeroInit(flow_model(), LEVELS, n), ValueError, 'steps:')

@@ -488,7 +488,7 @@ BAD = [
     (ValueError, 'w: expected', lambda b: Guider(b.scheduler, dict(neg='PAG', w=-1.0))),
     (TypeError, 'terms: expected', lambda b: Guider(b.scheduler, [])),
     (ValueError, 'zero_init: expected', lambda b: Guider(b.scheduler, zero_init=-1)),
-    (ValueError, 'zero_init: expected', lambda b: Guider(b.scheduler, zero_init=True)),
+    (TypeError, 'zero_init: expected', lambda b: Guider(b.scheduler, zero_init=True)),
     (ValueError, 'max_batch: expected', lambda b: Guider(b.scheduler, max_batch=0)),
     (TypeError, 'post: expected', lambda b: Guider(b.scheduler, post=3)),
     (ValueError, 'post: expected', lambda b: Guider(b.scheduler, post='sum')),

@@ -344,7 +344,7 @@ def test_errors_and_interrupts_leave_nothing():
             case(net=net)
         assert state(case.net) == own
         assert torch.equal(case(), plain)
-        assert perturb._thread.call is None and perturb._thread.request is None
+        assert (perturb._thread.call, perturb._thread.parts) == (None, ())
 
 
 def test_weights_are_shared_and_live():
