@@ -124,7 +124,13 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize('name, value', [(k, v) for k, each in BAD.items() for v in each], ids=str)
+def short_name(value):
+    return getattr(value, '__name__', str(value))
+
+
+@pytest.mark.parametrize(
+    'name, value', [(k, v) for k, each in BAD.items() for v in each], ids=short_name
+)
 def test_bad_values_are_clear(name, value):
     settings = {'prompt': PROMPT, 'w': 2, 'steps': 5, name: value}
     if name == 'schedule' and value != [1, 2, 3]:
