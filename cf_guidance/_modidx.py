@@ -1000,10 +1000,6 @@ d = {
                 'guiders.html#_check_negative',
                 'cf_guidance/guiders.py',
             ),
-            'cf_guidance.guiders._checked_options': (
-                'guiders.html#_checked_options',
-                'cf_guidance/guiders.py',
-            ),
             'cf_guidance.guiders._checked_term': (
                 'guiders.html#_checked_term',
                 'cf_guidance/guiders.py',
@@ -1399,6 +1395,98 @@ d = {
                 'lab/backends.html#with_backend',
                 'cf_guidance/lab/backends.py',
             ),
+        },
+        'cf_guidance.lab.draw': {
+            'cf_guidance.lab.draw.Painter': ('lab/draw.html#painter', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw.Painter.__call__': (
+                'lab/draw.html#painter.__call__',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw.Painter.__init__': (
+                'lab/draw.html#painter.__init__',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw.Painter.load': (
+                'lab/draw.html#painter.load',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw.Painter.paint': (
+                'lab/draw.html#painter.paint',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._Actor': ('lab/draw.html#_actor', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._Actor.__call__': (
+                'lab/draw.html#_actor.__call__',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._Actor.__init__': (
+                'lab/draw.html#_actor.__init__',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._Actor.missing': (
+                'lab/draw.html#_actor.missing',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._Bar': ('lab/draw.html#_bar', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._Bar.__enter__': (
+                'lab/draw.html#_bar.__enter__',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._Bar.__exit__': (
+                'lab/draw.html#_bar.__exit__',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._Bar.__init__': (
+                'lab/draw.html#_bar.__init__',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._Bar.count': (
+                'lab/draw.html#_bar.count',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._Bar.say': ('lab/draw.html#_bar.say', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._checked': ('lab/draw.html#_checked', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._checked_shard': (
+                'lab/draw.html#_checked_shard',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._device': ('lab/draw.html#_device', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._gpus': ('lab/draw.html#_gpus', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._is_failure': (
+                'lab/draw.html#_is_failure',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._missing_units': (
+                'lab/draw.html#_missing_units',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._planned': ('lab/draw.html#_planned', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._ray': ('lab/draw.html#_ray', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._setup': ('lab/draw.html#_setup', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._stopping': (
+                'lab/draw.html#_stopping',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._to_pil': ('lab/draw.html#_to_pil', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._work': ('lab/draw.html#_work', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw.draw': ('lab/draw.html#draw', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw.draw_in_processes': (
+                'lab/draw.html#draw_in_processes',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw.draw_with_ray': (
+                'lab/draw.html#draw_with_ray',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw.measure_pictures': (
+                'lab/draw.html#measure_pictures',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw.shard_of_environment': (
+                'lab/draw.html#shard_of_environment',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw.units': ('lab/draw.html#units', 'cf_guidance/lab/draw.py'),
         },
         'cf_guidance.lab.export': {
             'cf_guidance.lab.export._Decoder': (
@@ -1810,6 +1898,206 @@ d = {
                 'lab/metrics.html#step_distance',
                 'cf_guidance/lab/metrics.py',
             ),
+        },
+        'cf_guidance.lab.plan': {
+            'cf_guidance.lab.plan.Sweep': ('lab/plan.html#sweep', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan.Sweep.__init__': (
+                'lab/plan.html#sweep.__init__',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.Sweep.__len__': (
+                'lab/plan.html#sweep.__len__',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.Sweep.__repr__': (
+                'lab/plan.html#sweep.__repr__',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.Sweep.evaluations': (
+                'lab/plan.html#sweep.evaluations',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.Sweep.from_dict': (
+                'lab/plan.html#sweep.from_dict',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.Sweep.from_toml': (
+                'lab/plan.html#sweep.from_toml',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.Sweep.settings': (
+                'lab/plan.html#sweep.settings',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.Sweep.to_toml': (
+                'lab/plan.html#sweep.to_toml',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._Levels': ('lab/plan.html#_levels', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._axis': ('lab/plan.html#_axis', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._check_where_names': (
+                'lab/plan.html#_check_where_names',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._checked_request': (
+                'lab/plan.html#_checked_request',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._checksum': (
+                'lab/plan.html#_checksum',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._combinations': (
+                'lab/plan.html#_combinations',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._commit': ('lab/plan.html#_commit', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._configured': (
+                'lab/plan.html#_configured',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._count': ('lab/plan.html#_count', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._folder_of': (
+                'lab/plan.html#_folder_of',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._from_zero': (
+                'lab/plan.html#_from_zero',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._guidance': (
+                'lab/plan.html#_guidance',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._interval': (
+                'lab/plan.html#_interval',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._is_axis': ('lab/plan.html#_is_axis', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._is_number': (
+                'lab/plan.html#_is_number',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._label': ('lab/plan.html#_label', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._levels': ('lab/plan.html#_levels', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._levels_of': (
+                'lab/plan.html#_levels_of',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._listed': ('lab/plan.html#_listed', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._literal': ('lab/plan.html#_literal', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._model': ('lab/plan.html#_model', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._name_and_settings': (
+                'lab/plan.html#_name_and_settings',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._names': ('lab/plan.html#_names', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._negative': (
+                'lab/plan.html#_negative',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._negatives': (
+                'lab/plan.html#_negatives',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._of_negative': (
+                'lab/plan.html#_of_negative',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._of_rule': ('lab/plan.html#_of_rule', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._of_schedule': (
+                'lab/plan.html#_of_schedule',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._one_of': ('lab/plan.html#_one_of', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._own_scheduler': (
+                'lab/plan.html#_own_scheduler',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._parameters': (
+                'lab/plan.html#_parameters',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._plain': ('lab/plan.html#_plain', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._pool': ('lab/plan.html#_pool', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._posts': ('lab/plan.html#_posts', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._predicate': (
+                'lab/plan.html#_predicate',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._request': ('lab/plan.html#_request', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._resolved': (
+                'lab/plan.html#_resolved',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._rule_from': (
+                'lab/plan.html#_rule_from',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._schedule_values': (
+                'lab/plan.html#_schedule_values',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._scheduler': (
+                'lab/plan.html#_scheduler',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._schedules': (
+                'lab/plan.html#_schedules',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._setting': ('lab/plan.html#_setting', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._settings_of_negative': (
+                'lab/plan.html#_settings_of_negative',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._short': ('lab/plan.html#_short', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._size': ('lab/plan.html#_size', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._source': ('lab/plan.html#_source', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._split_call': (
+                'lab/plan.html#_split_call',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._steps': ('lab/plan.html#_steps', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._stop': ('lab/plan.html#_stop', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._term': ('lab/plan.html#_term', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._text': ('lab/plan.html#_text', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._toml': ('lab/plan.html#_toml', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._unplain': ('lab/plan.html#_unplain', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._value': ('lab/plan.html#_value', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._values_of': (
+                'lab/plan.html#_values_of',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._weak': ('lab/plan.html#_weak', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._weak_denoiser': (
+                'lab/plan.html#_weak_denoiser',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._weights': ('lab/plan.html#_weights', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._whole': ('lab/plan.html#_whole', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._writable': (
+                'lab/plan.html#_writable',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.batch_key': (
+                'lab/plan.html#batch_key',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.evaluations_of': (
+                'lab/plan.html#evaluations_of',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.fingerprint': (
+                'lab/plan.html#fingerprint',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.posts_of': ('lab/plan.html#posts_of', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan.scheduler_of': (
+                'lab/plan.html#scheduler_of',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan.terms_of': ('lab/plan.html#terms_of', 'cf_guidance/lab/plan.py'),
         },
         'cf_guidance.lab.plots': {
             'cf_guidance.lab.plots._Figure': ('lab/plots.html#_figure', 'cf_guidance/lab/plots.py'),
@@ -2862,6 +3150,10 @@ d = {
                 'perturb.html#_plan.check_ran',
                 'cf_guidance/perturb.py',
             ),
+            'cf_guidance.perturb._Plan.early_inputs': (
+                'perturb.html#_plan.early_inputs',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._Plan.fixed': (
                 'perturb.html#_plan.fixed',
                 'cf_guidance/perturb.py',
@@ -3346,10 +3638,6 @@ d = {
             ),
             'cf_guidance.pipelines._check_prompts': (
                 'pipelines.html#_check_prompts',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._check_whole': (
-                'pipelines.html#_check_whole',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._check_words': (

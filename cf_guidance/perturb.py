@@ -1059,7 +1059,7 @@ class _Plan:
         starts = (copy_of == own).nonzero()[:, 0]
         copies = call.n - len(starts)
         if copies * math.prod(shape[2:] if len(shape) > 3 else shape[1:2]) < _MIN_POSITIONS_TO_JOIN:
-            return args, kwargs, 'too few and small copies to be worth it'
+            return args, kwargs, 'the batch is too small for a saving'
         given = _named_arguments(self.net, args, kwargs)
         early = self.early_inputs(given, call.n)
         if early is None:
@@ -1172,7 +1172,7 @@ class _ShadowForward:
         if len(call.ran) < len(plan.layers):
             plan.check_ran(call)
         if plan.static is None:
-            request.joins = f'full rows: {why}' if why else plan.joins
+            request.joins = f'all rows run in full: {why}' if why else plan.joins
         else:
             _check_finite(out, first)
         return out
@@ -1287,7 +1287,7 @@ def _make_plan(net, layers, compiled, static):
     if compiled:
         architecture, why = None, 'the network is compiled'
     elif architecture is None:
-        why = f'{type(net).__name__} is not known to allow more'
+        why = f'{type(net).__name__} is not known to let rows join late'
     else:
         blocks = {architecture.block_of(o.name): None for o in layers.values()}
         if None in blocks:

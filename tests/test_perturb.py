@@ -185,8 +185,10 @@ def test_late_rows_are_full_rows(name, monkeypatch):
     assert far(late, full) < 1e-5
     assert far(late[:4], case()[:4]) < 1e-5
     assert far(late[4:], case(net=perturbed(case.net, BLIND))[:3]) < 1e-5
-    assert text.startswith('full rows: ')
-    assert joins.startswith(f'rows join late, at {LATE[name]}' if name in LATE else 'full rows: ')
+    assert text.startswith('all rows run in full: ')
+    assert joins.startswith(
+        f'rows join late, at {LATE[name]}' if name in LATE else 'all rows run in full: '
+    )
 
 
 def test_first_block_of_each_architecture(monkeypatch):

@@ -14,6 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 EXPLORERS = ROOT / 'cf_guidance/lab/explorers'
 RUNTIME = ('ort.wasm.min.mjs', 'ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm')
+# for a browser with a GPU
+GPU_RUNTIME = (
+    *('ort.jspi.min.mjs', 'ort-wasm-simd-threaded.jspi.mjs'),
+    'ort-wasm-simd-threaded.jspi.wasm',
+)
 
 
 def node_modules():
@@ -65,7 +70,7 @@ def write_explorers(site):
 def copy_runtime(folder):
     "Copy ONNX Runtime for browsers, which the live model runs in, to `folder`."
     folder.mkdir(parents=True, exist_ok=True)
-    for name in RUNTIME:
+    for name in RUNTIME + GPU_RUNTIME:
         shutil.copy(node_modules() / 'onnxruntime-web/dist' / name, folder)
 
 

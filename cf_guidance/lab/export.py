@@ -179,6 +179,7 @@ def export_onnx(
         scheduler=_scheduler_table(pipe.scheduler),
         tokens=_token_table(pipe.tokenizer, _WORDS if words is None else words),
         latents=[pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2],
+        text=[pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim],
     )
     folder.mkdir(parents=True, exist_ok=True)
     files = {}

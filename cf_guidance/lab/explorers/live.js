@@ -159,7 +159,7 @@ class WeightPlot {
     const s = settingsOf(this.model);
     const ws = weights(s, s.steps);
     const [low, top] = [Math.min(0, ...ws), Math.max(s.w, ...ws) || 1];
-    this.x = scale([0, 1], [34, width - 16]);
+    this.x = scale([0, 1], [44, width - 16]);
     this.y = scale([low, top], [106, 16]);
     this.most = top / (s.w || 1);
     this.drawLines(ws, [low, Number(top.toPrecision(3))]);
@@ -375,7 +375,9 @@ function makePainter(engine, model, { picture, strip, status, root }) {
     const seconds = ((performance.now() - begin) / 1000).toFixed(2);
     const draft = steps < s.steps ? 'draft: ' : '';
     picture.set(image, `${s.prompt}, w = ${s.w}`);
-    status.textContent = `${draft}${steps} steps, ${found.evaluations} evaluations, ${seconds} s`;
+    const where = engine.isOnGpu ? ' on the GPU' : '';
+    const cost = `${steps} steps, ${found.evaluations} evaluations, ${seconds} s${where}`;
+    status.textContent = draft + cost;
     root.dataset.seconds = seconds;
     return true;
   }
@@ -485,6 +487,7 @@ function showStart(frame, model, fallback) {
       showModel(frame, model, engine);
       frame.root.dataset.live = 'true';
       listenToDesigner(frame, model);
+      engine.useGpu(); // pictures are drawn meanwhile
     } catch (error) {
       status.textContent = `The model could not be loaded: ${error.message}`;
       start.disabled = false;
@@ -496,7 +499,7 @@ function showStart(frame, model, fallback) {
 }
 
 function render({ model, el }) {
-  const fallback = [...el.childNodes];
+  const fallback = [...el.children]; // a picture, but not the sentence for readers without scripts
   withDefaults(model, START);
   const frame = mount(el, 'A Stable Diffusion in miniature, live');
   showStart(frame, model, fallback);

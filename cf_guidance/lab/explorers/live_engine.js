@@ -143,6 +143,7 @@ function ddimMove(x, eps, { alpha, next }) {
 // ---------------------------------------------------------------------------- the model
 
 const SIZE_OF_PROGRESS = 65536;
+const GPU_TOLERANCE = 1e-3; // of one prediction; latents after 20 steps then agree to 1e-2
 
 async function download(url, fingerprint, onBytes) {
   const cache = await globalThis.caches?.open('cf_guidance').catch(() => null);
@@ -164,8 +165,7 @@ async function download(url, fingerprint, onBytes) {
 // bytes.
 export async function loadEngine(base, onProgress = () => {}) {
   const about = await (await fetch(new URL('model/model.json', base))).json();
-  const ort = await import(new URL('ort/ort.wasm.min.mjs', base));
-  ort.env.wasm.numThreads = 1; // more need headers that a static site cannot send
+  const ort = await loadRuntime(base, 'ort.wasm.min.mjs');
   ort.env.wasm.proxy = true; // the networks run in a worker, and the page stays responsive
   const files = Object.entries(about.files);
   const all = files.reduce((sum, [, { bytes }]) => sum + bytes, 0);
@@ -176,12 +176,70 @@ export async function loadEngine(base, onProgress = () => {}) {
     shown = done;
     onProgress(done, all);
   };
-  const sessions = {};
+  const networks = {};
   for (const [name, { sha256 }] of files) {
     const data = await download(new URL(`model/${name}`, base), sha256, onBytes);
-    sessions[name.replace('.onnx', '')] = await ort.InferenceSession.create(data);
+    networks[name.replace('.onnx', '')] = await makeNetwork(ort, data, 'wasm');
   }
-  return makeEngine(ort, about, sessions);
+  return makeEngine(base, about, networks);
+}
+
+async function loadRuntime(base, name) {
+  const ort = await import(new URL(`ort/${name}`, base));
+  ort.env.wasm.numThreads = 1; // more need headers that a static site cannot send
+  return ort;
+}
+
+// A function of inputs by name, each [type, data, dims], that returns the network's output.
+async function makeNetwork(ort, data, provider) {
+  const options = { executionProviders: [provider], logSeverityLevel: 3 };
+  const session = await ort.InferenceSession.create(data, options);
+  return async (inputs) => {
+    const tensors = Object.entries(inputs).map(([name, o]) => [name, new ort.Tensor(...o)]);
+    return (await session.run(Object.fromEntries(tensors))).out;
+  };
+}
+
+// ---------------------------------------------------------------------------- the GPU
+
+// Is there a GPU, and can WebAssembly wait for it? `software`: an imitation counts, too.
+async function hasGpu(software) {
+  if (!globalThis.navigator?.gpu || !('Suspending' in WebAssembly)) return false;
+  const adapter = await navigator.gpu.requestAdapter();
+  const isSoftware = adapter?.info?.isFallbackAdapter ?? adapter?.isFallbackAdapter;
+  return Boolean(adapter) && (software || !isSoftware);
+}
+
+// The U-Net on the GPU, if it predicts what `unet` predicts and is faster; else null.
+async function gpuUnet(base, about, unet, software) {
+  if (!(await hasGpu(software))) return null;
+  const ort = await loadRuntime(base, 'ort.jspi.min.mjs');
+  const url = new URL('model/unet.onnx', base);
+  const data = await download(url, about.files['unet.onnx'].sha256, () => {});
+  const found = await makeNetwork(ort, data, 'webgpu');
+  const rows = software ? 2 : 20; // of one step: one picture, or the ten of the strip
+  const cpu = await tryNetwork(unet, about, rows);
+  const gpu = await tryNetwork(found, about, rows);
+  const apart = Math.max(...cpu.out.map((v, i) => Math.abs(v - gpu.out[i])));
+  const isSame = apart < GPU_TOLERANCE; // false for NaN
+  return isSame && (software || gpu.time < cpu.time) ? found : null;
+}
+
+// Predictions for some rows, and the milliseconds they take once warm.
+async function tryNetwork(unet, about, rows) {
+  const wave = (...dims) => {
+    const length = dims.reduce((p, q) => p * q);
+    return ['float32', Float32Array.from({ length }, (_, i) => Math.sin(i)), dims];
+  };
+  const inputs = () => ({
+    latents: wave(rows, ...about.latents),
+    time: ['float32', new Float32Array(rows).fill(500), [rows]],
+    text: wave(rows, ...about.text),
+  });
+  await unet(inputs());
+  const begin = performance.now();
+  const out = await unet(inputs());
+  return { out: out.data, time: performance.now() - begin };
 }
 
 // Let the page handle its events.
@@ -193,21 +251,35 @@ function breathe() {
   });
 }
 
-function makeEngine(ort, about, sessions) {
+function makeEngine(base, about, networks) {
   const [channels, height, width] = about.latents;
   const size = channels * height * width;
   const texts = new Map();
 
-  async function run(name, inputs) {
-    const { out } = await sessions[name].run(inputs);
-    return out;
+  const engine = { about, sample, decode, useGpu, isOnGpu: false };
+  engine.unknownWords = (text) => tokenize(about.tokens, text).unknown;
+
+  // Move the U-Net to the GPU where there is one that is as exact and faster. Resolves to whether
+  // it did; a GPU that fails later is given up.
+  async function useGpu({ software = false } = {}) {
+    const { unet } = networks;
+    const found = await gpuUnet(base, about, unet, software).catch(() => null);
+    if (!found) return false;
+    engine.isOnGpu = true;
+    networks.unet = (inputs) =>
+      found(inputs).catch(() => {
+        networks.unet = unet;
+        engine.isOnGpu = false;
+        return unet(inputs);
+      });
+    return true;
   }
 
   async function encode(prompt) {
     if (!texts.has(prompt)) {
       const { tokens } = tokenize(about.tokens, prompt);
-      const input = new ort.Tensor('int32', tokens, [1, tokens.length]);
-      texts.set(prompt, await run('text_encoder', { tokens: input }));
+      const input = ['int32', tokens, [1, tokens.length]];
+      texts.set(prompt, await networks.text_encoder({ tokens: input }));
     }
     return texts.get(prompt);
   }
@@ -222,10 +294,10 @@ function makeEngine(ort, about, sessions) {
       text.set(row.text.data, i * length * depth);
     });
     const times = new Float32Array(rows.length).fill(time);
-    const out = await run('unet', {
-      latents: new ort.Tensor('float32', latents, [rows.length, channels, height, width]),
-      time: new ort.Tensor('float32', times, [rows.length]),
-      text: new ort.Tensor('float32', text, [rows.length, length, depth]),
+    const out = await networks.unet({
+      latents: ['float32', latents, [rows.length, channels, height, width]],
+      time: ['float32', times, [rows.length]],
+      text: ['float32', text, [rows.length, length, depth]],
     });
     return rows.map((_, i) => out.data.slice(i * size, (i + 1) * size));
   }
@@ -274,12 +346,12 @@ function makeEngine(ort, about, sessions) {
     const all = new Float32Array(latents.length * size);
     latents.forEach((x, i) => all.set(x, i * size));
     const dims = [latents.length, channels, height, width];
-    const out = await run('vae_decoder', { latents: new ort.Tensor('float32', all, dims) });
+    const out = await networks.vae_decoder({ latents: ['float32', all, dims] });
     const [, , rows, columns] = out.dims;
     return latents.map((_, i) => toImage(out.data, i, rows, columns));
   }
 
-  return { about, sample, decode, unknownWords: (text) => tokenize(about.tokens, text).unknown };
+  return engine;
 }
 
 function toImage(data, i, rows, columns) {
