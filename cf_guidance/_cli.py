@@ -11,8 +11,21 @@ def _stop(*args):
     os._exit(130)
 
 
+COMMANDS = 'draw', 'resume', 'retry', 'status', 'table', 'grid', 'gallery', 'merge'
+
+
+def _is_command(args):
+    "Is it a command of `cf_guidance.lab.commands`?"
+    axis = any(o.partition('=')[0] == '--axis' for o in args)
+    return axis or bool(args) and (args[0] in COMMANDS or args[0].endswith('.toml'))
+
+
 def _parsed():
     "The function of the command, and its arguments from the command line."
+    if _is_command(sys.argv[1:]):
+        from cf_guidance.lab.commands import run_command
+
+        return run_command, {'args': sys.argv[1:]}
     from fastcore.script import anno_parser
 
     from cf_guidance.lab.sweeps import cf_sweep
@@ -22,7 +35,7 @@ def _parsed():
 
 
 def cf_sweep():
-    "Run `cf_guidance.lab.sweeps.cf_sweep`; Ctrl-C and missing packages end it with one line."
+    "Run `cf_sweep` or a command of sweeps; Ctrl-C and missing packages end it with one line."
     usual = signal.signal(signal.SIGINT, _stop)
     try:
         command, args = _parsed()

@@ -11,7 +11,10 @@ from conftest import CFG, MODULES, ROOT, copy_repo, python
 # The extra that each module needs at its import; all others need none.
 EXTRA = {'guiders': 'diffusers', 'pipelines': 'diffusers'}
 EXTRA |= {f'{lab}{m}': 'lab' for m in ('plots', 'sweeps') for lab in ('', 'lab.')}
-EXTRA |= {f'lab.{m}': 'lab' for m in ('backends', 'draw', 'export', 'plan', 'store', 'widgets')}
+EXTRA |= {
+    f'lab.{m}': 'lab'
+    for m in ('backends', 'commands', 'draw', 'export', 'plan', 'store', 'widgets')
+}
 
 # Import a module while every package that its extra does not install is hidden.
 HIDDEN = """

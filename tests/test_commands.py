@@ -1,0 +1,147 @@
+"The commands of sweeps: axes as text, a folder that goes on, and errors in one line."
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cf_guidance import _cli
+from cf_guidance.lab import commands
+from cf_guidance.lab.commands import run_command
+from cf_guidance.lab.draw import draw
+from cf_guidance.lab.plan import Sweep
+from cf_guidance.lab.store import Store
+
+BAG = 'a red bag on a blue background'
+SMALL = ['--prompt', BAG, '--steps', '2', '--out', 'sweep']
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TQDM_DISABLE', '1')
+
+
+@pytest.fixture
+def sweep(capsys):
+    run_command(['draw', *SMALL, '--w', '2,4', '--axis', 'seed=0:2:3'])
+    capsys.readouterr()
+
+
+def test_commands_are_known_to_the_parser():
+    assert tuple(commands.COMMANDS) == _cli.COMMANDS
+
+
+@pytest.mark.parametrize(
+    ('args', 'new'),
+    [
+        ([], False),
+        (['--values', '1,2'], False),
+        (['--axis', 'w=1'], True),
+        (['--axis=w=1'], True),
+        (['plan.toml'], True),
+        (['status', 'sweep'], True),
+    ],
+)
+def test_which_command(args, new):
+    assert _cli._is_command(args) is new
+
+
+def sheet():
+    with Image.open('sweep/grid.png') as image:
+        return np.asarray(image.convert('RGB'))
+
+
+def test_draw_and_look(sweep, capsys):
+    run_command(['status', 'sweep'])
+    assert 'done       6\n' in capsys.readouterr().out
+    run_command(['table', 'sweep'])
+    assert len(capsys.readouterr().out.splitlines()) == 7
+    run_command(['table', 'sweep', '--out', 'table.csv'])
+    assert sorted(set(pd.read_csv('table.csv').w)) == [2, 4]
+    run_command(['grid', 'sweep'])
+    assert sheet().shape[1] > 100
+
+
+def test_axes_are_those_of_python(sweep):
+    plan = Sweep(prompt=BAG, steps=2, w=[2.0, 4.0], seed=range(3))
+    assert draw(plan, 'sweep', progress=False)['parts'] == 1
+
+
+def test_plan_of_a_file(sweep, capsys):
+    Sweep(prompt=BAG, steps=2, w=[2.0, 4.0], seed=range(3)).to_toml('plan.toml')
+    run_command(['plan.toml', '--out', 'sweep'])
+    out = capsys.readouterr().out
+    assert 'no picture is missing' in out
+    assert '6 of 6 pictures are in sweep' in out
+
+
+def test_resume_what_a_shard_left(capsys):
+    run_command(['draw', *SMALL, '--w', '2,4', '--shard', '0/2', '--batch_size', '1'])
+    assert '1 of 2 pictures' in capsys.readouterr().out
+    run_command(['grid', 'sweep'])  # the other picture is grey
+    assert (sheet() == 128).all(-1).mean() > 0.1
+    run_command(['resume', 'sweep'])
+    assert '2 of 2 pictures' in capsys.readouterr().out
+
+
+def test_retry_what_failed(capsys):
+    run_command(['draw', *SMALL, '--w', '2,1e38'])
+    assert '1 failed: cf_sweep retry sweep' in capsys.readouterr().out
+    run_command(['retry', 'sweep'])
+    assert '1 pictures, 4 network evaluations' in capsys.readouterr().out
+
+
+def test_merge(sweep, capsys):
+    run_command(['merge', 'all', 'sweep'])
+    assert capsys.readouterr().out == '6 pictures added to all\n'
+    assert Store('all').status()['done'] == 6
+
+
+def test_stopped_by_ctrl_c(monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, 'draw', stop)
+    with pytest.raises(SystemExit) as e:
+        run_command(['draw', *SMALL])
+    assert e.value.code == 130
+    assert capsys.readouterr().err == ''  # draw has said how to go on
+
+
+BAD = {
+    'axis without values': (['draw', *SMALL, '--axis', 'w'], 'axis: expected'),
+    'unknown axis': (['draw', *SMALL, '--axis', 'g=1'], 'g: expected an axis among model'),
+    'axis twice': (['draw', *SMALL, '--w', '1', '--axis', 'w=2'], 'axis: w is given twice'),
+    'unknown rule': (['draw', *SMALL, '--rule', 'cfgg'], 'rule: expected one of'),
+    'file and options': (['draw', 'plan.toml', *SMALL], 'plan: expected a file or options'),
+    'no file': (['draw', 'plan.toml'], 'plan: cannot read'),
+    'no folder': (['resume', 'nothing'], 'folder: expected the folder of a sweep'),
+    'no plan': (['resume', '.'], 'store: nothing is planned'),
+    'shard': (['draw', *SMALL, '--shard', '2/2'], 'shard: expected'),
+    'merge nothing': (['merge', 'all', 'nothing'], 'folder: expected the folder'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_errors_are_one_line(name, capsys, monkeypatch):
+    monkeypatch.setattr('cf_guidance.pipelines.MinimalDiffusion.load', None)  # no model is loaded
+    args, message = BAD[name]
+    with pytest.raises(SystemExit) as e:
+        run_command(args)
+    err = capsys.readouterr().err
+    assert e.value.code == 2
+    assert err.count('\n') == 1
+    assert err.startswith(f'cf_sweep: {message}')
+
+
+def test_grid_of_an_unknown_axis(sweep, capsys):
+    with pytest.raises(SystemExit):
+        run_command(['grid', 'sweep', '--columns', 'rule'])
+    assert 'columns: expected one of prompt, w, seed' in capsys.readouterr().err
+
+
+def test_table_of_an_unknown_kind(sweep, capsys):
+    with pytest.raises(SystemExit):
+        run_command(['table', 'sweep', '--out', 'table.xls'])
+    assert "ends in .csv or .parquet, got 'table.xls'" in capsys.readouterr().err
