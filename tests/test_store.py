@@ -1,15 +1,28 @@
 "The store: keys, parts of many writers, damaged files, merged stores."
 
+import errno
+import itertools
 import json
 import math
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet as pq
 
+from cf_guidance.lab import store as module
 from cf_guidance.lab.metrics import Stats
 from cf_guidance.lab.store import Store, canonical, key_of
 
@@ -154,3 +167,287 @@ def assert_same(stats, features):
         assert stats[k].n == want.n
         assert torch.allclose(stats[k].mean, want.mean, atol=1e-12)
         assert torch.allclose(stats[k].scatter, want.scatter, atol=1e-10)
+
+
+def test_rows_that_cannot_be_written_are_refused_before_anything_is(tmp_path):
+    store = Store(tmp_path)
+    bad = [
+        (dict(request=request(1), hue=[1]), 'hue: expected a number or a text, got list'),
+        (dict(request=request(1), nfe='4'), 'nfe'),
+        (dict(request=request(1), picture=b'GIF89a'), 'picture: expected a PIL image'),
+        (dict(request=request(1), features=[1e5]), 'features: expected a 1-d array'),
+        (dict(request=request(1), features=[[1.0]]), 'features: expected a 1-d array'),
+        (dict(request=request(1), _part=1), 'names that do not begin with _'),
+        (dict(picture=picture(1)), "expected dicts with 'request'"),
+    ]
+    for wrong, message in bad:
+        with pytest.raises((TypeError, ValueError)) as e:
+            store.add([row(0), wrong])
+        assert message in str(e.value)
+    with pytest.raises(TypeError, match='hue: expected numbers or texts, got both'):
+        store.add([row(0, hue=1), row(1, hue='red')])
+    with pytest.raises(ValueError, match='features: expected as many in each row'):
+        store.add([row(0, features=[1.0]), row(1, features=[1.0, 2.0])])
+    with pytest.raises(ValueError, match='labels: expected 1, one per request, got 2'):
+        store.plan([request(0)], [{}, {}])
+    with pytest.raises(ValueError, match="names other than those of results, got 'seconds'"):
+        store.plan([request(0)], [dict(seconds=1)])
+    with pytest.raises(TypeError, match="a number or a text for 'interval', got list"):
+        store.plan([request(0)], [dict(interval=[0, 1])])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(ValueError, match='folder: cannot make .*file'):
+        Store(tmp_path / 'file')
+    with pytest.raises(ValueError, match='others: expected stores or folders of stores'):
+        Store(tmp_path / 'a').merge(tmp_path / 'typo')
+    assert not (tmp_path / 'typo').exists()
+
+
+def test_unknown_keys_and_missing_pictures(tmp_path):
+    store = Store(tmp_path)
+    store.add([row(0), dict(request=request(1), error='NaN')])
+    with pytest.raises(ValueError, match='key: expected one of 2 results, got str'):
+        store.picture('abc')
+    with pytest.raises(ValueError, match='key: expected a result with a picture'):
+        store.picture(key_of(request(1)))
+
+
+# damaged files
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def empty(file):
+    file.write_bytes(b'')
+
+
+def foreign(file):
+    pq.write_table(pa.table(dict(a=[1])), file)
+
+
+def other_types(file):
+    names = [*module._FIXED.names]
+    pq.write_table(pa.table({o: [1] for o in names}), file)
+
+
+@pytest.mark.parametrize('damage', [truncate, empty, foreign, other_types])
+def test_damaged_parts_are_set_aside_and_named(tmp_path, damage):
+    store = Store(tmp_path)
+    store.plan([request(i) for i in range(2)])
+    store.add([row(0)])
+    part = store.add([row(1)])
+    damage(part)
+    content = part.read_bytes()
+    with pytest.warns(UserWarning, match=part.name):
+        assert store.missing() == [request(1)]
+    (aside,) = (tmp_path / 'set_aside').iterdir()
+    assert aside.read_bytes() == content
+    assert not part.exists()
+    assert store.status()['set_aside'] == 1
+    store.add([row(1)])
+    assert store.missing() == []
+
+
+def test_a_damaged_plan_is_set_aside(tmp_path):
+    store = Store(tmp_path)
+    store.plan([request(0)])
+    (plan,) = tmp_path.iterdir()
+    truncate(plan)
+    with pytest.warns(UserWarning, match=plan.name):
+        assert store.missing() == []
+    store.plan([request(0)])
+    assert store.missing() == [request(0)]
+
+
+def test_a_flipped_byte_in_a_picture_is_noticed(tmp_path):
+    store = Store(tmp_path)
+    part = store.add([row(0)])
+    data = bytearray(part.read_bytes())
+    data[data.index(b'\x89PNG') + 60] ^= 1
+    part.write_bytes(data)
+    with pytest.warns(UserWarning, match='moved'), pytest.raises(ValueError, match='draw it again'):
+        store.picture(key_of(request(0)))
+    assert store.status()['set_aside'] == 1
+
+
+def test_a_failing_disk_sets_nothing_aside(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.add([row(0)])
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, 'Input/output error')
+
+    monkeypatch.setattr(module.pq, 'ParquetFile', fails)
+    with pytest.raises(OSError, match='Input/output'):
+        store.table()
+    assert len(list(tmp_path.glob('part-*'))) == 1
+
+
+# full disks
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_whole_parts(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.add([row(0)])
+
+    def full(table, file, **_):
+        file.write_bytes(b'PAR1 half a part')
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as m:
+        m.setattr(module.pq, 'write_table', full)
+        with pytest.raises(OSError, match='the disk is full; what was written before is whole'):
+            store.add([row(1)])
+    assert len(list(tmp_path.iterdir())) == 1
+    assert len(store.table()) == 1
+
+
+def test_a_small_disk(tmp_path):
+    command = ['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(tmp_path)]
+    if not shutil.which('mount') or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip('mounting a small disk is not allowed here')
+    try:
+        store, n = Store(tmp_path), 0
+        with pytest.raises(OSError, match='disk is full'):
+            for n in range(100):
+                store.add([dict(request=request(n), picture=picture(n, 64))])
+        assert 5 < n < 50
+        assert len(store.table()) == n
+        assert [o.name for o in tmp_path.iterdir() if not o.name.startswith('part-')] == []
+        assert not list(tmp_path.glob('*.tmp'))
+    finally:
+        subprocess.run(['umount', str(tmp_path)], check=True)
+
+
+# several processes
+
+
+def write_parts(folder, seeds, said=None):
+    "Add one part of two rows after the other; say so after each."
+    store = Store(folder)
+    for seed in seeds:
+        store.add([row(2 * seed), row(2 * seed + 1)])
+        if said:
+            said.send(seed)
+
+
+@pytest.fixture(scope='module')
+def processes():
+    "Starts processes that have already imported what they need, where there is fork."
+    if 'forkserver' not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('PYTHONPATH', os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return context
+
+
+def test_two_processes_write_at_once(tmp_path, processes):
+    jobs = [range(0, 20), range(15, 35)]
+    jobs = [processes.Process(target=write_parts, args=(tmp_path, o)) for o in jobs]
+    for job in jobs:
+        job.start()
+    store, seen = Store(tmp_path), 0
+    while any(o.is_alive() for o in jobs):
+        now = store.status()['done']
+        assert now >= seen
+        seen = now
+    assert [o.exitcode for o in jobs] == [0, 0]
+    assert set(store.table().index) == {key_of(request(i)) for i in range(70)}
+    assert store.status()['parts'] == 40
+
+
+def test_kill_at_random_moments_loses_no_part(tmp_path, processes):
+    rng, told, store = random.Random(0), [], Store(tmp_path)
+    for first in range(0, 2000, 100):
+        heard, said = processes.Pipe(duplex=False)
+        job = processes.Process(target=write_parts, args=(tmp_path, itertools.count(first), said))
+        job.start()
+        told.append(heard.recv())  # it is at work
+        time.sleep(rng.random() / 20)
+        job.kill()
+        job.join()
+        said.close()
+        with pytest.raises(EOFError):
+            while True:
+                told.append(heard.recv())
+    keys = {key_of(request(2 * i + j)) for i in told for j in (0, 1)}
+    found = set(store.table().index)
+    assert keys <= found
+    assert len(found) <= len(keys) + 2 * 20  # what was written but not yet said
+    assert len(found) == 2 * store.status()['parts']
+    assert store.status()['set_aside'] == 0
+    assert sum(1 for _ in store.pictures(found)) == len(found)
+
+
+# several stores
+
+
+def test_merge_has_each_key_once(tmp_path):
+    a, b, c = (Store(tmp_path / o) for o in 'abc')
+    a.plan([request(i) for i in range(4)], [dict(w=i) for i in range(4)])
+    b.plan([request(i) for i in range(2, 6)], [dict(w=i, b=True) for i in range(2, 6)])
+    a.add([row(i, mark='a') for i in range(3)] + [dict(request=request(3), error='NaN')])
+    b.add([row(2, mark='b'), row(3, mark='b', hue=1)])
+    b.add([dict(request=request(i), error='memory') for i in (4, 0)])
+    assert c.merge(a, tmp_path / 'b') == 4 + 2
+    table = c.table()
+    assert list(table.w) == [0, 1, 2, 3, 4]
+    assert list(table.mark.fillna('-')) == ['a', 'a', 'a', 'b', '-']
+    assert list(table.error.notna()) == [False] * 4 + [True]
+    assert c.status()['missing'] == 1
+    assert c.merge(a, b, c) == 0
+    fresh = Store(tmp_path / 'fresh')
+    fresh.merge(c)
+    rows = pa.concat_tables([pq.read_table(o) for o in fresh.folder.glob('part-*')])
+    assert sorted(rows['key'].to_pylist()) == sorted(table.index)
+    assert fresh.picture(table.index[3]).tobytes() == picture(3).tobytes()
+    for store in (a, b):
+        assert store.status()['parts'] in (1, 2)
+
+
+def test_big_stores_merge_into_several_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, '_PART_BYTES', 2000)
+    a, b = Store(tmp_path / 'a'), Store(tmp_path / 'b')
+    for i in range(9):
+        a.add([row(2 * i), row(2 * i + 1, mark='x')] if i else [row(0), row(1)])
+    b.merge(a)
+    assert 1 < b.status()['parts'] < 9
+    assert b.table().drop(columns='written').equals(a.table().drop(columns='written'))
+
+
+# other programs
+
+
+def test_datasets_shows_the_pictures(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    store = Store(tmp_path / 'store')
+    store.add([row(0, hue=1.0, features=[1.0, 2.0]), dict(request=request(1), error='NaN')])
+    store.add([row(2)])
+    files = str(store.folder / 'part-*.parquet')
+    cache = str(tmp_path / 'cache')
+    data = datasets.load_dataset('parquet', data_files=files, split='train', cache_dir=cache)
+    assert data[0]['picture'].tobytes() == picture(0).tobytes()
+    assert data[1]['picture'] is None
+    assert data[2]['picture'].tobytes() == picture(2).tobytes()
+    assert data[0]['features'] == [1.0, 2.0]
+    assert data['key'] == [key_of(request(i)) for i in range(3)]
+    assert data['hue'] == [1.0, None, None]
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path):
+    store = Store(tmp_path)
+    store.add([row(0)])
+    (tmp_path / 'part-notes.txt').write_text('mine')
+    (tmp_path / 'part-folder.parquet').mkdir()
+    foreign(tmp_path / 'results.parquet')
+    assert store.status()['parts'] == 1
+    assert len(store.table()) == 1
+    assert len(list(tmp_path.iterdir())) == 4

@@ -351,32 +351,6 @@ def test_one_prompt_may_be_text(tmp_path):
     assert df.prompt.tolist() == [BAG]
 
 
-def test_write_is_all_or_nothing(tmp_path):
-    file = tmp_path / 'file'
-    file.write_text('whole')
-
-    def broken(f):
-        f.write_text('half')
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sweeps._write(file, broken)
-    assert file.read_text() == 'whole'
-    assert os.listdir(tmp_path) == ['file']
-
-
-def test_two_writers_have_their_own_temporary_files(tmp_path):
-    names = []
-
-    def save(f):
-        names.append(f.name)
-        f.touch()
-
-    for _ in range(2):
-        sweeps._write(tmp_path / 'file', save)
-    assert len(set(names)) == 2
-
-
 def test_second_sweep_in_a_folder_is_refused(tmp_path):
     with sweeps._results_folder(tmp_path, {}, False):
         check_error('out: another sweep is writing', sweep, **QUICK, out=tmp_path)

@@ -22,7 +22,7 @@ from torch import nn
 from .._extras import needs
 from ..perturb import _is_compiled, _map_tensors, _named_arguments, _thread
 from .export import _write_network
-from .sweeps import _write
+from .fashion import _write_whole
 
 with needs('lab', 'cf_guidance.lab.backends'):
     import onnxruntime
@@ -162,7 +162,8 @@ def _kept_onnx(net, args, kwargs):
     model = _as_onnx(net, args, kwargs)
     with suppress(OSError):  # without a folder that can be written, it is made each time
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write(file, lambda f: f.write_bytes(model + hashlib.sha256(model).digest()))
+        signed = model + hashlib.sha256(model).digest()
+        _write_whole(lambda o, f: f.write_bytes(o), signed, file)
     return model
 
 

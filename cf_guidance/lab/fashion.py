@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/lab/00_fashion.ipynb #3
+import errno
 import gzip
 import hashlib
 import math
@@ -113,6 +114,11 @@ def _write_whole(save, o, file):
         with open(tmp, 'rb+') as f:
             os.fsync(f.fileno())
         os.replace(tmp, file)
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        message = 'the disk is full; what was written before is whole'
+        raise OSError(e.errno, message, str(file)) from None
     finally:
         tmp.unlink(missing_ok=True)
 

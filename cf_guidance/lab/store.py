@@ -454,12 +454,20 @@ def stats(
         places.setdefault(part, {}).setdefault(group, []).append(row)
     for part, rows in places.items():
         table = self._read(self.folder / part, _FIXED, {'features'}.__contains__)
-        for group, chosen in rows.items() if table else ():
-            features = table['features'].take(chosen).drop_null()
-            if len(features):
-                x = pc.list_flatten(features).to_numpy().astype(float)
-                out.setdefault(group, Stats()).update(x.reshape(len(features), -1))
+        known, x = _stored_features(table) if table else ([], None)
+        for group, chosen in rows.items():
+            if chosen := [known[o] for o in chosen if o in known]:
+                out.setdefault(group, Stats()).update(x[chosen])
     return out
+
+
+# %% ../../nbs/lab/08_store.ipynb #6c1f0a05
+def _stored_features(table):
+    "The features of a part as float64, and where those of each row stand in them."
+    column = table['features']
+    rows = np.flatnonzero(column.is_valid())
+    x = pc.list_flatten(column).to_numpy().astype(float)
+    return {o: i for i, o in enumerate(rows)}, x.reshape(len(rows), -1) if len(rows) else x
 
 
 @patch
@@ -519,13 +527,12 @@ def _not_in(self: Store, other):
 
 # %% ../../nbs/lab/08_store.ipynb #c1dd25d6
 def _joined(tables):
-    "Tables, joined up to the size of a part as long as they have the same columns."
+    "Tables, joined up to the size of a part; a measurement that one has not is empty there."
     held = []
     for table in tables:
-        size = sum(o.nbytes for o in held)
-        if held and (size > _PART_BYTES or table.schema != held[0].schema):
-            yield pa.concat_tables(held)
-            held = []
         held.append(table)
+        if sum(o.nbytes for o in held) > _PART_BYTES:
+            yield pa.concat_tables(held, promote_options='default')
+            held = []
     if held:
-        yield pa.concat_tables(held)
+        yield pa.concat_tables(held, promote_options='default')

@@ -42,7 +42,7 @@ from ..transforms import (
     Rule,
     TNormGuidance,
 )
-from .fashion import PARTS, adherence, quiet
+from .fashion import PARTS, _write_whole, adherence, quiet
 from .metrics import saturation, step_distance
 
 with needs('lab', 'cf_guidance.lab.sweeps'):
@@ -523,17 +523,6 @@ def _results_folder(out, settings, overwrite):
         raise
 
 
-# %% ../../nbs/lab/03_sweeps.ipynb #6705a17c
-def _write(file, save):
-    "`save(temporary)`, then put it in place of `file`."
-    tmp = file.with_name(f'.{uuid4().hex}-{file.name}')
-    try:
-        save(tmp)
-        os.replace(tmp, file)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
 # %% ../../nbs/lab/03_sweeps.ipynb #47
 def _check_pipeline(kwargs):
     "Raise an error for options that `MinimalDiffusion` does not have, before a model is loaded."
@@ -625,12 +614,20 @@ def sweep(
         res = run(settings['prompts'], expts, tfm, seeds, pipeline=pipe)
         fig = _sweep_grid(res, f'{param} ({transform})')
         df = _table(res, settings)
-        _write(folder / 'grid.png', lambda f: fig.savefig(f, format='png', dpi=2 * fig.dpi))
-        _write(folder / 'results.parquet', df.to_parquet)
+        _write_whole(_save_figure, fig, folder / 'grid.png')
+        _write_whole(_save_table, df, folder / 'results.parquet')
     return df
 
 
 # %% ../../nbs/lab/03_sweeps.ipynb #7f7a6e85
+def _save_figure(fig, file):
+    fig.savefig(file, format='png', dpi=2 * fig.dpi)
+
+
+def _save_table(df, file):
+    df.to_parquet(file)
+
+
 def _table(res, settings):
     "Measurements and settings, one row per image."
     small = tuple(res['pixels'].shape[-2:]) == (32, 32)
@@ -768,7 +765,7 @@ def stored_rows(
     if measure is not None:
         rows = measure()
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write(file, rows.to_parquet)
+        _write_whole(_save_table, rows, file)
         return rows
     for place in (file, package / file.name):
         if place.exists():
