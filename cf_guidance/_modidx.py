@@ -1396,6 +1396,76 @@ d = {
                 'cf_guidance/lab/backends.py',
             ),
         },
+        'cf_guidance.lab.commands': {
+            'cf_guidance.lab.commands._draw': (
+                'lab/commands.html#_draw',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._existing': (
+                'lab/commands.html#_existing',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._gallery': (
+                'lab/commands.html#_gallery',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._grid': (
+                'lab/commands.html#_grid',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._merge': (
+                'lab/commands.html#_merge',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._numbers': (
+                'lab/commands.html#_numbers',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._parser': (
+                'lab/commands.html#_parser',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._pictures': (
+                'lab/commands.html#_pictures',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._resume': (
+                'lab/commands.html#_resume',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._retry': (
+                'lab/commands.html#_retry',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._row_label': (
+                'lab/commands.html#_row_label',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._run': (
+                'lab/commands.html#_run',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._status': (
+                'lab/commands.html#_status',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._sweep_of': (
+                'lab/commands.html#_sweep_of',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._table': (
+                'lab/commands.html#_table',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._values_of_text': (
+                'lab/commands.html#_values_of_text',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands.run_command': (
+                'lab/commands.html#run_command',
+                'cf_guidance/lab/commands.py',
+            ),
+        },
         'cf_guidance.lab.draw': {
             'cf_guidance.lab.draw.Painter': ('lab/draw.html#painter', 'cf_guidance/lab/draw.py'),
             'cf_guidance.lab.draw.Painter.__call__': (
@@ -2356,6 +2426,10 @@ d = {
             'cf_guidance.lab.store._plain': ('lab/store.html#_plain', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._record': ('lab/store.html#_record', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._short': ('lab/store.html#_short', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._stored_features': (
+                'lab/store.html#_stored_features',
+                'cf_guidance/lab/store.py',
+            ),
             'cf_guidance.lab.store._text': ('lab/store.html#_text', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._write_parquet': (
                 'lab/store.html#_write_parquet',
@@ -2470,6 +2544,14 @@ d = {
                 'lab/sweeps.html#_sample',
                 'cf_guidance/lab/sweeps.py',
             ),
+            'cf_guidance.lab.sweeps._save_figure': (
+                'lab/sweeps.html#_save_figure',
+                'cf_guidance/lab/sweeps.py',
+            ),
+            'cf_guidance.lab.sweeps._save_table': (
+                'lab/sweeps.html#_save_table',
+                'cf_guidance/lab/sweeps.py',
+            ),
             'cf_guidance.lab.sweeps._settings': (
                 'lab/sweeps.html#_settings',
                 'cf_guidance/lab/sweeps.py',
@@ -2505,10 +2587,6 @@ d = {
             ),
             'cf_guidance.lab.sweeps._whole': (
                 'lab/sweeps.html#_whole',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._write': (
-                'lab/sweeps.html#_write',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps.cf_sweep': (

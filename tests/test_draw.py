@@ -167,6 +167,16 @@ def test_a_row(tmp_path):
     assert sum(o.n for o in Store(tmp_path).stats().values()) == 12
 
 
+@pytest.mark.parametrize('negative', ['prompt', 'pag'])
+def test_a_fast_network(tmp_path, monkeypatch, negative):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    options = dict(prompt=BAG, negative=negative, w=3.0)
+    draw(small(**options, backend=['torch', 'onnx']), tmp_path / 'store', **QUIET)
+    table = Store(tmp_path / 'store').table()
+    assert set(table.network) == {'torch', 'onnx'}
+    assert np.ptp(table.pivot(index='seed', columns='backend', values='saturation'), 1).max() < 1e-3
+
+
 def test_a_picture_does_not_depend_on_its_batch(tmp_path):
     sweep = small(w=[2.0, 4.0])
     draw(sweep, tmp_path / 'a', **QUIET)

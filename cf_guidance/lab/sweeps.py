@@ -735,7 +735,10 @@ def cf_sweep(
     overwrite: store_true = False,  # Replace results of other settings?
     debug: store_true = False,  # Show the whole traceback of an error?
 ):
-    "Draw pictures under many guidance values at once, measure them, and write a grid and a table."
+    """Draw pictures under many guidance values at once, measure them, and write a grid and a table.
+
+    `cf_sweep draw --help` tells how to sweep anything else, and to stop and continue.
+    """
     with _errors_in_one_line(debug):
         _check_names('dtype', [dtype], ('float32', 'float16', 'bfloat16'))
         with needs('lab', 'cf_sweep'):
