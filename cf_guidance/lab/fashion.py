@@ -46,7 +46,7 @@ from ..noise import _as_device, _as_generator, _check_whole
 
 # %% ../../nbs/lab/00_fashion.ipynb #5
 def quiet():
-    "For your own programs: no bars and no notes while diffusers and transformers load."
+    "Switch off the progress bars and notes of diffusers and transformers."
     with needs('diffusers', 'quiet'):
         import diffusers
         import transformers
@@ -99,7 +99,7 @@ def _download(folder):
         with urlopen(_URL + name, timeout=60) as r:
             data = r.read(size + 1)  # compressed it is smaller
         if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
-            raise OSError(f'{_URL}{name}: its MD5 is not {md5}')
+            raise OSError(f'{_URL}{name}: expected a file with MD5 {md5}, got another one')
         _write_whole(lambda o, file: file.write_bytes(o), data, folder / name)
     return folder
 
@@ -145,7 +145,8 @@ def fashion_mnist(
     # 'train' (60,000), 'test' (10,000), or 'subset': 2,000 of the test images, 200 of each kind,
     # which come with the package
     split: str = 'subset',
-    path=None,  # folder with the four .gz files; None: see above
+    # folder with the four .gz files; None: that of $FASHION_MNIST, Debian's, or a download
+    path=None,
 ):  # grey images, uint8 (N, 28, 28), and labels, int64 (N,)
     "Fashion-MNIST photographs and what they show, as an index into `GARMENTS`."
     if split not in ('train', 'test', 'subset'):
@@ -169,7 +170,9 @@ def _read_weights(file, name='file'):
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError):
-        raise ValueError(f'{file} cannot be read: it is damaged, or no safetensors file') from None
+        raise ValueError(
+            f'{file} cannot be read: it is damaged or not a safetensors file'
+        ) from None
 
 
 # %% ../../nbs/lab/00_fashion.ipynb #23
@@ -205,7 +208,7 @@ def colourise(
 # %% ../../nbs/lab/00_fashion.ipynb #693235cc
 def _check_paint(grey, colour, background):
     if not torch.is_tensor(grey) or grey.dtype != torch.uint8 or grey.ndim != 3:
-        raise ValueError(f'grey: expected photographs (N, 28, 28) of bytes, got {_got(grey)}')
+        raise ValueError(f'grey: expected photographs (N, 28, 28) of uint8, got {_got(grey)}')
     for name, o in (('colour', colour), ('background', background)):
         whole = torch.is_tensor(o) and o.dtype in (torch.int64, torch.int32, torch.uint8)
         if not whole or o.shape != grey.shape[:1]:
@@ -218,7 +221,7 @@ def _check_paint(grey, colour, background):
 
 # %% ../../nbs/lab/00_fashion.ipynb #25
 def random_colours(
-    n: int,  # how many
+    n: int,  # how many of each
     generator,  # `torch.Generator` or a seed
 ):  # colours (n,) and backgrounds (n,), never the same
     "Random colours, and backgrounds that differ from them."
@@ -285,7 +288,7 @@ def _parse_prompt(prompt):
 
 # %% ../../nbs/lab/00_fashion.ipynb #40
 def random_prompts(
-    n: int,  # how many
+    n: int,  # how many prompts
     generator,  # `torch.Generator` or a seed
 ) -> list:  # n prompts
     "Random full prompts; each of the 560 is equally likely."
@@ -353,8 +356,8 @@ _MODELS = (*_EMBEDDED, 'fashion-sd-weak', 'fashion-ddpm', 'fashion-net')
 
 def fashion_path(
     name: str = 'fashion-sd',  # 'fashion-sd', 'fashion-sd-weak', 'fashion-ddpm' or 'fashion-net'
-) -> Path:  # folder; `StableDiffusionPipeline.from_pretrained` takes that of fashion-sd
-    "Where an embedded model is."
+) -> Path:  # for fashion-sd: what `StableDiffusionPipeline.from_pretrained` takes
+    "The folder of an embedded model."
     if name not in _MODELS:
         raise ValueError(f'name: expected one of {", ".join(_MODELS)}, got {_got(name)}')
     return _HERE / 'models' / name
@@ -374,7 +377,9 @@ def _with_weights(make, weights, device):
     try:
         net.load_state_dict(own, assign=True)
     except RuntimeError:
-        raise ValueError(f'the weights are not those of a {type(net).__name__}') from None
+        raise ValueError(
+            f'expected weights of a {type(net).__name__}, got other names or shapes'
+        ) from None
     return net.to(_as_device(device)).eval()
 
 
@@ -444,7 +449,7 @@ def adherence(
     x: torch.Tensor,  # (N, 3, 32, 32) images in [0, 1]
     prompts: list,  # N prompts
     net: FashionNet = None,  # the classifier; None: the embedded one
-) -> torch.Tensor:  # (N, 3) for `PARTS`: 1 right, 0 wrong, nan left open
+) -> torch.Tensor:  # (N, 3) for `PARTS`: 1 if right, 0 if wrong, nan if left open
     "Does the classifier see what the prompt describes?"
     _check_pictures(x)
     if x.shape[1:] != (3, 32, 32):
@@ -480,7 +485,7 @@ def _check_pictures(x):
 def wilson(
     k: int,  # successes
     n: int,  # trials
-    z: float = 1.96,  # 1.96 for 95 %
+    z: float = 1.96,  # half width in standard errors; 1.96 for 95 %
 ) -> tuple:  # lower and upper end
     "Confidence interval of a share (Wilson 1927)."
     _check_whole('n', n, 'a whole number from 1', 1)
@@ -497,7 +502,7 @@ def wilson(
 # %% ../../nbs/lab/00_fashion.ipynb #103
 def shares(
     right: torch.Tensor,  # (N, 3) from `adherence`
-) -> dict:  # part -> (share, lower, upper, n), and 'all' for images with no part wrong
+) -> dict:  # part -> (share, lower, upper, n), and 'all': images with no part wrong
     "Share of right parts, with its 95 % interval."
     known = torch.is_tensor(right) and right.ndim == 2 and right.shape[1] == len(PARTS)
     if not known or not (right.isnan() | (right == 0) | (right == 1)).all():

@@ -55,7 +55,7 @@ def _fashion_features(net):
 
 
 def _check_range(x):
-    "An error, or a warning where it is not certain, if `x` is not images in [-1, 1]."
+    "Raise an error unless `x` holds images in [-1, 1]."
     size = torch.is_tensor(x) and x.is_floating_point() and x.ndim == 4
     if not size or x.shape[1] not in (1, 3) or x.shape[2:] != (32, 32):
         raise ValueError(
@@ -150,7 +150,7 @@ class Stats:
     def cov(self) -> torch.Tensor:  # (d, d)
         "Unbiased covariance."
         if self.n < 2:
-            raise ValueError(f'a covariance needs at least 2 images, got {self.n}')
+            raise ValueError(f'cov: expected at least 2 images, got {self.n}')
         return self.scatter / (self.n - 1)
 
 
@@ -549,7 +549,7 @@ class ImageEval:
 
 # %% ../../nbs/lab/01_metrics.ipynb #810bd0e9
 def _warn_of_range(x):
-    "Every garment on every background has a value below 0, unless its range is another."
+    "Warn if no value is below 0: in [-1, 1] every garment on every background has one."
     if len(x) and x.min() >= 0:
         warnings.warn(
             'x: no value below 0: expected images in [-1, 1], so pass 2 * x - 1 if they are in '
@@ -563,10 +563,10 @@ def _warn_of_range(x):
 def __call__(
     self: ImageEval,
     x,  # (N, ...) generated images, or their features
-    labels=None,  # (N,) classes that were wanted; None: accuracy is left out
-    generator=None,  # of `kid`
+    labels=None,  # (N,) wanted classes; None: accuracy is left out
+    generator=None,  # for `kid`
 ) -> dict:  # n, fid, kid, kid_std, precision, recall, and accuracy
-    "A row of a table."
+    "All measurements of generated images, as one row of a table."
     f = self.get_features(x)
     mean, std = self.kid(f, generator=generator)
     row = dict(n=len(f), fid=self.fid(f), kid=mean, kid_std=std)
@@ -582,9 +582,9 @@ def __call__(
 def accuracy(
     self: ImageEval,
     x,  # (N, ...) generated images, or their features
-    labels,  # (N,) classes that were wanted
+    labels,  # (N,) wanted classes
 ) -> tuple:  # share, lower and upper end of its 95 % interval, N
     "Share of images in which the head sees the wanted class."
     if self.head is None:
-        raise ValueError('head: accuracy needs a function of features that gives logits, got None')
+        raise ValueError('head: expected a function of features that gives logits, got None')
     return _class_accuracy(self.head(self.get_features(x)), labels)

@@ -179,12 +179,11 @@ def _grid_shape(n, rows, cols, most=None):
 # %% ../../nbs/lab/02_plots.ipynb #1d8c5a9a
 def _list_of(name, values, what):
     "`values` as a list, or an error that names `what` they should be."
-    if isinstance(values, (str, bytes, Mapping, Image.Image)):
-        values = None
+    single = isinstance(values, (str, bytes, Mapping, Image.Image))
     try:
-        values = list(values)
+        values = list(None if single else values)
     except TypeError:
-        raise TypeError(f'{name}: expected a list of {what}') from None
+        raise TypeError(f'{name}: expected a list of {what}, got {_short(values)}') from None
     if not values:
         raise ValueError(f'{name}: expected at least one, got an empty list')
     return values
@@ -222,7 +221,7 @@ def _text(name, o):
 
 # %% ../../nbs/lab/02_plots.ipynb #1c31ec75
 def _label(name, o):
-    "One line of text for an axis or a title; None is empty."
+    "One line of text for an axis or a title; None gives an empty one."
     if o is not None and not isinstance(o, str):
         raise TypeError(f'{name}: expected text or None, got {_short(o)}')
     return '' if o is None else _text(name, o)
@@ -592,7 +591,7 @@ def plot_schedules(
     unguided: float = 1.0,  # the value that means no guidance, marked by a line; None: no line
     xlabel: str = 'step',
     ylabel: str = 'w',
-    title: str = None,
+    title: str = None,  # above the curves
     figsize: tuple = (6, 3),  # inches
 ) -> Figure:
     "Guidance schedules as curves over the sampling steps."

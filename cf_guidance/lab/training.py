@@ -98,7 +98,7 @@ class _Run:
 # %% ../../nbs/lab/04_training.ipynb #61ab7386
 @patch
 def _load(self: _Run):
-    "Put the state on disk in place, if there is one; return its step."
+    "Load the state from disk, if there is one; return its step."
     file, step = self.folder / 'state.pt', 0
     if file.exists():
         device = self.acc.device if self.acc else next(self.model.parameters()).device
@@ -119,7 +119,7 @@ def _load(self: _Run):
 # %% ../../nbs/lab/04_training.ipynb #ced372cf
 @patch
 def save(self: _Run):
-    "Save the state, and a line of what was done since the last time."
+    "Save the state, and log what was done since the last save."
     self.check_finite()
     state = {k: part.state_dict() for k, part in self.parts.items()}
     state.update(step=self.step, plan=self.plan)
@@ -148,12 +148,12 @@ def _make_folder(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as e:
-        raise type(e)(f'folder: {str(folder)!r} cannot be made or is no folder') from None
+        raise type(e)(f'folder: {str(folder)!r} is not a folder and cannot be made one') from None
     return folder
 
 
 def _check_plan(folder, was, now):
-    "An error if a training began with other settings."
+    "Raise an error if a training began with other settings."
     if was != now:
         k = next(k for k in [*was, *now] if was.get(k) != now.get(k))
         raise ValueError(
@@ -232,7 +232,7 @@ def fit(
     model: nn.Module,  # trained in place
     loss,  # `loss(model, generator)`: the mean loss of a batch drawn from `generator`
     steps: int,  # of the optimiser
-    folder,  # for the state; a training that finds its state there goes on from it
+    folder,  # for the state; if it holds one, training resumes from it
     lr: float,  # highest learning rate of the one-cycle schedule
     # decay of the running average of the weights; `steps` should be several times 1/(1-ema),
     # since the average starts with the weights after the first step
@@ -242,7 +242,7 @@ def fit(
     save_every: float = 60.0,  # seconds between two saves
     progress: bool = True,  # show a bar
 ) -> nn.Module:  # a copy of the model with the averaged weights
-    "Train any network with AdamW and a one-cycle schedule. Call it again to go on after a kill."
+    "Train any network with AdamW and a one-cycle schedule. Call it again to resume."
     _check_settings(model, steps, lr, ema, weight_decay, seed, save_every)
     if not callable(loss):
         raise TypeError(f'loss: expected loss(model, generator), got {_got(loss)}')
@@ -268,7 +268,7 @@ def train(
     # photographs (N, 28, 28) uint8, or images (N, C, H, W) in [-1, 1];
     # and what they show, (N,), or None for a model without classes
     data: tuple,
-    folder,  # for the state; a training that finds its state there goes on from it
+    folder,  # for the state; if it holds one, training resumes from it
     steps: int,  # of the optimiser
     batch_size: int = 64,  # images per step, on all devices together
     lr: float = 1e-3,  # highest learning rate
@@ -383,7 +383,7 @@ def _check_data(model, data, batch_size, acc):
     labels = _classes(labels, model.n_classes)
     if labels.shape != x_0.shape[:1] or (labels == model.n_classes).any():
         wanted = f'{len(x_0)} labels from 0 to {model.n_classes - 1}, one per image'
-        raise ValueError(f'data: expected {wanted}')
+        raise ValueError(f'data: expected {wanted}, got {_got(labels)}')
     return x_0.to(acc.device), labels.to(acc.device)
 
 
@@ -486,7 +486,7 @@ def _fashion_text_encoder(tokenizer):
 
 # %% ../../nbs/lab/04_training.ipynb #c001e37c
 def _draw_captions(garment, colour, background, generator):
-    "Captions (N,) for training: 80 % full, 10 % empty, 10 % with a part missing."
+    "Captions (N,): 80 % full, 10 % empty, 10 % without colour, background or both."
     kept = torch.rand(len(garment), generator=generator).tolist()
 
     def one(g, c, b, u):
@@ -655,7 +655,7 @@ def train_fashion(
     steps: tuple = (8000, 4000, 5000),  # of autoencoder, classifier, and U-Net with text encoder
     seed: int = 0,  # of the first weights; batches have seeds of their own
 ) -> Path:  # `out`, now with fashion-sd and fashion-net
-    "Train fashion-sd and FashionNet. Call it again to go on after a kill."
+    "Train fashion-sd and FashionNet. Call it again to resume."
     from safetensors.torch import save_file
 
     out, (grey, kind) = _make_folder(out), fashion_mnist('train', path)
@@ -692,7 +692,7 @@ def train_fashion_ddpm(
     accelerator=None,  # `accelerate.Accelerator`; None: what the machine has
     seed: int = 0,  # of the first weights; batches have seeds of their own
 ) -> Path:  # `out`, now with fashion-ddpm
-    "Train fashion-ddpm. Call it again to go on after a kill."
+    "Train fashion-ddpm. Call it again to resume."
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = ContinuousDDPM(fashion_unet(10, small=True), 'v', n_classes=10)
@@ -706,7 +706,7 @@ def train_fashion_ddpm(
 
 # %% ../../nbs/lab/04_training.ipynb #b5af9433
 def _save_network(net, out):
-    "Save a network of diffusers in half precision. Its `config.json` comes last: then it is whole."
+    "Save a network of diffusers in half precision; `config.json` comes last and marks it whole."
     out = _make_folder(out)
     with tempfile.TemporaryDirectory(dir=out) as tmp:
         net.cpu().half().save_pretrained(tmp)
@@ -734,12 +734,12 @@ def train_fashion_weak(
     device: str = 'cpu',  # 'cuda' is much faster
     steps: int = 500,  # of 128 latents; fashion-sd had 5,000
     small: bool = True,  # half as wide as the U-Net of fashion-sd?
-    # decay of the running average of the weights; 0 is none, because an average over thousands
-    # of steps would remember the first weights of a short training
+    # decay of the running average of the weights; 0 is none: in a short training, an average over
+    # many steps would still hold the first weights
     ema: float = 0.0,
     seed: int = 0,  # of the first weights; batches have seeds of their own
 ) -> Path:  # `out`, with the U-Net in diffusers' format
-    "Train a weaker U-Net for the latents and the text of fashion-sd. Call it again after a kill."
+    "Train a weaker U-Net for the latents and the text of fashion-sd. Call it again to resume."
     with needs('diffusers', 'train_fashion_weak'):
         from diffusers import StableDiffusionPipeline
     out = _make_folder(out)
@@ -773,7 +773,7 @@ def synthetic_set(
     seed: int = 0,  # sample `i` gets `step_generator(seed, i)`
     progress: bool = True,  # show a bar
 ) -> dict:  # tensors by name, n rows each
-    "Samples of a model, as data for another. Call it again to go on after a kill."
+    "Samples of a model, as data for another. Call it again to resume."
     from safetensors.torch import save_file
 
     with needs('diffusers', 'synthetic_set'):
@@ -804,7 +804,9 @@ def _check_rows(out, n):
         if not torch.is_tensor(v) or not v.ndim or len(v) != n:
             raise ValueError(f'draw: expected {k} with {n} rows, one per generator, got {_got(v)}')
         if not v.isfinite().all():
-            raise FloatingPointError(f'draw: {k} is not finite; nothing of this batch is kept')
+            raise FloatingPointError(
+                f'draw: expected finite numbers in {k}; this batch is not kept'
+            )
     return {k: v.detach().cpu().contiguous() for k, v in out.items()}
 
 
@@ -823,7 +825,7 @@ def _planned(folder, plan):
 
 
 def _fingerprint(name, os):
-    "A few letters that change when a number in models or tensors does."
+    "A short hash of the numbers in models or tensors."
     h = hashlib.sha256()
     for o in os if isinstance(os, (list, tuple)) else [os]:
         if not isinstance(o, nn.Module) and not torch.is_tensor(o):
@@ -837,7 +839,7 @@ def _fingerprint(name, os):
 def fine_tune(
     model: ContinuousDDPM,  # the base; it stays as it is
     data: tuple,  # photographs (N, 28, 28) uint8 and their labels (N,), or None without classes
-    folder,  # for state and snapshots; a training that finds its state there goes on from it
+    folder,  # for state and snapshots; if it holds a state, training resumes from it
     steps: int,  # of the optimiser, the longest training
     batch_size: int = 64,  # images per step
     lr: float = 2e-4,  # highest learning rate
@@ -845,8 +847,8 @@ def fine_tune(
     accelerator=None,  # see `train`
     progress: bool = True,  # show a bar
     save_every: float = 60.0,  # seconds between two saves
-) -> dict:  # steps -> a copy of the model that was trained for that long
-    "Copies of a model that were trained further, for several lengths. Call it again after a kill."
+) -> dict:  # steps -> a copy of the model after that many
+    "Copies of a model, trained further for several numbers of steps. Call it again to resume."
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: expected a ContinuousDDPM, got {_got(model)}')
     _check_settings(model, steps, lr, ema=0, seed=seed, save_every=save_every)

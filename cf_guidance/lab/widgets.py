@@ -52,7 +52,7 @@ _EXPORT = re.compile(r'^export (?!default)(?=(?:async )?(?:function|const|class)
 
 # %% ../../nbs/lab/05_widgets.ipynb #4b91c2d4
 def _source_folder():
-    "Where the explorers' sources are; in a notebook, beside the installed package."
+    "The folder of the explorers' sources, beside the installed package."
     import cf_guidance.lab
 
     return Path(cf_guidance.lab.__file__).parent / 'explorers'
@@ -98,43 +98,43 @@ def bundle(
 
 # %% ../../nbs/lab/05_widgets.ipynb #cb0351f8
 def number(
-    default: float,
-    low: float,  # of the slider that `controls` makes
-    high: float,
-    step: float = 0.05,
-    least: float = -1e6,  # values allowed from Python
-    most: float = 1e6,
+    default: float,  # value at the start
+    low: float,  # left end of the slider that `controls` makes
+    high: float,  # its right end
+    step: float = 0.05,  # its step
+    least: float = -1e6,  # smallest value that Python may set
+    most: float = 1e6,  # largest
 ) -> traitlets.Float:
-    "A number of an explorer."
+    "A setting that is a number."
     return traitlets.Float(default, min=least, max=most).tag(sync=True, range=(low, high, step))
 
 
 def whole(
-    default: int,
-    low: int,  # of the slider that `controls` makes
-    high: int,
-    least: int = 0,  # values allowed from Python
-    most: int = 1000,
+    default: int,  # value at the start
+    low: int,  # left end of the slider that `controls` makes
+    high: int,  # its right end
+    least: int = 0,  # smallest value that Python may set
+    most: int = 1000,  # largest
 ) -> traitlets.Int:
-    "A whole number of an explorer."
+    "A setting that is a whole number."
     return traitlets.Int(default, min=least, max=most).tag(sync=True, range=(low, high, 1))
 
 
 def choice(
     *options: str,  # the first one is the default
 ) -> traitlets.Enum:
-    "One of some names."
+    "A setting with a few options."
     return traitlets.Enum(options, options[0]).tag(sync=True)
 
 
 def switch(default: bool) -> traitlets.Bool:
-    "On or off."
+    "A setting that is on or off."
     return traitlets.Bool(default).tag(sync=True)
 
 
 # %% ../../nbs/lab/05_widgets.ipynb #b4d3cbb7
 def _control_for(trait, value, label, span):
-    "The ipywidget for a trait; None if there is none for its kind."
+    "The ipywidget for a trait; None if no widget fits its type."
     common = dict(value=value, description=label, style={'description_width': 'initial'})
     if isinstance(trait, traitlets.Bool):
         return ipywidgets.Checkbox(**common)
@@ -159,7 +159,7 @@ class Explorer(AnyWidget):
         known = self.settings()
         for name in values.keys() - known.keys() - AnyWidget.class_traits().keys():
             kind = type(self).__name__
-            raise TypeError(f'{kind}: expected the settings {", ".join(known)}, got {name!r}')
+            raise TypeError(f'{kind}: expected one of {kind}.settings(), got {name!r}')
         self.add_traits(_esm=traitlets.Unicode(bundle(self.explorer)).tag(sync=True))
         super().__init__(**values)
 
@@ -171,7 +171,7 @@ class Explorer(AnyWidget):
         hidden = AnyWidget.class_traits()
         return {k: traits[k] for k in in_order if k not in hidden and k[0] != '_'}
 
-    def props(self) -> dict:  # values that JSON can hold
+    def props(self) -> dict:  # values that fit into JSON
         "The settings as they are now, for a page."
         return {name: getattr(self, name) for name in self.settings()}
 
@@ -179,7 +179,7 @@ class Explorer(AnyWidget):
         self,
         name: str,  # of a setting
     ) -> tuple:  # (low, high, step), or None
-        "What a slider for this setting covers."
+        "The range of a slider for this setting."
         return self.traits()[name].metadata.get('range')
 
     def controls(
@@ -356,7 +356,7 @@ class RuleGeometry(Explorer):
     ).tag(sync=True)  # which are shown
 
     def predictions(self) -> dict:  # name: [x, y]
-        "What each rule makes of the two predictions."
+        "The guided prediction of each rule."
         neg, pos = (
             torch.tensor([v], dtype=torch.float64) @ _MEAN_ZERO for v in (self.neg, self.pos)
         )
@@ -375,9 +375,11 @@ def _sheet(rows):
     "Rows of pictures, all of one size, as one picture."
     rows = [[_to_pil(o) for o in row] for row in rows]
     if len({len(row) for row in rows}) != 1:
-        raise ValueError('pictures: expected rows of one length, one picture per value')
-    if len({o.size for row in rows for o in row}) != 1:
-        raise ValueError('pictures: expected pictures of one size')
+        lengths = sorted({len(row) for row in rows})
+        raise ValueError(f'pictures: expected rows of one length, got lengths {lengths}')
+    sizes = sorted({o.size for row in rows for o in row})
+    if len(sizes) != 1:
+        raise ValueError(f'pictures: expected pictures of one size, got {sizes[:4]}')
     return Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
 
 
@@ -390,7 +392,7 @@ def sprite(
     path: str = None,  # write this file, .webp or .png; None: return a data URI
     quality: int = 80,  # of WebP
 ) -> str:  # `path`, or the data URI
-    "One picture with a row of tiles per picture and a column per value."
+    "Paste pictures into one file: a row of tiles per picture, a column per value."
     kind = Path(path).suffix[1:] if path else 'webp'
     if kind not in ('webp', 'png'):
         raise ValueError(f'path: expected a name that ends in .webp or .png, got {path!r}')
@@ -461,7 +463,7 @@ class Scrubber(Explorer):
 
 # %% ../../nbs/lab/05_widgets.ipynb #9a84eba2
 def _sweep(uri, size, values, rows, curves, marks, labels):
-    "What the page needs to know about one sweep."
+    "One sweep as the page needs it."
     n = len(values)
     rows = rows or round(size[1] / (size[0] / n))
     per_value = {f'curves[{k!r}]': o for k, ys in curves.items() for o in _with_spread(ys) if o}
