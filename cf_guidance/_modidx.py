@@ -1537,7 +1537,6 @@ d = {
                 'lab/draw.html#_stopping',
                 'cf_guidance/lab/draw.py',
             ),
-            'cf_guidance.lab.draw._to_pil': ('lab/draw.html#_to_pil', 'cf_guidance/lab/draw.py'),
             'cf_guidance.lab.draw._work': ('lab/draw.html#_work', 'cf_guidance/lab/draw.py'),
             'cf_guidance.lab.draw.draw': ('lab/draw.html#draw', 'cf_guidance/lab/draw.py'),
             'cf_guidance.lab.draw.draw_in_processes': (

@@ -281,6 +281,12 @@ def test_processes(tmp_path):
         draw_in_processes(small(), tmp_path, 0)
 
 
+@pytest.mark.parametrize('actors', [0, (2, 1), 'a'])
+def test_bad_actors(tmp_path, actors):
+    with pytest.raises((TypeError, ValueError), match='^actors: expected a whole number'):
+        draw_with_ray(small(), tmp_path, actors)
+
+
 @pytest.mark.skipif(importlib.util.find_spec('ray'), reason='ray is installed')
 def test_ray_is_missing(tmp_path):
     with pytest.raises(ImportError, match=r'cf_guidance\[ray\]'):

@@ -15,6 +15,7 @@ __all__ = [
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11a3
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -32,7 +33,6 @@ from .metrics import saturation
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11a4
 with needs('lab', 'cf_guidance.lab.draw'):
-    from diffusers.image_processor import VaeImageProcessor
     from tqdm.auto import tqdm
 
     from cf_guidance.lab.backends import backend_of, with_backend
@@ -47,6 +47,7 @@ with needs('lab', 'cf_guidance.lab.draw'):
         terms_of,
     )
     from cf_guidance.lab.store import Store
+    from cf_guidance.lab.sweeps import _to_pil
     from cf_guidance.pipelines import MinimalDiffusion
 
 
@@ -224,11 +225,6 @@ def paint(
     )
     values = zip(*columns.values(), strict=True)
     return [dict(zip(columns, o, strict=True), error=None) for o in values]
-
-
-def _to_pil(pixels):
-    "Tensors in [0, 1] as PIL images."
-    return VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).float().cpu().numpy())
 
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11f1
@@ -424,11 +420,13 @@ def draw_with_ray(
     "Draw what a store lacks by actors of Ray Data."
     store, _, painter = _checked(store, (0, 1), batch_size, measure)
     fewest, most = actors if isinstance(actors, (tuple, list)) else (actors, actors)
+    _check_whole('actors', fewest, 'a whole number from 1', 1)
+    _check_whole('actors', most, f'a whole number from {fewest}', fewest)
     requests = _planned(plan, store)
     todo = _missing_units(requests, store, batch_size, (0, 1), retry)
     if not todo:
         return store.status()
-    with _ray() as ray:
+    with _ray(most * num_cpus, num_gpus) as ray:
         items = [{'unit': json.dumps(unit)} for unit in todo]
         data = ray.data.from_items(items, override_num_blocks=min(len(items), 1000))
         data.map_batches(
@@ -444,16 +442,22 @@ def draw_with_ray(
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c1302
 @contextmanager
-def _ray():
+def _ray(cpus, gpus):
     "Ray, joined to its cluster; without one it runs on this machine, and stops at the end."
     with needs('ray', 'draw_with_ray'):
         import ray
         import ray.data
-    if ray.is_initialized() or 'RAY_ADDRESS' in os.environ:
+    if ray.is_initialized():
         yield ray
         return
-    # Ray Data needs some CPUs for itself beside those of the actors, or it waits for ever
-    ray.init(num_cpus=max(8, os.cpu_count()), include_dashboard=False)
+    try:
+        ray.init('auto')
+    except ConnectionError:
+        if gpus > torch.cuda.device_count():
+            raise ValueError(f'num_gpus: this machine has no {gpus} GPUs, and no cluster') from None
+        # Ray Data needs some CPUs for itself beside those of the actors, or it waits for ever
+        cpus = max(8, os.cpu_count(), math.ceil(2 * cpus))
+        ray.init('local', num_cpus=cpus, include_dashboard=False)
     try:
         yield ray
     finally:
