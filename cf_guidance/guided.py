@@ -571,8 +571,8 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, off, whole):
     sigma, cond, known = _per_sample(sigma, x), _expand_rows(cond, len(x), x.device), known or {}
     levels = sigma.tolist()
     run = self._current_run(x, levels, step, cond)  # 1
-    if run.names != cond.keys() or known:
-        self._check_call(run, x, cond, known)
+    if run.names != cond.keys() or known or off:
+        self._check_call(run, x, cond, known, off)
     if run.n is None:
         run.begin(x, levels)
     if self.remembers:
@@ -625,8 +625,8 @@ def _finish(self: GuidedDenoiser, parts, x, sigma, levels, step, active, run):
 
 # %% ../nbs/06_guided.ipynb #d4bdf3e1
 @patch
-def _check_call(self: GuidedDenoiser, run, x, cond, known):
-    "Check what is new: names of conditions, as in the first call of a run, and `known`."
+def _check_call(self: GuidedDenoiser, run, x, cond, known, off):
+    "Check what is new: names of conditions, as in the first call of a run, `known` and `off`."
     if run.names != cond.keys():
         shape = getattr(self.inner_model, 'latent_shape', None)
         if shape is not None and len(shape) == x.ndim - 1 == 3 and x.shape[1] != shape[0]:
@@ -642,6 +642,9 @@ def _check_call(self: GuidedDenoiser, run, x, cond, known):
     for k, v in known.items():
         if not torch.is_tensor(v) or v.shape != x.shape:
             raise _shape_error(f'known[{k!r}]', v, x)
+    for i in off:
+        if i not in names[1:]:
+            raise ValueError(f'off: expected numbers of terms, of {names[1:]}, got {i!r:.40}')
 
 
 # %% ../nbs/06_guided.ipynb #62168cb0

@@ -404,7 +404,7 @@ def churned(
 
 # %% ../nbs/04_karras.ipynb #d56f15f4
 def _check_step(step):
-    if not callable(step):
+    if not callable(step) or isinstance(step, type):
         raise TypeError(f'step: expected a step such as euler, heun or dpmpp_2m, got {step!r:.40}')
     return step
 

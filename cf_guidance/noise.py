@@ -12,6 +12,8 @@ from numbers import Integral
 
 import torch
 
+from .schedules import _short
+
 
 # %% ../nbs/02_noise.ipynb #acee1501
 def split_generator(
@@ -22,6 +24,8 @@ def split_generator(
 ) -> list:  # n generators
     "One generator per sample. The first generators do not depend on `n`."
     _check_whole('n', n, 'the number of samples, 0 or more')
+    if n > 2**24:
+        raise ValueError(f'n: expected at most {2**24} samples, got {n}')
     _check_generators(generator, n)
     if isinstance(generator, (list, tuple, range)):
         return [_as_generator(g) for g in generator]
@@ -50,7 +54,8 @@ def _check_seed(g):
         return
     if not isinstance(g, Integral) or isinstance(g, bool):
         raise TypeError(
-            f'generator: expected a seed, a torch.Generator, a list of them or None, got {g!r:.40}'
+            'generator: expected a seed, a torch.Generator, a list of them or None, '
+            f'got {_short(g)}'
         )
     if not 0 <= g < 2**64:
         raise ValueError(f'generator: expected a seed from 0 to 2**64-1, got {g}')
@@ -73,7 +78,7 @@ def _check_whole(name, value, what=None, low=0):
     "An error, which says that `what` is expected, unless `value` is a whole number from `low` up."
     what = f'a whole number from {low}' if what is None else what
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f'{name}: expected {what}, got {value!r:.40}')
+        raise TypeError(f'{name}: expected {what}, got {_short(value)}')
     if value < low:
         raise ValueError(f'{name}: expected {what}, got {value}')
 
@@ -85,7 +90,7 @@ def _check_number(name, value, what, ok=math.isfinite):
     except (TypeError, ValueError, RuntimeError):
         number = None
     if number is None:
-        raise TypeError(f'{name}: expected {what}, got {value!r:.40}')
+        raise TypeError(f'{name}: expected {what}, got {_short(value)}')
     if not ok(number):
         raise ValueError(f'{name}: expected {what}, got {number:g}')
     return number

@@ -42,7 +42,7 @@ from .guided import (
     Weight,
     _as_posts,
 )
-from .noise import _check_whole, split_generator
+from .noise import _check_generators, _check_whole, split_generator
 from .perturb import _network_of, refuse_caches
 
 # %% ../nbs/09_pipelines.ipynb #45d479fb
@@ -1074,9 +1074,32 @@ def _checked_arguments(stock, sd, args, kwargs):
     for k in ('guidance_scale', 'true_cfg_scale', 'eta'):
         if k in given and not T._is_number(given[k]):
             raise TypeError(f'{k}: expected a finite number, got {given[k]!r:.60}')
-    if given.get('prompt') is not None:
-        _check_prompts('prompt', given['prompt'])
+    _check_types(given)
     return given
+
+
+# %% ../nbs/09_pipelines.ipynb #a3c3cd46
+def _check_types(given):
+    "Errors for values at which the code of a pipeline would fail somewhere inside."
+    if given.get('num_inference_steps', 1) is None:
+        if given.get('timesteps') is None and given.get('sigmas') is None:
+            raise TypeError('num_inference_steps: expected a whole number, got None')
+    given = {k: v for k, v in given.items() if v is not None}
+    for k in ('prompt', 'negative_prompt'):
+        if k in given:
+            _check_prompts(k, given[k])
+    for k in ('height', 'width'):
+        if k in given:
+            _check_whole(k, given[k], low=1)
+    if 'latents' in given and not torch.is_tensor(given['latents']):
+        got = type(given['latents']).__name__
+        raise TypeError(f'latents: expected a tensor, got {got}')
+    generators = given.get('generator', [])
+    for g in generators if isinstance(generators, list) else [generators]:
+        if not isinstance(g, torch.Generator):
+            raise TypeError(
+                f'generator: expected a torch.Generator or a list of them, got {g!r:.40}'
+            )
 
 
 # %% ../nbs/09_pipelines.ipynb #a81529d6
@@ -1296,6 +1319,8 @@ class MinimalDiffusion:
         for name, o in dict(num_steps=num_steps, height=height, width=width).items():
             if o is not None:
                 _check_whole(name, o, low=1)
+        many = isinstance(generator, (list, tuple, range))
+        _check_generators(generator, len(generator) if many else 1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f'dtype: expected a floating-point type, got {dtype!r}')
         self.model_name, self.device, self.dtype, self.generator = (

@@ -2229,3 +2229,9 @@ def test_a_compiled_network_is_not_compiled_at_each_step():
     G = GuidedDenoiser(DiscreteDenoiser(net), NONE, w=[2.0 + i for i in range(8)])
     counts = [count.frame_count for _ in samples(G, 10 * X, SIGMAS, karras.euler, C)]
     assert 0 < counts[0] == counts[-1]
+
+
+@pytest.mark.parametrize('off', [(1,), ['a'], [None]])
+def test_what_is_off_must_be_a_term(off):
+    with pytest.raises(ValueError, match=r'off: expected numbers of terms, of \(0,\), got'):
+        GuidedDenoiser(toy, NONE, w=3.0)(X, 1.0, off=off, **C)

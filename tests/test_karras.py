@@ -1008,6 +1008,7 @@ BAD = {
     'step print': (run_with(lambda *a: None), TypeError, 'step: .* got None'),
     'D None': (of(sample, None, X, SIGMAS), TypeError, 'D: .* got None'),
     'x None': (of(sample, D, None, SIGMAS), TypeError, 'x: .* got None'),
+    'step': (of(sample, D, X, SIGMAS, dict), TypeError, 'step: expected a step such as euler'),
     'x 0-d': (of(sample, D, torch.tensor(1.0), SIGMAS), TypeError, 'x: '),
     'x nan': (of(sample, D, X * nan, SIGMAS), ValueError, 'x: .*NaN'),
     'cond': (run_with(cond=['a']), TypeError, 'cond: .* got list'),

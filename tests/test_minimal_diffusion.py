@@ -520,6 +520,7 @@ BAD = {  # what is done -> what the error says
     'batch_size=-1': (making(batch_size=-1), 'batch_size: expected a whole number from 1'),
     'batch_size=1.5': (making(batch_size=1.5), 'batch_size: expected a whole number'),
     'batch_size=True': (making(batch_size=True), 'batch_size: expected a whole number'),
+    'generator': (making(generator='a'), "generator: expected a seed.* got 'a'"),
     'height': (making(height='a'), 'height: expected a whole number'),
     'device': (making(device='nowhere'), "device: 'nowhere' is not available here"),
     'name': (making('nope'), "model_name: could not load 'nope'"),

@@ -139,3 +139,14 @@ def test_a_step_generator_wants_whole_numbers():
         step_generator('a', 0)
     with pytest.raises(ValueError, match='i: expected the number of the step, 0 or more, got -1'):
         step_generator(0, -1)
+
+
+def test_more_generators_than_fit():
+    with pytest.raises(ValueError, match='n: expected at most 16777216 samples'):
+        split_generator(0, 2**70)
+
+
+def test_an_error_is_one_line():
+    with pytest.raises(TypeError) as e:
+        split_generator(torch.zeros(3, 3), 1)
+    assert '\n' not in str(e.value)

@@ -1304,6 +1304,20 @@ BAD = {  # what is done -> what the error says
     ),
     'a number as prompt': (refused(plain, prompt=5), 'prompt: expected a string or a list'),
     'no prompts': (refused(plain, prompt=[]), 'prompt: expected at least one string'),
+    'a number as negative prompt': (
+        refused(plain, negative_prompt=5),
+        'negative_prompt: expected a string or a list',
+    ),
+    'a seed': (
+        lambda: guided(sd_v())(PROMPTS, generator=0),
+        'generator: expected a torch.Generator or a list',
+    ),
+    'latents as text': (refused(plain, latents='a'), 'latents: expected a tensor, got str'),
+    'height': (refused(plain, height=1.5), 'height: expected a whole number from 1, got 1.5'),
+    'steps None': (
+        refused(plain, steps=None),
+        'num_inference_steps: expected a whole number, got None',
+    ),
     'no images': (
         refused(plain, num_images_per_prompt=0),
         'num_images_per_prompt: expected a whole number from 1',
