@@ -387,6 +387,24 @@ def test_kill_at_random_moments_loses_no_part(tmp_path, processes):
     assert sum(1 for _ in store.pictures(found)) == len(found)
 
 
+def test_a_store_reads_each_part_once_and_sees_those_of_others(tmp_path, monkeypatch):
+    mine, other = Store(tmp_path), Store(tmp_path)
+    wanted = [request(i) for i in range(4)]
+    first = mine.add([row(0)])
+    other.add([dict(request=wanted[1], error='NaN')])
+    assert mine.missing(wanted) == wanted[2:]
+    read, store_read = [], Store._read
+    monkeypatch.setattr(Store, '_read', lambda s, f, *a: read.append(f) or store_read(s, f, *a))
+    second = other.add([row(2), row(1)])
+    assert mine.missing(wanted) == wanted[3:]
+    assert mine.missing(wanted, retry=True) == wanted[3:]
+    assert read == [second]
+    (tmp_path / 'set_aside').mkdir()
+    first.rename(tmp_path / 'set_aside' / first.name)
+    assert mine.missing(wanted) == [wanted[0], wanted[3]]
+    assert mine.status()['done'] == 2
+
+
 # several stores
 
 

@@ -115,10 +115,13 @@ class Store:
             raise ValueError(f'folder: cannot make {str(folder)!r} ({e.strerror})') from None
         if not os.access(self.folder, os.W_OK):
             raise ValueError(f'folder: expected one that can be written, got {str(folder)!r}')
+        self._known, self._good = set(), {}  # parts that were read; by key: is a result good?
 
     def _files(self, kind):
         "The files of a kind, 'part' or 'requests', oldest part first."
-        return sorted(o for o in self.folder.glob(f'{kind}-*.parquet') if o.is_file())
+        with os.scandir(self.folder) as found:
+            names = [o.name for o in found if o.name.startswith(f'{kind}-') and o.is_file()]
+        return [self.folder / o for o in sorted(names) if o.endswith('.parquet')]
 
     def _read(self, file, fixed, keep):
         "The columns of a file for which `keep(name)`. If it is no whole file of ours: None."
@@ -224,12 +227,27 @@ def missing(
     retry: bool = False,  # also those that failed?
 ) -> list:  # requests, in the order they were given
     "The requests that have no result yet."
-    results = self._results()
-    done = set(results.key[~results._failed] if retry else results.key)
+    good = self._outcomes()
+    done = {k for k, v in good.items() if v} if retry else good
     if requests is not None:
         wanted = {key_of(o): o for o in requests}
         return [o for k, o in wanted.items() if k not in done]
     return [json.loads(text) for k, (text, _) in self._planned().items() if k not in done]
+
+
+@patch
+def _outcomes(self: Store):
+    "By key: is there a good result? Parts never change, so each is read once."
+    parts = {o.name: o for o in self._files('part')}
+    if self._known - parts.keys():  # some were set aside
+        self._known, self._good = set(), {}
+    for name in parts.keys() - self._known:
+        table = self._read(parts[name], _FIXED, {'key', 'error'}.__contains__)
+        if table is not None:
+            self._known.add(name)
+            for key, error in zip(*(table[o].to_pylist() for o in ('key', 'error')), strict=True):
+                self._good[key] = error is None or self._good.get(key, False)
+    return self._good
 
 
 # %% ../../nbs/lab/08_store.ipynb #5a8e1b34
@@ -257,13 +275,12 @@ def status(
     self: Store,
 ) -> dict:  # planned, done, failed, missing, parts, bytes, set_aside
     "Counts of requests, results and files."
-    results, parts = self._results(), self._files('part')
-    planned = self._planned()
+    good, planned, parts = self._outcomes(), self._planned(), self._files('part')
     return dict(
         planned=len(planned),
-        done=int((~results._failed).sum()),
-        failed=int(results._failed.sum()),
-        missing=len(planned.keys() - set(results.key)),
+        done=sum(good.values()),
+        failed=len(good) - sum(good.values()),
+        missing=len(planned.keys() - good.keys()),
         parts=len(parts),
         bytes=sum(o.stat().st_size for o in parts),
         set_aside=sum(1 for _ in self.folder.glob('set_aside/*')),
