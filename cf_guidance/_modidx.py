@@ -2342,6 +2342,10 @@ d = {
                 'lab/store.html#store._not_in',
                 'cf_guidance/lab/store.py',
             ),
+            'cf_guidance.lab.store.Store._outcomes': (
+                'lab/store.html#store._outcomes',
+                'cf_guidance/lab/store.py',
+            ),
             'cf_guidance.lab.store.Store._planned': (
                 'lab/store.html#store._planned',
                 'cf_guidance/lab/store.py',
@@ -3715,6 +3719,10 @@ d = {
             ),
             'cf_guidance.pipelines._check_prompts': (
                 'pipelines.html#_check_prompts',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._check_types': (
+                'pipelines.html#_check_types',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._check_words': (
