@@ -40,7 +40,7 @@ const DRAFT = 8; // steps of a picture that is drawn while a control moves
 const PAUSE = 200; // milliseconds without a change, after which all steps are taken
 const INTERVAL = [0.3, 5];
 const HANDLES = 12; // a curve with more points is bent by five handles
-const DOWNLOAD = '10 MB, and once 14 MB for ONNX Runtime';
+const DOWNLOAD = '10 MB, and once 14 MB for ONNX Runtime (with a GPU 31 MB)';
 
 const isNorm = (rule) => Boolean(RULES[rule].norm);
 const NORM_SCALE = 1 / 15; // from a weight of CFG to one of T-Norm
