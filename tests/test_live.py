@@ -27,6 +27,7 @@ from cf_guidance.transforms import apg, cfg, full_norm, rescale, t_norm
 
 MODEL = "document.querySelector('[data-explorer=live]').model"
 PROMPT, STEPS = 'a red sneaker on a blue background', 20
+FEW = 6  # steps on the page, where each change draws eleven pictures
 SETTINGS = widgets.LiveModel(steps=STEPS, seed=3).props() | dict(prompt=PROMPT)
 CASES = {
     'cfg': dict(),
@@ -119,7 +120,7 @@ def expected(pipe, s):
     post = rescale if s['rule'] == 'rescale' else None
     interval = s['interval'] and tuple(s['interval'])
     sd = guided(pipe, w=ws, rule=rules[s['rule']], post=post, interval=interval)
-    options = dict(negative_prompt=s['negative'], num_inference_steps=STEPS)
+    options = dict(negative_prompt=s['negative'], num_inference_steps=s['steps'])
     options |= dict(latents=randn((1, 4, 8, 8), s['seed']), output_type='latent')
     latents = sd(s['prompt'], **options).images
     with torch.no_grad():
@@ -193,7 +194,7 @@ def test_unknown_words_are_named(browser, exported_model):
 @pytest.fixture(scope='module')
 def page(folder):
     "The explorer on a page of its own, after its model has been loaded by a click."
-    write_page(folder, widgets.LiveModel(w=2.0), widgets.ScheduleDesigner())
+    write_page(folder, widgets.LiveModel(w=2.0, steps=FEW), widgets.ScheduleDesigner())
     with serve(folder) as url, chromium() as driver:
         driver.get(f'{url}/index.html')
         wait_for_explorers(driver)
@@ -241,9 +242,9 @@ def text_of(driver):
 
 def test_page_draws_what_python_draws(page, pipe):
     set_model(page, rule='t_norm', w=0.2, seed=5)
-    _, pixels, nfe = expected(pipe, SETTINGS | dict(rule='t_norm', w=0.2, seed=5))
+    _, pixels, nfe = expected(pipe, SETTINGS | dict(rule='t_norm', w=0.2, seed=5, steps=FEW))
     assert (shown(page)[..., :3] - pixels).abs().max() <= 1
-    assert f'20 steps, {nfe} evaluations' in text_of(page)
+    assert f'{FEW} steps, {nfe} evaluations' in text_of(page)
 
 
 def test_page_has_ten_weights(page):
@@ -329,7 +330,7 @@ def test_designer_sends_its_schedule(page, case):
         page, f'return Object.fromEntries(args[0].map((o) => [o, {MODEL}.get(o)]))', names
     )
     assert call(page, script, settings) == pytest.approx(ws, abs=1e-6)
-    set_model(page, **{k: v for k, v in SETTINGS.items() if k != 'prompt'})
+    set_model(page, **{k: v for k, v in SETTINGS.items() if k != 'prompt'} | dict(steps=FEW))
 
 
 def test_page_answers_while_it_draws(page):
