@@ -325,7 +325,7 @@ def test_late_rows_to_the_last_bit(monkeypatch):
         monkeypatch.setattr(perturb, '_MIN_POSITIONS_TO_JOIN', worth_it)
         G = GuidedDenoiser(D, Term(Conditions(D.cond()), 3.0), Term(PAG(D), 2.0))
         got.append(G(x, 2.0, **cond))
-        assert G.run.perturbed[1].joins.startswith('full' if worth_it > 10**6 else 'rows join')
+        assert G.run.perturbed[1].joins.startswith('all rows' if worth_it > 10**6 else 'rows join')
     assert torch.equal(*got)
 
 
