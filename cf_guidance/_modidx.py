@@ -1770,6 +1770,68 @@ d = {
                 'cf_guidance/lab/fashion.py',
             ),
         },
+        'cf_guidance.lab.gallery': {
+            'cf_guidance.lab.gallery._axis': (
+                'lab/gallery.html#_axis',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._columns': (
+                'lab/gallery.html#_columns',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._fields': (
+                'lab/gallery.html#_fields',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._is_number': (
+                'lab/gallery.html#_is_number',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._line': (
+                'lab/gallery.html#_line',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._page_data': (
+                'lab/gallery.html#_page_data',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._save': (
+                'lab/gallery.html#_save',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._short_form': (
+                'lab/gallery.html#_short_form',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._term_arguments': (
+                'lab/gallery.html#_term_arguments',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._text': (
+                'lab/gallery.html#_text',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._tile_of': (
+                'lab/gallery.html#_tile_of',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._whole_folder': (
+                'lab/gallery.html#_whole_folder',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery._write_sheets': (
+                'lab/gallery.html#_write_sheets',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery.gallery': (
+                'lab/gallery.html#gallery',
+                'cf_guidance/lab/gallery.py',
+            ),
+            'cf_guidance.lab.gallery.repeat_line': (
+                'lab/gallery.html#repeat_line',
+                'cf_guidance/lab/gallery.py',
+            ),
+        },
         'cf_guidance.lab.metrics': {
             'cf_guidance.lab.metrics.FIDInfinity': (
                 'lab/metrics.html#fidinfinity',

@@ -111,7 +111,7 @@ def _term_arguments(term):
     return given
 
 
-# %% ../../nbs/lab/11_gallery.ipynb #5cc9895b
+# %% ../../nbs/lab/11_gallery.ipynb #dc2de19d
 _IMPORTS = """from cf_guidance.lab.draw import draw
 from cf_guidance.lab.plan import Sweep"""
 _USUAL = dict(post=[], eta=0.0, size=None, dtype='float32', device='cpu', backend='torch')
@@ -216,7 +216,7 @@ def _page_data(store, title):
     return data, table.index[drawn]
 
 
-# %% ../../nbs/lab/11_gallery.ipynb #85ace3e5
+# %% ../../nbs/lab/11_gallery.ipynb #0b88ea51
 @contextmanager
 def _whole_folder(folder):
     "A folder beside `folder` that takes its place when the block ends without an error."
