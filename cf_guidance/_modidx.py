@@ -2261,6 +2261,10 @@ d = {
             'cf_guidance.lab.plots._array': ('lab/plots.html#_array', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._axes': ('lab/plots.html#_axes', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._bytes': ('lab/plots.html#_bytes', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._check_columns': (
+                'lab/plots.html#_check_columns',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots._check_side': (
                 'lab/plots.html#_check_side',
                 'cf_guidance/lab/plots.py',
@@ -2295,6 +2299,10 @@ d = {
                 'lab/plots.html#_draw_pictures',
                 'cf_guidance/lab/plots.py',
             ),
+            'cf_guidance.lab.plots._draw_spread': (
+                'lab/plots.html#_draw_spread',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots._fit': ('lab/plots.html#_fit', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._grid_shape': (
                 'lab/plots.html#_grid_shape',
@@ -2324,11 +2332,20 @@ d = {
                 'lab/plots.html#_measured',
                 'cf_guidance/lab/plots.py',
             ),
+            'cf_guidance.lab.plots._name_points': (
+                'lab/plots.html#_name_points',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots._names': ('lab/plots.html#_names', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._num_lines': (
                 'lab/plots.html#_num_lines',
                 'cf_guidance/lab/plots.py',
             ),
             'cf_guidance.lab.plots._number': ('lab/plots.html#_number', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._on_front': (
+                'lab/plots.html#_on_front',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots._panels': ('lab/plots.html#_panels', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._paste': ('lab/plots.html#_paste', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._pictures': (
@@ -2361,8 +2378,16 @@ d = {
                 'lab/plots.html#image_grid',
                 'cf_guidance/lab/plots.py',
             ),
+            'cf_guidance.lab.plots.plot_axis': (
+                'lab/plots.html#plot_axis',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots.plot_grid': (
                 'lab/plots.html#plot_grid',
+                'cf_guidance/lab/plots.py',
+            ),
+            'cf_guidance.lab.plots.plot_pareto': (
+                'lab/plots.html#plot_pareto',
                 'cf_guidance/lab/plots.py',
             ),
             'cf_guidance.lab.plots.plot_schedules': (

@@ -7,6 +7,7 @@ from statistics import mean, stdev
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
@@ -16,7 +17,9 @@ from cf_guidance.guided import Trace
 from cf_guidance.lab import plots
 from cf_guidance.lab.plots import (
     image_grid,
+    plot_axis,
     plot_grid,
+    plot_pareto,
     plot_schedules,
     plot_sweep,
     plot_trace,
@@ -130,6 +133,25 @@ BAD |= {
     'trace none': (plot_trace, (None,), {}, 'traces: expected a list of Trace'),
     'trace empty': (plot_trace, ([],), {}, 'traces: expected at least one'),
     'trace numbers': (plot_trace, ([1, 2],), {}, 'traces: expected a list of Trace'),
+}
+
+
+TABLE = pd.DataFrame(
+    dict(w=[1, 1, 2, 2, 4], rule=list('abaab'), q=[1.0, 3, 5, NAN, 2], cost=[1, 1, 2, 2, 4])
+)
+BAD |= {
+    'axis no table': (plot_axis, (None, 'w', 'q'), {}, "table: expected a column 'q'"),
+    'axis no column': (
+        plot_axis,
+        (TABLE, 'w', 'p'),
+        {},
+        "table: expected a column 'p', got w, rule",
+    ),
+    'axis texts': (plot_axis, (TABLE, 'w', 'rule'), {}, 'rule: expected a column of numbers'),
+    'axis none': (plot_axis, (TABLE, 'w', []), {}, 'y: expected at least one'),
+    'axis no rows': (plot_axis, (TABLE[3:4], 'w', 'q'), {}, 'table: expected at least one row'),
+    'pareto lower': (plot_pareto, (TABLE, 'w', 'q', 'rule', 'p'), {}, "lower: expected 'w' or 'q'"),
+    'pareto by': (plot_pareto, (TABLE, 'w', 'q', []), {}, 'by: expected at least one'),
 }
 
 
@@ -350,7 +372,7 @@ def test_names_of_2022():
     import cf_guidance.plots as old
 
     assert old.plot_grid is plot_grid
-    assert {*old.__all__, 'plot_trace'} == {*plots.__all__}
+    assert {*old.__all__, 'plot_trace', 'plot_axis', 'plot_pareto'} == {*plots.__all__}
 
 
 def test_grey_pictures_of_any_kind():
@@ -399,3 +421,36 @@ def test_band_is_mean_and_deviation_as_of_statistics():
     for x, v in zip([1, 2, 4], columns, strict=True):
         ys = edge[edge[:, 0] == x, 1]
         assert np.allclose([ys.min(), ys.max()], [mean(v) - stdev(v), mean(v) + stdev(v)])
+
+
+def test_axis_has_mean_and_spread():
+    f = plot_axis(TABLE, 'w', ['q', 'cost'])
+    drawn(f)
+    ax = f.axes[0]
+    assert list(ax.lines[0].get_xdata()) == [1, 2, 4]
+    assert list(ax.lines[0].get_ydata()) == [2, 5, 2]
+    edge = ax.collections[0].get_paths()[0].vertices
+    ys = edge[edge[:, 0] == 1, 1]
+    assert np.allclose([ys.min(), ys.max()], [2 - stdev([1, 3]), 2 + stdev([1, 3])])
+    assert [o.get_title() for o in f.axes] == ['q', 'cost']
+
+
+def test_axis_of_texts_and_lines_by_another():
+    f = plot_axis(TABLE, 'rule', 'q')
+    drawn(f)
+    assert [t.get_text() for t in f.axes[0].get_xticklabels()] == ['a', 'b']
+    f = plot_axis(TABLE, 'w', 'q', by='rule')
+    assert [t.get_text() for t in f.axes[0].get_legend().get_texts()] == ['rule a', 'rule b']
+
+
+def test_pareto_front():
+    points = pd.DataFrame(dict(s=list('abcde'), cost=[1, 2, 3, 4, 1], good=[1, 3, 2, 3, 1]))
+    f = plot_pareto(points, 'cost', 'good', 's', lower='cost')
+    drawn(f)
+    others, front = f.axes[0].lines
+    assert list(front.get_xdata()) == [1, 1, 2]
+    assert list(others.get_ydata()) == [2, 3]
+    assert [t.get_text() for t in f.axes[0].texts] == ['s a\ns e', 's b', 's c', 's d']
+    assert f.axes[0].get_xlabel() == 'cost (lower is better)'
+    front = plot_pareto(points, 'cost', 'good', ['s']).axes[0].lines[1]
+    assert list(front.get_xdata()) == [4]
