@@ -5,9 +5,11 @@ import json
 import shutil
 
 import clear_errors
+import numpy as np
 import pytest
 import torch
 
+from cf_guidance.lab.backends import with_backend
 from cf_guidance.lab.plan import (
     NEGATIVES,
     POST_RULES,
@@ -83,6 +85,22 @@ def test_a_request_alone_is_the_same_as_in_a_batch(md, settings):
         assert (alone[0] - together[i]).abs().max() < 1e-4
 
 
+def test_autoguidance_of_a_faster_network(md):
+    (r,) = Sweep(prompt=PROMPT, negative='autoguidance', steps=2).requests
+    fast = with_backend(md, 'onnx')
+    assert (draw(fast, [r])[0] - draw(md, [r])[0]).abs().max() < 1e-4
+
+
+def test_numpy_values_are_numbers():
+    sweep = Sweep(prompt=PROMPT, seed=list(np.arange(2)), w=np.linspace(1, 2, 3), steps=2)
+    assert json.loads(json.dumps(sweep.labels)) == sweep.labels
+    assert len(sweep) == 6
+
+
+def test_many_seeds_are_an_axis_too():
+    assert len(Sweep(prompt=PROMPT, seed=range(3000), steps=2)) == 3000
+
+
 def test_seeds_and_negative_prompts_act(md):
     requests = Sweep(prompt=PROMPT, negative_prompt=['', OTHER], seed=[0, 1], steps=3).requests
     pixels, _ = draw(md, requests)
@@ -109,7 +127,14 @@ BAD = {
     'stop': [2, 'x', True],
     'schedule': ['lin', 'linear(num_steps=3)', 'linear(foo=1)', [-1, 2], [1, 2, 3], 'points', {}],
     'post': ['cfg', 'rescale(phi=7)', 'rescal', 3, [['rescale', 'x']]],
-    'scheduler': ['DDIM', 'DDIMScheduler(foo=1)', 3, 'FlowMatchEulerDiscreteScheduler', 'torch'],
+    'scheduler': [
+        "DDIMScheduler(beta_end='x')",
+        'DDIM',
+        'DDIMScheduler(foo=1)',
+        3,
+        'FlowMatchEulerDiscreteScheduler',
+        'torch',
+    ],
     'steps': [0, -5, 1.5, 'many', 1001, [5, 5]],
     'eta': [-1, 'x', float('nan')],
     'size': [0, [(1, 2, 3)], 'x', (32, 'x')],
@@ -118,7 +143,16 @@ BAD = {
     'backend': ['tf', None],
     'guidance': [{}, [1], [{'weight': 1}], [{'seed': 1}], 'pag'],
     'cases': [[{'foo': 1}], [3], 'w'],
-    'where': ['w <', 'foo < 1', '__import__("os")', 'w.real > 1', 'w > 100', 3, lambda foo: True],
+    'where': [
+        'w <',
+        'foo < 1',
+        '__import__("os")',
+        'w.real > 1',
+        'w > 100',
+        'rule < 4',
+        3,
+        lambda foo: True,
+    ],
     'model': ['', 'no-such', '/no/such/folder', 'a/b/c', 3, '../x', '\0'],
     'weight': [3],
 }

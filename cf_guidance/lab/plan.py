@@ -111,6 +111,11 @@ def _short(value, most=50):
     return text if len(text) <= most else f'{text[: most - 3]}...'
 
 
+def _first_line(e):
+    "What an error says, in short."
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:60]
+
+
 def _listed(names):
     return ', '.join(map(str, names))
 
@@ -388,9 +393,8 @@ def _commit(model):
     try:
         return model_info(model, timeout=20).sha
     except Exception as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:60]
         raise ValueError(
-            f'model: {_short(model)} is neither a folder nor on the hub ({reason})'
+            f'model: {_short(model)} is neither a folder nor on the hub ({_first_line(e)})'
         ) from None
 
 
@@ -410,10 +414,9 @@ def _own_scheduler(model, commit):
         cls = getattr(diffusers, parts['scheduler'][1])
         return cls.from_pretrained(source, subfolder='scheduler', **where)
     except Exception as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:60]
         raise ValueError(
             f"model: expected a checkpoint in diffusers' format with a scheduler, got "
-            f'{_short(str(model))} ({reason})'
+            f'{_short(str(model))} ({_first_line(e)})'
         ) from None
 
 
@@ -440,7 +443,10 @@ def _configured(own, name, settings):
             raise ValueError(f'scheduler: {cls.__name__} has no setting {_short(k)}')
     if issubclass(cls, diffusers.PNDMScheduler):
         settings = dict(skip_prk_steps=True, **settings)
-    return cls.from_config({**own.config, **settings})
+    try:
+        return cls.from_config({**own.config, **settings})
+    except Exception as e:
+        raise ValueError(f'scheduler: {cls.__name__}: {_first_line(e)}') from None
 
 
 # %% ../../nbs/lab/09_plan.ipynb #0915aa29
@@ -450,6 +456,7 @@ class _Levels:
 
     D: object  # a denoiser that knows the range of the model
     evaluations: object  # of the scheduler: noise level and step of each
+    sigmas: list  # where each step begins, and the end
     takes_eta: bool
 
 
@@ -466,10 +473,16 @@ def _levels(model, scheduler, steps):
             f'scheduler: {type(made).__name__} shifts its noise levels with the size of the '
             'picture, which a plan cannot know'
         )
-    made.set_timesteps(steps)
+    try:
+        made.set_timesteps(steps)
+    except Exception as e:
+        raise ValueError(f'scheduler: {type(made).__name__}: {_first_line(e)}') from None
     D = _scheduler_denoiser(made, torch.nn.Identity())
     eta = 'eta' in inspect.signature(made.step).parameters
-    return _Levels(D, _evaluations(made, D), eta)
+    evaluations = _evaluations(made, D)
+    begins = evaluations.begins
+    falls = len(begins) < 2 or begins[0] > begins[-1]
+    return _Levels(D, evaluations, [*begins, 0.0] if falls else begins, eta)
 
 
 def _levels_of(request):
@@ -661,9 +674,7 @@ def _checked_request(request):
             _check_words('negative_prompt', [t['negative']['prompt']])
     if request['eta'] and not levels.takes_eta:
         raise ValueError(f'eta: {request["scheduler"]["name"]} has none, got {request["eta"]:g}')
-    begins = levels.evaluations.begins
-    falls = len(begins) < 2 or begins[0] > begins[-1]
-    return {**request, 'sigmas': [*begins, 0.0] if falls else begins}
+    return {**request, 'sigmas': levels.sigmas}
 
 
 # %% ../../nbs/lab/09_plan.ipynb #0915aa48
@@ -721,18 +732,27 @@ def _is_axis(name, value):
 def _axis(name, value):
     "What is given for a name as a list of pairs: the value as given, and as in a request."
     value = value.tolist() if hasattr(value, 'tolist') else value
-    each = list(value) if _is_axis(name, value) else [value]
+    each = [_given(name, o) for o in (value if _is_axis(name, value) else [value])]
     if not each:
         raise ValueError(f'{name}: expected at least one value, got none')
     if name == 'cases':
         return [(o, _values_of(name, o, _VALUES)) for o in each]
-    if name in _MAY_BE_NONE:
-        each = [None if isinstance(o, str) and o == 'none' else o for o in each]
-    pairs = [(o, _value(name, o)) for o in each]
-    for i, (given, v) in enumerate(pairs):
-        if any(v == other for _, other in pairs[:i]):
+    pairs, seen = [(o, _value(name, o)) for o in each], set()
+    for given, v in pairs:
+        text = json.dumps(v, sort_keys=True)
+        if text in seen:
             raise ValueError(f'{name}: expected different values, got {_short(given)} twice')
+        seen.add(text)
     return pairs
+
+
+def _given(name, value):
+    "A value in Python's own types; 'none' is None where nothing may be given."
+    if name == 'cases' and isinstance(value, Mapping):
+        return {k: _given(k, v) for k, v in value.items()}
+    value = value.item() if hasattr(value, 'item') and not getattr(value, 'ndim', 0) else value
+    none = isinstance(value, str) and value == 'none' and name in _MAY_BE_NONE
+    return None if none else value
 
 
 # %% ../../nbs/lab/09_plan.ipynb #c44cec64
@@ -768,11 +788,10 @@ def _predicate(where):
         return lambda values: True
     if callable(where):
         wanted = inspect.signature(where).parameters.values()
-        if any(p.kind is p.VAR_KEYWORD for p in wanted):
-            return lambda values: where(**values)
-        names = [p.name for p in wanted]
+        names = [p.name for p in wanted if p.kind is not p.VAR_KEYWORD]
         _check_where_names(names)
-        return lambda values: where(**{k: values.get(k) for k in names})
+        everything = len(names) < len(wanted)
+        return lambda values: where(**(values if everything else _some(values, names)))
     try:
         tree = ast.parse(where.strip(), mode='eval')
         bad = [o for o in ast.walk(tree) if not isinstance(o, _COMPARISONS)]
@@ -786,7 +805,18 @@ def _predicate(where):
     names = {o.id for o in ast.walk(tree) if isinstance(o, ast.Name)}
     _check_where_names(names)
     code = compile(tree, 'where', 'eval')
-    return lambda values: eval(code, {'__builtins__': {}}, {k: values.get(k) for k in names})
+
+    def keep(values):
+        try:
+            return eval(code, {'__builtins__': {}}, _some(values, names))
+        except TypeError as e:  # such as None < 4
+            raise ValueError(f'where: {where}: {_first_line(e)}') from None
+
+    return keep
+
+
+def _some(values, names):
+    return {k: values.get(k) for k in names}
 
 
 def _check_where_names(names):
@@ -855,7 +885,7 @@ def _combinations(axes, keep):
         if not keep(given):
             continue
         request = _request(values)
-        text = json.dumps(request, sort_keys=True)
+        text = json.dumps({**request, 'sigmas': None}, sort_keys=True)  # these follow from others
         if text not in seen:
             seen.add(text)
             requests.append(request)
@@ -943,7 +973,8 @@ def _pool(prompts, D):
 def _weak_denoiser(negative, D):
     "The denoiser with another network, for autoguidance."
     pipe, net = copy(D.inner_model.pipe), D.inner_model.net
-    pipe.unet = _weak(negative['model'], negative['fingerprint'], type(net), net.dtype, net.device)
+    cls = getattr(diffusers, type(net).__name__, type(net))  # `net` may be a faster subclass
+    pipe.unet = _weak(negative['model'], negative['fingerprint'], cls, net.dtype, net.device)
     return pipeline_denoiser(pipe, D.quantize, *D.size)
 
 
