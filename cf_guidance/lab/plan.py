@@ -782,6 +782,17 @@ _COMPARISONS = (
 )
 
 
+def _some(values, names):
+    return {k: values.get(k) for k in names}
+
+
+def _check_where_names(names):
+    for k in names:
+        if k not in _VALUES:
+            raise ValueError(f'where: expected one of {_listed(_VALUES)}, got {_short(k)}')
+
+
+# %% ../../nbs/lab/09_plan.ipynb #0915aa62
 def _predicate(where):
     "A function of the values by name, from a function or from the text of a comparison."
     if where is None:
@@ -813,16 +824,6 @@ def _predicate(where):
             raise ValueError(f'where: {where}: {_first_line(e)}') from None
 
     return keep
-
-
-def _some(values, names):
-    return {k: values.get(k) for k in names}
-
-
-def _check_where_names(names):
-    for k in names:
-        if k not in _VALUES:
-            raise ValueError(f'where: expected one of {_listed(_VALUES)}, got {_short(k)}')
 
 
 # %% ../../nbs/lab/09_plan.ipynb #0915aa40
