@@ -2088,6 +2088,10 @@ d = {
                 'cf_guidance/lab/plan.py',
             ),
             'cf_guidance.lab.plan._count': ('lab/plan.html#_count', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._first_line': (
+                'lab/plan.html#_first_line',
+                'cf_guidance/lab/plan.py',
+            ),
             'cf_guidance.lab.plan._folder_of': (
                 'lab/plan.html#_folder_of',
                 'cf_guidance/lab/plan.py',
@@ -2096,6 +2100,7 @@ d = {
                 'lab/plan.html#_from_zero',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._given': ('lab/plan.html#_given', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._guidance': (
                 'lab/plan.html#_guidance',
                 'cf_guidance/lab/plan.py',
@@ -2184,6 +2189,7 @@ d = {
             ),
             'cf_guidance.lab.plan._short': ('lab/plan.html#_short', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._size': ('lab/plan.html#_size', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._some': ('lab/plan.html#_some', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._source': ('lab/plan.html#_source', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._split_call': (
                 'lab/plan.html#_split_call',
