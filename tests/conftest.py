@@ -1,6 +1,7 @@
 "Shared by the tests. `pytest --flags 'slow net'` also runs the notebook cells with these flags."
 
 import os
+import signal
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -20,6 +21,10 @@ PACKAGE = ROOT / 'cf_guidance'
 MODULES = sorted(
     '.'.join(p.relative_to(PACKAGE).with_suffix('').parts) for p in PACKAGE.rglob('[!_]*.py')
 )
+
+# A background job of a shell ignores Ctrl-C, and so would each process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread per process, one process per core. No network: cells that need it have the flag `net`.
 ENV = dict(
