@@ -2088,10 +2088,6 @@ d = {
                 'cf_guidance/lab/plan.py',
             ),
             'cf_guidance.lab.plan._count': ('lab/plan.html#_count', 'cf_guidance/lab/plan.py'),
-            'cf_guidance.lab.plan._first_line': (
-                'lab/plan.html#_first_line',
-                'cf_guidance/lab/plan.py',
-            ),
             'cf_guidance.lab.plan._folder_of': (
                 'lab/plan.html#_folder_of',
                 'cf_guidance/lab/plan.py',
@@ -2187,7 +2183,6 @@ d = {
                 'lab/plan.html#_settings_of_negative',
                 'cf_guidance/lab/plan.py',
             ),
-            'cf_guidance.lab.plan._short': ('lab/plan.html#_short', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._size': ('lab/plan.html#_size', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._some': ('lab/plan.html#_some', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._source': ('lab/plan.html#_source', 'cf_guidance/lab/plan.py'),
@@ -2212,7 +2207,6 @@ d = {
                 'cf_guidance/lab/plan.py',
             ),
             'cf_guidance.lab.plan._weights': ('lab/plan.html#_weights', 'cf_guidance/lab/plan.py'),
-            'cf_guidance.lab.plan._whole': ('lab/plan.html#_whole', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._writable': (
                 'lab/plan.html#_writable',
                 'cf_guidance/lab/plan.py',

@@ -1,4 +1,4 @@
-"The live model's files: what they hold, and what cannot be exported."
+"The live model's files: what they hold, and which models cannot be exported."
 
 import json
 

@@ -53,6 +53,7 @@ from .fashion import COLOURS, GARMENTS, caption
 with needs('lab', 'cf_guidance.lab.plan'):
     import diffusers
 
+    from cf_guidance.lab.sweeps import _first_line, _short, _whole
     from cf_guidance.pipelines import (
         _check_words,
         _dtype_argument,
@@ -105,17 +106,6 @@ NEGATIVES, SCHEDULES = _negatives(), _schedules()
 
 
 # %% ../../nbs/lab/09_plan.ipynb #0915aa11
-def _short(value, most=50):
-    "`value` as an error shows it."
-    text = repr(value)
-    return text if len(text) <= most else f'{text[: most - 3]}...'
-
-
-def _first_line(e):
-    "What an error says, in short."
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:60]
-
-
 def _listed(names):
     return ', '.join(map(str, names))
 
@@ -210,13 +200,6 @@ def _text(name, value):
     if isinstance(value, str):
         return value
     raise TypeError(f'{name}: expected text, got {_short(value)}')
-
-
-def _whole(name, value, low=1, high=2**63 - 1):
-    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-        return value
-    top = '' if high == 2**63 - 1 else f' to {high}'
-    raise ValueError(f'{name}: expected a whole number from {low}{top}, got {_short(value)}')
 
 
 def _from_zero(name, value):
