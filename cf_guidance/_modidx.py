@@ -4062,6 +4062,10 @@ d = {
                 'schedules.html#cycle_sched',
                 'cf_guidance/schedules.py',
             ),
+            'cf_guidance.schedules.exp_sched': (
+                'schedules.html#exp_sched',
+                'cf_guidance/schedules.py',
+            ),
             'cf_guidance.schedules.get_cos_sched': (
                 'schedules.html#get_cos_sched',
                 'cf_guidance/schedules.py',

@@ -19,6 +19,7 @@ __all__ = [
     'v_sched',
     'pcs_sched',
     'beta_sched',
+    'exp_sched',
     'points_sched',
     'interval_sched',
     'interval_of_steps',
@@ -338,6 +339,18 @@ def beta_sched(
         _real(k, v, lambda x: 1 <= x <= 100, 'a number, 1 to 100') for k, v in (('a', a), ('b', b))
     )
     return _shaped(lambda tau: _beta_density(tau, a, b), num_steps, w, base)
+
+
+# %% ../nbs/00_schedules.ipynb #c2f90002
+def exp_sched(
+    num_steps: int = 50,  # length of the list
+    w: float = 7.5,  # weight at `tau = 0`
+    rate: float = math.log(2),  # the last weight is `exp(rate)` times the first; 0 is constant
+    base: float = 0.0,  # what does not grow; 0 is the paper's formula, 1 scales only the guidance
+) -> list:  # `num_steps` floats, the noisiest step first
+    "An exponential, `w*exp(rate*tau)` (C2FG, arXiv:2603.08155, eq. 14)."
+    rate = _real('rate', rate, lambda r: abs(r) <= 100, 'a number, -100 to 100')
+    return _shaped(lambda tau: math.exp(rate * tau), num_steps, w, base)
 
 
 # %% ../nbs/00_schedules.ipynb #92f0d844

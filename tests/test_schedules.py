@@ -19,6 +19,7 @@ from cf_guidance.schedules import (
     clamp_sched,
     cosine_sched,
     cycle_sched,
+    exp_sched,
     get_cos_sched,
     interval_of_fractions,
     interval_of_steps,
@@ -45,6 +46,7 @@ SHAPED = [
     v_sched,
     pcs_sched,
     beta_sched,
+    exp_sched,
 ]
 HAND = [(0, 1), (0.2, 1.5), (0.4, 9), (0.7, 8), (1, 1)]
 
@@ -161,6 +163,19 @@ def test_means_miss_only_the_corner(s):
 @pytest.mark.parametrize('s', [linear_sched, cosine_sched])
 def test_shapes_start_at_their_base(s):
     close(s(50, 7.5, base=1)[:1], [1])
+
+
+@pytest.mark.parametrize('rate', [-2, 0, 0.2, 1])
+def test_exponential_grows_by_one_factor(rate):
+    ws = exp_sched(9, 3.0, rate)
+    close([b / a for a, b in zip(ws, ws[1:], strict=False)], [math.exp(rate / 8)] * 8)
+    close(exp_sched(9, 3.0, rate, base=1), [1 + w * 2 / 3 for w in ws])
+    assert ws[0] == 3
+
+
+@pytest.mark.parametrize('v', [101, -101, NAN, True, '1'])
+def test_bad_rate(v):
+    raises('rate: expected', exp_sched, rate=v)
 
 
 @pytest.mark.parametrize('n', [1, 2, 17])
