@@ -699,6 +699,10 @@ d = {
                 'guided.html#run.effective_scales',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.Run.memories': (
+                'guided.html#run.memories',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.Term': ('guided.html#term', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Term.__post_init__': (
                 'guided.html#term.__post_init__',
@@ -845,6 +849,7 @@ d = {
                 'guided.html#_refuse_inner_memory',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided._reuse': ('guided.html#_reuse', 'cf_guidance/guided.py'),
             'cf_guidance.guided._rows_within': (
                 'guided.html#_rows_within',
                 'cf_guidance/guided.py',
@@ -864,6 +869,10 @@ d = {
             ),
             'cf_guidance.guided._slice_rows': ('guided.html#_slice_rows', 'cf_guidance/guided.py'),
             'cf_guidance.guided._trace': ('guided.html#_trace', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._unless_reused': (
+                'guided.html#_unless_reused',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided._where': ('guided.html#_where', 'cf_guidance/guided.py'),
         },
         'cf_guidance.guiders': {

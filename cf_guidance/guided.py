@@ -417,6 +417,9 @@ class Term:
     # guidance, arXiv:2312.12487, uses .991; at the highest noise they may agree too, so give an
     # interval); None: never
     stop: float | None = None
+    # evaluate the negative at one of so many evaluations; in between the difference between the two
+    # outputs of the network stays as it was (as FasterCache does, arXiv:2410.19355)
+    every: int = 1
 
     def __post_init__(self):
         def put(**kw):
@@ -428,11 +431,13 @@ class Term:
         put(rule=_checked_rule(self.rule), interval=_checked_interval(self.interval))
         if self.stop is not None and not _is_number(self.stop, -1, 1):
             raise ValueError(f'stop: expected a cosine from -1 to 1, got {self.stop!r}')
+        _check_whole('every', self.every, low=1)
 
     @property
     def remembers(self):
         "Does anything last from one evaluation to the next?"
-        return self.stop is not None or self.neg.draws or getattr(self.rule, 'stateful', False)
+        skips = self.stop is not None or self.every > 1
+        return skips or self.neg.draws or getattr(self.rule, 'stateful', False)
 
 
 # %% ../nbs/06_guided.ipynb #b180da34
@@ -480,12 +485,14 @@ class GuidedDenoiser(Denoiser):
     def __init__(
         self,
         inner_model,  # the denoiser, `D(x, sigma, **cond) -> x0`
-        # a `Term` each; a single negative may have `w`, `rule`, `interval` and `stop` by name
+        # a `Term` each; a single negative may have `w`, `rule`, `interval`, `stop` and `every` by
+        # name
         *terms,
         w=None,
         rule=None,
         interval=None,
         stop=None,
+        every=None,
         post=None,  # a `PostRule` such as `rescale`, or a list of them, for the sum of all terms
         # (n+1,) the sampler's noise levels, for weights with one value per step; None: `start`
         # gets them
@@ -493,7 +500,7 @@ class GuidedDenoiser(Denoiser):
     ):
         super().__init__(inner_model)
         _check_denoiser('inner_model', inner_model)
-        given = dict(w=w, rule=rule, interval=interval, stop=stop)
+        given = dict(w=w, rule=rule, interval=interval, stop=stop, every=every)
         self.terms = _as_terms(terms, given)
         self.posts = _as_posts(post)
         self.run_sigmas = None if sigmas is None else tuple(_checked_sigmas(sigmas))
@@ -503,10 +510,9 @@ class GuidedDenoiser(Denoiser):
         _refuse_inner_memory(inner_model)
         self.remembers = any(t.remembers for t in self.terms)
         self.perturbs = any(t.neg.perturbs for t in self.terms)
-        neg = self.terms[0].neg
-        self._may_skip_pos = (
-            len(self.terms) == 1 and isinstance(neg, Queries) and not (neg.needs_pos or self.posts)
-        )
+        first, alone = self.terms[0], len(self.terms) == 1 and not self.posts
+        alone = alone and isinstance(first.neg, Queries) and not first.neg.needs_pos
+        self._may_skip_pos = alone and first.every == 1
         self._runs = _ThreadRuns()
 
     def forward(
@@ -557,8 +563,8 @@ def _refuse_inner_memory(model):
     for o in _wrapped_models(model):
         if isinstance(o, GuidedDenoiser) and o.remembers:
             raise ValueError(
-                'a guided denoiser inside another one remembers (stop=, a stateful rule, or a '
-                'negative that draws): expected that in the outermost one only'
+                'a guided denoiser inside another one remembers (stop=, every=, a stateful rule, '
+                'or a negative that draws): expected that in the outermost one only'
             )
 
 
@@ -578,11 +584,13 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, off, whole):
     if self.remembers:
         kept = {k: v.detach() for k, v in cond.items()}
         run.unfinished = _Evaluation(levels, step, x.detach().clone(), kept)
+        run.before = {k: v.copy() for k, v in run.memories().items()}
     active = []
     for i, t in enumerate(self.terms):  # 2
         run_of_term = run.weights[i], run.sigma_max, run.stopped.get(i)
         here = dict(whole=whole, off=i in off, may_skip_pos=self._may_skip_pos)
-        active.append(_active(t, sigma, levels, step, *run_of_term, **here))
+        a = _active(t, sigma, levels, step, *run_of_term, **here)
+        active.append(a if t.every == 1 or i in known else _unless_reused(a, run.reused.get(i), t))
     groups, records = self._entries(x, sigma, cond, active, known, run)  # 3
     pos, outputs = known.get('pos'), {}
     run.last_nfe = torch.full((len(x),), len(known))
@@ -598,7 +606,6 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, off, whole):
             else:
                 outputs.setdefault(e.term, []).append(o)
     pos, negs = self._negatives(x, sigma, cond, pos, active, outputs, known, records, run)  # 5
-    run.before = run.states.copy(), run.stopped.copy()
     pred = self._combine(x, sigma, pos, negs, active, run)  # 6
     return self._finish(Parts(pred, pos, negs[0], tuple(negs)), x, sigma, levels, step, active, run)
 
@@ -675,12 +682,18 @@ class Run:
     states: dict = field(default_factory=dict)  # per term: memory of its rule
     stopped: dict = field(default_factory=dict)  # per term: (B,) bool
     generators: dict = field(default_factory=dict)  # per term: one per sample
-    before: tuple = ({}, {})  # `states` and `stopped` before the last evaluation
+    # per term with `every=`: (B, ...) difference of the last outputs, (B,) their age
+    reused: dict = field(default_factory=dict)
+    before: dict = field(default_factory=dict)  # `memories` before the last evaluation
     first: float = 0.0  # noise level of the first evaluation
     last: _Evaluation | None = None  # the last evaluation
     unfinished: _Evaluation | None = None  # one that has begun; it stays here if it fails
     inner_takes_step: bool = False  # does the denoiser inside want the step as well?
     perturbed: tuple | None = None  # the denoiser, and the perturbed one made of it
+
+    def memories(self):
+        "What one evaluation leaves for the next, by name."
+        return dict(states=self.states, stopped=self.stopped, reused=self.reused)
 
     def begin(self, x, levels):
         "Note what only the first evaluation tells."
@@ -830,7 +843,8 @@ def _check_same_samples(self: GuidedDenoiser, run, x, levels, step, cond):
             raise ValueError(
                 'the same samples twice at one noise level: call start() for a new run'
             )
-        run.states, run.stopped = map(dict, run.before)
+        for name, memory in run.before.items():
+            setattr(run, name, memory.copy())
 
 
 # %% ../nbs/06_guided.ipynb #19b0bb97
@@ -861,6 +875,7 @@ class _Active(NamedTuple):
     w: object  # weight: a number, or (B,) float64
     on: object  # mask: is the sample guided?
     neg_only: object  # mask: is the result the negative alone?
+    ask: object  # mask: must the negative be evaluated?
 
 
 def _active(
@@ -895,7 +910,14 @@ def _active(
         on = _plain_mask(on)
     if torch.is_tensor(neg_only):
         neg_only = _plain_mask(neg_only)
-    return _Active(w, on, neg_only)
+    return _Active(w, on, neg_only, on)
+
+
+def _unless_reused(a, reused, term):
+    "The same, evaluated only where the last negative is `term.every` evaluations old."
+    if reused is None or a.on is False:
+        return a
+    return a._replace(ask=_plain_mask(a.on & (reused[1] >= term.every)))
 
 
 def _plain_mask(mask):
@@ -1040,9 +1062,9 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
     "Groups of entries, each for one forward, the positive first; and records of observers."
     entries, records, pos_changes = [], {}, []
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
-        if a.on is False or i in known:
+        if a.ask is False or i in known:
             continue
-        rows = a.on.nonzero().flatten() if torch.is_tensor(a.on) else None
+        rows = a.ask.nonzero().flatten() if torch.is_tensor(a.ask) else None
         if isinstance(t.neg, Queries):
             generators = self._generators(i, run) if t.neg.draws else None
             queries = t.neg.queries(x, sigma, cond, generators)
@@ -1080,20 +1102,37 @@ def _negatives(self: GuidedDenoiser, x, sigma, cond, pos, active, outputs, known
     pos, negs = torch.zeros_like(x) if pos is None else pos, []
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
         neg = pos
-        if a.on is not False:
+        if a.ask is not False:
             if i in known:
                 neg = known[i]
             elif i in outputs:
                 neg = t.neg.combine(outputs[i], x, sigma, pos)
             else:
-                neg = self._call_negative(i, a.on, x, sigma, cond, pos, records, run)
+                neg = self._call_negative(i, a.ask, x, sigma, cond, pos, records, run)
             if not torch.is_tensor(neg) or neg.shape != x.shape:
                 raise _shape_error('neg', neg, x)
             neg = neg.to(x.dtype)
-        negs.append(neg if a.on is True else _where(a.on, neg, pos))
+        negs.append(neg if a.ask is True else _where(a.ask, neg, pos))
+        if t.every > 1:
+            space = getattr(self.inner_model, 'prediction', None)
+            negs[i] = _reuse(i, a, space, sigma, pos, negs[i], run)
     if active[0].neg_only is not False:
         pos = _where(active[0].neg_only, negs[0], pos)
     return pos, negs
+
+
+# %% ../nbs/06_guided.ipynb #5b6fde09
+def _reuse(i, a, space, sigma, pos, neg, run):
+    "The negative of term `i`; where it was not evaluated, by the last difference of outputs."
+    space = space if space in ('v', 'flow') else 'eps'
+    scale = scalings(space, sigma.view(-1, *(1,) * (pos.ndim - 1)))[1].to(pos)
+    never = torch.zeros_like(pos), torch.full((len(pos),), 2**40)
+    last, age = run.reused.get(i, never)
+    delta = _where(a.ask, (pos - neg).detach() / scale, last)
+    run.reused[i] = delta, (age + 1).masked_fill(_as_tensor_mask(a.ask, len(pos)), 1)
+    if a.ask is not a.on:
+        neg = _where(a.ask, neg, _where(a.on, pos - scale * delta, pos))
+    return neg
 
 
 # %% ../nbs/06_guided.ipynb #d3426f88
@@ -1228,10 +1267,10 @@ def _noise_predictions(x, sigma, *estimates):
 def _update_stopped(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
     "Note which samples are no longer guided by which term."
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
-        if t.stop is None or a.on is False:
+        if t.stop is None or a.ask is False:
             continue
         cosine = torch.cosine_similarity(*_noise_predictions(x, sigma, pos, negs[i])).cpu()
-        guided = _as_tensor_mask(a.on, len(x)) & ~_as_tensor_mask(a.neg_only, len(x))
+        guided = _as_tensor_mask(a.ask, len(x)) & ~_as_tensor_mask(a.neg_only, len(x))
         new = guided & (cosine > t.stop) & (sigma <= run.sigma_max).cpu()
         run.stopped[i] = new | run.stopped.get(i, torch.zeros_like(new))
 

@@ -22,11 +22,13 @@ from .guided import (
     GuidedDenoiser,
     Microbatched,
     Negative,
+    Run,
     Term,
     _active,
     _as_posts,
     _largest_for_eps,
     _ThreadRuns,
+    _unless_reused,
 )
 from .noise import _check_whole
 from .perturb import _network_of
@@ -161,7 +163,7 @@ def _name_and_settings(o):
 
 
 # %% ../nbs/10_guiders.ipynb #26
-_TERM_KEYS = ('neg', 'w', 'rule', 'interval', 'stop')
+_TERM_KEYS = ('neg', 'w', 'rule', 'interval', 'stop', 'every')
 
 
 def _saved_weight(where, weight):
@@ -186,6 +188,7 @@ def _saved_term(where, t):
         rule=_saved_rule(f'{where}.rule', t.rule),
         interval=_as_json(f'{where}.interval', t.interval),
         stop=t.stop,
+        every=t.every,
     )
 
 
@@ -194,7 +197,7 @@ def _term_for(o, net):
     "A term for a network, from a term or such a dict."
     if isinstance(o, Term):
         return o
-    rest = {k: o[k] for k in ('w', 'interval', 'stop') if o.get(k) is not None}
+    rest = {k: o[k] for k in ('w', 'interval', 'stop', 'every') if o.get(k) is not None}
     neg = _as_negative(o['neg'], net)
     return _with_usual_weight(Term(neg, rule=_as_rule(o.get('rule', 'cfg')), **rest))
 
@@ -202,7 +205,7 @@ def _term_for(o, net):
 def _with_usual_weight(t):
     "The usual weight of a negative prompt is that of the pipeline, and here there is none."
     if isinstance(t.neg, NegativePrompt) and t.w.function == t.neg.w:
-        return Term(t.neg, Negative.w, t.rule, t.interval, t.stop)
+        return replace(t, w=Negative.w)
     return t
 
 
@@ -457,11 +460,11 @@ def _needs_negative(self: Guider, n):
         return False
     sigma = torch.full((n,), self._sigma, dtype=torch.float64)
     top = _largest_for_eps(self._levels)
-    stopped = {} if self.denoiser is None else self.denoiser.run.stopped
+    run = Run() if self.denoiser is None else self.denoiser.run
     for i, t in self._prompt_terms():
         w = _weight_at_infinity(t.w)
-        a = _active(t, sigma, sigma.tolist(), self._sampler_step, w, top, stopped.get(i))
-        if a.on is not False:
+        a = _active(t, sigma, sigma.tolist(), self._sampler_step, w, top, run.stopped.get(i))
+        if _unless_reused(a, run.reused.get(i), t).ask is not False:
             return True
     return False
 

@@ -1278,6 +1278,7 @@ def guided(
     rule=None,  # its rule
     interval: tuple | None = None,  # its interval of noise levels, see `sigmas_of`
     stop: float | None = None,  # its threshold to stop at, see `Term`
+    every: int | None = None,  # evaluate it at one of so many evaluations, see `Term`
     post=None,  # a post-rule such as `rescale`, or a list of them, for the sum of all terms
     zero_init: int = 0,  # first steps in which a flow model stands still (arXiv:2503.18886)
     max_batch: int | None = None,  # rows in one forward of the network, at most
@@ -1286,7 +1287,7 @@ def guided(
     if isinstance(pipe, _GuidedPipeline):
         raise TypeError('pipe: expected a plain pipeline, got one that is guided already')
     _stock_class(pipe)
-    given = dict(w=w, rule=rule, interval=interval, stop=stop)
+    given = dict(w=w, rule=rule, interval=interval, stop=stop, every=every)
     checked = GuidedDenoiser(nn.Identity(), *(terms or [NegativePrompt()]), post=post, **given)
     _check_whole('zero_init', zero_init)
     if max_batch is not None:

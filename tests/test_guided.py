@@ -155,6 +155,7 @@ def momentum(neg, pos, w, state=None, *, beta=0.5):
 REMEMBERING = {
     'stop': dict(neg=NONE, w=3.0, stop=0.9),
     'apg': dict(neg=NONE, w=3.0, rule=apg),
+    'every': dict(neg=NONE, w=3.0, every=3),
     'draws': dict(neg=Noisy(5), w=3.0),
     'called draws': dict(neg=CalledNoisy(5), w=3.0),
 }
@@ -572,7 +573,7 @@ def test_what_is_not_evaluated_does_not_stop():
     assert 0 not in G.run.stopped
 
 
-# --- zero velocity at the start ---
+# --- reuse of the negative ---
 
 
 def flow_model():
@@ -580,6 +581,120 @@ def flow_model():
         return z - torch.tanh(z / 2 + (0 if c is None else c[:, None]))
 
     return FlowDenoiser(net)
+
+
+@pytest.mark.parametrize('every, want', [(1, 16), (2, 12), (3, 11), (4, 10), (99, 9)])
+def test_reuse_is_counted(every, want):
+    D = Counted()
+    G = GuidedDenoiser(D, NONE, w=3.0, every=every)
+    sample(G, 10 * X, SIGMAS, karras.euler, C)
+    assert G.run.nfe_per_sample.tolist() == [want] * 6
+    assert sum(D.rows) == 6 * want
+
+
+def test_reuse_keeps_the_difference_of_noise_predictions():
+    G = GuidedDenoiser(toy, NONE, w=3.0, every=2)
+    close(G(X, 1.0, step=0, **C), cfg(NEG, POS, 3.0))
+    p = G.parts(2 * X, 2.0, step=1, **C)
+    pos = toy(2 * X, 2 * S1, **C)
+    assert torch.equal(p.pos, pos)
+    close(p.neg, pos - 2 * (POS - NEG))
+    close(p.pred, pos + 2 * 2 * (POS - NEG))
+    close(G(X, 1.0, step=2, **C), cfg(NEG, POS, 3.0))
+
+
+def test_a_difference_that_does_not_change_makes_reuse_exact():
+    def shifted(x, sigma, c):
+        return x / 2 - sigma[:, None] * c[:, None]
+
+    def run(**kw):
+        G = GuidedDenoiser(shifted, dict(c=torch.zeros(1)), w=3.0, **kw)
+        return sample(G, 10 * X, SIGMAS, karras.euler, C)
+
+    close(run(every=4), run())
+
+
+def test_a_flow_model_keeps_the_difference_of_velocities():
+    D = flow_model()
+    G = GuidedDenoiser(D, NONE, w=3.0, every=2)
+    first = G.parts(X, 1e4, step=0, **C)
+    delta = from_x0(first.pos, X, 1e4, 'flow') - from_x0(first.neg, X, 1e4, 'flow')
+    p = G.parts(X, 1.0, step=1, **C)
+    got = from_x0(p.pos, X, 1.0, 'flow') - from_x0(p.neg, X, 1.0, 'flow')
+    close(got, delta, 1e-3)
+    assert delta.abs().max() > 0.5
+
+
+def test_reuse_of_one_term_leaves_the_other():
+    G = GuidedDenoiser(toy, Term(NONE, 3.0, every=2), Term(OTHER, 2.0))
+    for step in range(3):
+        close(G(X, 1.0, step=step, **C), 4 * POS - 2 * NEG - BAD)
+    assert G.run.nfe_per_sample.tolist() == [3 + 2 + 3] * 6
+
+
+def test_reuse_per_sample():
+    w = on_sigmas([[3.0] * 6, [1.0] * 3 + [3.0] * 3, [3.0] * 6], [4.0, 2.0, 1.0, 0.0])
+    G, seen = GuidedDenoiser(toy, NONE, w=w, every=2), []
+    for step, sigma in enumerate([4.0, 2.0, 1.0]):
+        G(X, sigma, step=step, **C)
+        seen.append(G.last_nfe.tolist())
+    assert seen == [[2] * 6, [1] * 6, [2] * 6]
+    alone = GuidedDenoiser(toy, NONE, w=3.0, every=2)
+    for step, sigma in enumerate([4.0, 2.0]):
+        got = alone(X[3:], sigma, step=step, c=C['c'][3:])
+    again = GuidedDenoiser(toy, NONE, w=w, every=2)
+    for step, sigma in enumerate([4.0, 2.0]):
+        out = again(X, sigma, step=step, **C)
+    assert torch.equal(out[3:], got)
+    assert torch.equal(out[:3], toy(X, 2 * S1, **C)[:3])
+
+
+def test_an_interval_begins_with_an_evaluation():
+    G = GuidedDenoiser(toy, NONE, w=3.0, every=2, interval=(0.0, 2.0))
+    G(X, 4.0, step=0, **C)
+    out = G(X, 1.0, step=1, **C)
+    close(out, cfg(NEG, POS, 3.0))
+    assert G.run.nfe_per_sample.tolist() == [3] * 6
+
+
+def test_what_the_caller_knows_is_reused():
+    G = GuidedDenoiser(toy, NONE, w=3.0, every=2)
+    G(X, 1.0, step=0, known={0: BAD}, **C)
+    close(G(X, 1.0, step=1, **C), 3 * POS - 2 * BAD)
+
+
+MEAN = Mean(dict(c=torch.zeros(1)), dict(c=torch.ones(1)))
+
+
+def euler(G, x=10 * X, cond=C):
+    return sample(G, x, SIGMAS, karras.euler, cond)
+
+
+@pytest.mark.parametrize('neg', [weaker, Noisy(5), MEAN])
+def test_any_negative_can_be_reused(neg):
+    G = GuidedDenoiser(toy, neg, w=3.0, every=5)
+    got = euler(G)
+    assert G.run.nfe_per_sample.tolist() == [8 + 2 * G.terms[0].neg.nfe] * 6
+    assert not torch.allclose(got, euler(GuidedDenoiser(toy, neg, w=3.0)))
+
+
+def test_reuse_in_pieces_and_in_another_loop():
+    want = euler(GuidedDenoiser(toy, NONE, w=3.0, every=3))
+    G = GuidedDenoiser(Microbatched(toy, 5), NONE, w=3.0, every=3)
+    close(euler(G), want)
+    close(euler_loop(G, 10 * X, SIGMAS, C), want)
+    for i in (0, 2, 4):
+        G = GuidedDenoiser(toy, NONE, w=3.0, every=3)
+        close(euler(G, 10 * X[i : i + 2], dict(c=C['c'][i : i + 2])), want[i : i + 2])
+
+
+@pytest.mark.parametrize('bad', [0, -1, 1.5, True, '2'])
+def test_bad_every(bad):
+    with pytest.raises((TypeError, ValueError), match='every'):
+        Term(NONE, every=bad)
+
+
+# --- zero velocity at the start ---
 
 
 LEVELS = get_sigmas_karras(8, 0.1, 10.0)
@@ -782,11 +897,8 @@ def test_a_second_run_equals_the_first(name, loop):
 @pytest.mark.parametrize('name', REMEMBERING)
 def test_it_does_remember(name, loop):
     "Else the tests above show nothing."
-    kw = dict(REMEMBERING[name], neg=NONE)
-    kw |= dict(stop=None) if name == 'stop' else dict(rule=cfg)
-    assert not torch.equal(
-        LOOPS[loop](remembering(name)), LOOPS[loop](GuidedDenoiser(toy, kw.pop('neg'), **kw))
-    )
+    plain = GuidedDenoiser(toy, NONE, w=3.0)
+    assert not torch.equal(LOOPS[loop](remembering(name)), LOOPS[loop](plain))
 
 
 def test_a_run_begins_when_sigma_rises():

@@ -157,6 +157,7 @@ TERMS = dict(
     interval=lambda b: dict(terms=[Term(NEG(), 6.0, interval=b.interval)]),
     per_image=lambda b: dict(terms=[Term(NEG(), torch.tensor([1.0, 5.0]))]),
     stop=lambda b: dict(terms=[Term(NEG(), 4.0, stop=0.6)]),
+    every=lambda b: dict(terms=[Term(NEG(), 4.0, every=2)]),
     post=lambda b: dict(
         terms=[Term(NEG(), 4.0), Term(SEG(b.net, 2.0), 3.0, base_norm, b.interval)],
         post=rescale.of(phi=0.5),
@@ -217,6 +218,7 @@ class Passes(Guider):
     [
         ([2, 1, 2, 1], lambda b: [Term(NEG(), [4.0, 1.0, 0.0, 1.0])]),
         ([2, 1, 1, 1], lambda b: [Term(NEG(), 4.0, stop=-1.0), Term(PAG(b.net), 2.0)]),
+        ([2, 1, 2, 1], lambda b: [Term(NEG(), 4.0, every=2)]),
         ([2, 2, 2, 2], lambda b: [Term(NEG(), torch.tensor([1.0, 3.0]))]),
     ],
 )

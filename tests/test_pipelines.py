@@ -424,6 +424,7 @@ WAYS = {  # of guiding -> terms of a pipeline, given its denoiser, and arguments
     'TCFG': lambda D: ([Term(D.cond(NEGS), 5.0, tcfg)], {}),
     'zero': lambda D: ([Term(D.cond(NEGS), 5.0, cfg_zero)], {}),
     'stop': lambda D: ([Term(D.cond(NEGS), 5.0, stop=-1.0)], {}),
+    'every': lambda D: ([Term(D.cond(NEGS), 5.0, every=3)], {}),
     'weaker': lambda D: ([Term(Autoguidance(pipeline_denoiser(other_net(D.pipe))), 2.0)], {}),
 }
 
@@ -476,6 +477,7 @@ def test_cost():
     assert nfe(NegativePrompt(), PAG(pipe.unet)) == [12, 12]
     assert nfe(PAG(pipe.unet)) == [8, 8]
     assert nfe(stop=-1.0) == [5, 5]
+    assert nfe(every=3) == [6, 6]
     rows, levels = [], sigmas_of(pipe, 4).tolist()
     pipe.unet.register_forward_hook(lambda m, args, out: rows.append(len(out[0])))
     assert nfe(NegativePrompt(), max_batch=2) == [8, 8]
