@@ -610,6 +610,10 @@ d = {
                 'guided.html#guideddenoiser._update_stopped',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.GuidedDenoiser._who_is_guided': (
+                'guided.html#guideddenoiser._who_is_guided',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.GuidedDenoiser.forward': (
                 'guided.html#guideddenoiser.forward',
                 'cf_guidance/guided.py',

@@ -585,12 +585,7 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, off, whole):
         kept = {k: v.detach() for k, v in cond.items()}
         run.unfinished = _Evaluation(levels, step, x.detach().clone(), kept)
         run.before = {k: v.copy() for k, v in run.memories().items()}
-    active = []
-    for i, t in enumerate(self.terms):  # 2
-        run_of_term = run.weights[i], run.sigma_max, run.stopped.get(i)
-        here = dict(whole=whole, off=i in off, may_skip_pos=self._may_skip_pos)
-        a = _active(t, sigma, levels, step, *run_of_term, **here)
-        active.append(a if t.every == 1 or i in known else _unless_reused(a, run.reused.get(i), t))
+    active = self._who_is_guided(sigma, levels, step, known, off, whole, run)  # 2
     groups, records = self._entries(x, sigma, cond, active, known, run)  # 3
     pos, outputs = known.get('pos'), {}
     run.last_nfe = torch.full((len(x),), len(known))
@@ -913,13 +908,6 @@ def _active(
     return _Active(w, on, neg_only, on)
 
 
-def _unless_reused(a, reused, term):
-    "The same, evaluated only where the last negative is `term.every` evaluations old."
-    if reused is None or a.on is False:
-        return a
-    return a._replace(ask=_plain_mask(a.on & (reused[1] >= term.every)))
-
-
 def _plain_mask(mask):
     "True or False if the mask is so for all samples."
     if not bool(mask.any()):
@@ -930,6 +918,26 @@ def _plain_mask(mask):
 def _as_tensor_mask(mask, n):
     "A mask as a tensor (B,) whatever its form."
     return mask if torch.is_tensor(mask) else torch.full((n,), mask)
+
+
+# %% ../nbs/06_guided.ipynb #aa093d17
+@patch
+def _who_is_guided(self: GuidedDenoiser, sigma, levels, step, known, off, whole, run):
+    "What `_active` says of each term."
+    active = []
+    for i, t in enumerate(self.terms):
+        run_of_term = run.weights[i], run.sigma_max, run.stopped.get(i)
+        here = dict(whole=whole, off=i in off, may_skip_pos=self._may_skip_pos)
+        a = _active(t, sigma, levels, step, *run_of_term, **here)
+        active.append(a if t.every == 1 or i in known else _unless_reused(a, run.reused.get(i), t))
+    return active
+
+
+def _unless_reused(a, reused, term):
+    "The same, evaluated only where the last negative is `term.every` evaluations old."
+    if reused is None or a.on is False:
+        return a
+    return a._replace(ask=_plain_mask(a.on & (reused[1] >= term.every)))
 
 
 # %% ../nbs/06_guided.ipynb #021f3e44
