@@ -598,6 +598,10 @@ d = {
                 'guided.html#guideddenoiser._generators',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.GuidedDenoiser._leave_history': (
+                'guided.html#guideddenoiser._leave_history',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.GuidedDenoiser._negatives': (
                 'guided.html#guideddenoiser._negatives',
                 'cf_guidance/guided.py',
@@ -640,6 +644,15 @@ d = {
             ),
             'cf_guidance.guided.GuidedDenoiser.watch': (
                 'guided.html#guideddenoiser.watch',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.History': ('guided.html#history', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.History.recall': (
+                'guided.html#history.recall',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.History.remember': (
+                'guided.html#history.remember',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.Microbatched': (

@@ -9,6 +9,7 @@ __all__ = [
     'Query',
     'Queries',
     'Called',
+    'History',
     'Conditions',
     'Model',
     'Term',
@@ -283,6 +284,33 @@ class Called(Negative):
         raise NotImplementedError(f'{type(self).__name__}.__call__')
 
 
+# %% ../nbs/06_guided.ipynb #2dd0e2bc
+class History(Negative):
+    "A negative made of what earlier evaluations predicted. It moves the sum of all other terms."
+
+    nfe = 0
+
+    def recall(
+        self,
+        memory: torch.Tensor,  # (B, ...) what `remember` returned last
+        pred: torch.Tensor,  # (B, ...) the prediction of all other terms together
+        x: torch.Tensor,  # (B, ...) noisy images
+        sigma: torch.Tensor,  # (B,) noise levels
+    ) -> torch.Tensor:  # (B, ...)
+        "The negative prediction. The first evaluation of a run has none."
+        raise NotImplementedError(f'{type(self).__name__}.recall')
+
+    def remember(
+        self,
+        memory: torch.Tensor | None,  # (B, ...) what it returned last; None: the first evaluation
+        pred: torch.Tensor,  # (B, ...) the prediction of all other terms together
+        x: torch.Tensor,  # (B, ...) noisy images
+        sigma: torch.Tensor,  # (B,) noise levels
+    ) -> torch.Tensor:  # (B, ...)
+        "What to keep for the next evaluation, also where the term does not guide."
+        raise NotImplementedError(f'{type(self).__name__}.remember')
+
+
 # %% ../nbs/06_guided.ipynb #d65befc7
 def _expand_rows(cond, n, device):
     "Conditions with one row per sample."
@@ -432,12 +460,15 @@ class Term:
         if self.stop is not None and not _is_number(self.stop, -1, 1):
             raise ValueError(f'stop: expected a cosine from -1 to 1, got {self.stop!r}')
         _check_whole('every', self.every, low=1)
+        skips = [k for k, v in (('stop', self.stop is None), ('every', self.every == 1)) if not v]
+        if skips and isinstance(neg, History):
+            raise ValueError(f'{skips[0]}: {type(neg).__name__} costs no evaluation to save')
 
     @property
     def remembers(self):
         "Does anything last from one evaluation to the next?"
-        skips = self.stop is not None or self.every > 1
-        return skips or self.neg.draws or getattr(self.rule, 'stateful', False)
+        own = self.stop is not None or self.every > 1 or isinstance(self.neg, History)
+        return own or self.neg.draws or getattr(self.rule, 'stateful', False)
 
 
 # %% ../nbs/06_guided.ipynb #b180da34
@@ -510,6 +541,7 @@ class GuidedDenoiser(Denoiser):
         _refuse_inner_memory(inner_model)
         self.remembers = any(t.remembers for t in self.terms)
         self.perturbs = any(t.neg.perturbs for t in self.terms)
+        self._histories = [i for i, t in enumerate(self.terms) if isinstance(t.neg, History)]
         first, alone = self.terms[0], len(self.terms) == 1 and not self.posts
         alone = alone and isinstance(first.neg, Queries) and not first.neg.needs_pos
         self._may_skip_pos = alone and first.every == 1
@@ -563,8 +595,8 @@ def _refuse_inner_memory(model):
     for o in _wrapped_models(model):
         if isinstance(o, GuidedDenoiser) and o.remembers:
             raise ValueError(
-                'a guided denoiser inside another one remembers (stop=, every=, a stateful rule, '
-                'or a negative that draws): expected that in the outermost one only'
+                'a guided denoiser inside another one remembers (stop=, every=, a history, a '
+                'stateful rule, or a negative that draws): expected that in the outermost one only'
             )
 
 
@@ -679,6 +711,7 @@ class Run:
     generators: dict = field(default_factory=dict)  # per term: one per sample
     # per term with `every=`: (B, ...) difference of the last outputs, (B,) their age
     reused: dict = field(default_factory=dict)
+    histories: dict = field(default_factory=dict)  # per term: memory of its `History`
     before: dict = field(default_factory=dict)  # `memories` before the last evaluation
     first: float = 0.0  # noise level of the first evaluation
     last: _Evaluation | None = None  # the last evaluation
@@ -688,7 +721,8 @@ class Run:
 
     def memories(self):
         "What one evaluation leaves for the next, by name."
-        return dict(states=self.states, stopped=self.stopped, reused=self.reused)
+        names = 'states', 'stopped', 'reused', 'histories'
+        return {k: getattr(self, k) for k in names}
 
     def begin(self, x, levels):
         "Note what only the first evaluation tells."
@@ -929,7 +963,11 @@ def _who_is_guided(self: GuidedDenoiser, sigma, levels, step, known, off, whole,
         run_of_term = run.weights[i], run.sigma_max, run.stopped.get(i)
         here = dict(whole=whole, off=i in off, may_skip_pos=self._may_skip_pos)
         a = _active(t, sigma, levels, step, *run_of_term, **here)
-        active.append(a if t.every == 1 or i in known else _unless_reused(a, run.reused.get(i), t))
+        if i in self._histories:
+            a = a._replace(ask=False)
+        elif t.every > 1 and i not in known:
+            a = _unless_reused(a, run.reused.get(i), t)
+        active.append(a)
     return active
 
 
@@ -1226,26 +1264,43 @@ class _Space:
 @patch
 def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
     "The guided estimate, in float32 or better."
-    wide, preds = torch.promote_types(x.dtype, torch.float32), []
+    wide, preds, given = torch.promote_types(x.dtype, torch.float32), [], negs
     if x.dtype != wide:
         x, pos, negs = x.to(wide), pos.to(wide), [o.to(wide) for o in negs]
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
-        if a.on is not False:
+        if a.on is not False and i not in self._histories:
             preds.append(self._apply_rule(i, neg, pos, a, x, sigma, run))
     pred = preds[0] if len(preds) == 1 else pos
     if len(preds) > 1:
         for p in preds:
             pred = pred + (p - pos)
-    if self.posts and preds:
+    starts = {}  # where a history began to move, instead of the positive
+    for i in self._histories:
+        starts[i] = pred
+        pred, negs[i] = self._leave_history(i, pred, active[i], x, sigma, run)
+        given[i] = negs[i].to(given[i].dtype)
+    if self.posts and (preds or self._histories):
         pred = self._post(pred, pos, active, x, sigma)
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
         if a.on is not False:
-            delta = (pos - neg).detach().reshape(len(x), -1)
+            delta = (starts.get(i, pos) - neg).detach().reshape(len(x), -1)
             moved = (pred - neg).detach().reshape(len(x), -1)
             (top, bottom), dot = run.scale_sums[i], torch.linalg.vecdot
             run.scale_sums[i] = top + dot(moved, delta), bottom + dot(delta, delta)
             run.guided[i] += len(x) if a.on is True else int(a.on.sum())
     return pred
+
+
+# %% ../nbs/06_guided.ipynb #80a26a18
+@patch
+def _leave_history(self: GuidedDenoiser, i, pred, active, x, sigma, run):
+    "The prediction, moved away from earlier ones by term `i`; and the negative for that."
+    history, memory = self.terms[i].neg, run.histories.get(i)
+    run.histories[i] = history.remember(memory, pred, x, sigma).detach()
+    if memory is None or active.on is False:
+        return pred, pred
+    neg = _where(active.on, history.recall(memory, pred, x, sigma), pred)
+    return self._apply_rule(i, neg, pred, active, x, sigma, run), neg
 
 
 @patch

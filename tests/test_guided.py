@@ -21,6 +21,7 @@ from cf_guidance.guided import (
     Called,
     Conditions,
     GuidedDenoiser,
+    History,
     Microbatched,
     Model,
     Negative,
@@ -152,10 +153,21 @@ def momentum(neg, pos, w, state=None, *, beta=0.5):
     return pos + (w - 1) * delta, delta
 
 
+class Mixed(History):
+    "The mean of the prediction before and its memory."
+
+    def recall(self, memory, pred, x, sigma):
+        return memory
+
+    def remember(self, memory, pred, x, sigma):
+        return pred if memory is None else (pred + memory) / 2
+
+
 REMEMBERING = {
     'stop': dict(neg=NONE, w=3.0, stop=0.9),
     'apg': dict(neg=NONE, w=3.0, rule=apg),
     'every': dict(neg=NONE, w=3.0, every=3),
+    'history': dict(neg=Mixed(), w=3.0),
     'draws': dict(neg=Noisy(5), w=3.0),
     'called draws': dict(neg=CalledNoisy(5), w=3.0),
 }
@@ -692,6 +704,92 @@ def test_reuse_in_pieces_and_in_another_loop():
 def test_bad_every(bad):
     with pytest.raises((TypeError, ValueError), match='every'):
         Term(NONE, every=bad)
+
+
+# --- a history ---
+
+
+def test_a_history_costs_nothing():
+    D = Counted()
+    G = GuidedDenoiser(D, Mixed(), w=1.5)
+    euler(G)
+    assert D.rows == [6] * 8
+    assert G.run.nfe_per_sample.tolist() == [8] * 6
+    G = GuidedDenoiser(D, Term(NONE, 3.0), Term(Mixed(), 1.5))
+    euler(G)
+    assert G.run.nfe_per_sample.tolist() == [16] * 6
+
+
+def test_a_history_by_hand():
+    G, first = GuidedDenoiser(toy, Mixed(), w=1.5), toy(X, 2 * S1, **C)
+    assert torch.equal(G(X, 2.0, step=0, **C), first)
+    close(G(X, 1.0, step=1, **C), first + 1.5 * (POS - first))
+    memory, third = (first + POS) / 2, toy(X, 0.5 * S1, **C)
+    close(G(X, 0.5, step=2, **C), memory + 1.5 * (third - memory))
+
+
+def test_a_history_moves_the_sum_of_the_others():
+    terms = [Term(Mixed(), 1.5), Term(NONE, 3.0), Term(OTHER, 2.0)]
+    G, plain = (GuidedDenoiser(toy, *o) for o in (terms, terms[1:]))
+    first = plain(X, 2.0, step=0, **C)
+    assert torch.equal(G(X, 2.0, step=0, **C), first)
+    p, now = G.parts(X, 1.0, step=1, **C), plain(X, 1.0, step=1, **C)
+    close(p.pred, first + 1.5 * (now - first))
+    close(p.neg, first)
+    close(p.negs[1], NEG)
+
+
+def test_a_history_around_a_guided_denoiser_is_the_same():
+    G = GuidedDenoiser(toy, Term(NONE, 3.0), Term(Mixed(), 1.5))
+    H = GuidedDenoiser(GuidedDenoiser(toy, NONE, w=3.0), Mixed(), w=1.5)
+    close(euler(G), euler(H))
+
+
+def test_a_history_of_predictions_that_do_not_change():
+    def constant(x, sigma, c):
+        return c[:, None].expand_as(x)
+
+    out = [euler(GuidedDenoiser(constant, Mixed(), w=w)) for w in (1.0, 4.0)]
+    assert torch.equal(*out)
+
+
+def test_a_history_at_weight_1_and_outside_its_interval():
+    plain = GuidedDenoiser(toy, NONE, w=1.0)
+    for kw in (dict(w=1.0), dict(w=3.0, interval=(1e3, 2e3))):
+        assert torch.equal(euler(GuidedDenoiser(toy, Mixed(), **kw)), euler(plain))
+    G, first = GuidedDenoiser(toy, Mixed(), w=3.0, interval=(0.0, 1.0)), toy(X, 2 * S1, **C)
+    assert torch.equal(G(X, 2.0, step=0, **C), first)
+    close(G(X, 1.0, step=1, **C), first + 3 * (POS - first))
+
+
+def test_a_history_per_sample():
+    w = torch.tensor([1.0, 1.0, 1.0, 3.0, 3.0, 3.0])
+    mixed, one, three = (euler(GuidedDenoiser(toy, Mixed(), w=v)) for v in (w, 1.0, 3.0))
+    close(mixed, torch.cat([one[:3], three[3:]]))
+
+
+@pytest.mark.parametrize('i', [0, 2, 4])
+def test_a_history_is_the_same_in_a_smaller_batch(i):
+    want = euler(GuidedDenoiser(toy, Mixed(), w=3.0))[i : i + 2]
+    got = euler(GuidedDenoiser(toy, Mixed(), w=3.0), 10 * X[i : i + 2], dict(c=C['c'][i : i + 2]))
+    close(got, want)
+
+
+def test_a_history_knows_its_scale():
+    G = GuidedDenoiser(toy, Term(NONE, 3.0), Term(Mixed(), 1.5))
+    euler(G)
+    assert G.run.effective_scale(1) == pytest.approx(1.5)
+
+
+def test_posts_see_what_a_history_does():
+    got = euler(GuidedDenoiser(toy, Mixed(), w=3.0, post=rescale))
+    assert not torch.allclose(got, euler(GuidedDenoiser(toy, Mixed(), w=3.0)))
+
+
+@pytest.mark.parametrize('kw', [dict(stop=0.9), dict(every=2)])
+def test_a_history_has_no_evaluation_to_save(kw):
+    with pytest.raises(ValueError, match=f'{next(iter(kw))}: Mixed costs no evaluation to save'):
+        Term(Mixed(), **kw)
 
 
 # --- zero velocity at the start ---
