@@ -516,8 +516,7 @@ class GuidedDenoiser(Denoiser):
     def __init__(
         self,
         inner_model,  # the denoiser, `D(x, sigma, **cond) -> x0`
-        # a `Term` each; a single negative may have `w`, `rule`, `interval`, `stop` and `every` by
-        # name
+        # a `Term` each; a single negative may have the settings of its `Term` by name
         *terms,
         w=None,
         rule=None,
