@@ -1349,7 +1349,7 @@ class MinimalDiffusion:
             raise ValueError(f'device: {self.device!r} is not available here ({reason})') from None
         if self.scheduler_spec is not None:
             pipe.scheduler = _other_scheduler(pipe.scheduler, self.scheduler_spec)
-        self.embedded, self.pipe = self.model_name == 'fashion-sd', pipe
+        self.pipe = pipe
         return self
 
 
@@ -1366,7 +1366,7 @@ def _load_pipeline(md):
     if not isinstance(name, (str, Path)) or not str(name).strip('\x00 '):
         raise TypeError(f'model_name: expected a name, a folder or a pipeline, got {name!r:.60}')
     try:
-        pipe = _load_from(md, Path(embedded_path(name)) if name == 'fashion-sd' else str(name))
+        pipe = _load_from(md, embedded_path(name) if name in _VOCABULARIES else str(name))
     except Exception as e:
         reason = str(e).strip().splitlines()[0][:80] if str(e).strip() else type(e).__name__
         raise ValueError(f'model_name: could not load {str(name)!r:.60} ({reason})') from e
@@ -1557,9 +1557,8 @@ def sample(
     terms, num_steps = _as_guidance(guide_tfm, num_steps)
     seeds = next(o for o in (generator, self.generator, 0) if o is not None)
     prompts, negatives, generators = _per_image(terms, prompt, negative_prompt, seeds)
-    if self.embedded:
-        _check_words('prompt', prompts)
-        _check_words('negative_prompt', negatives)
+    _check_words('prompt', prompts, self.model_name)
+    _check_words('negative_prompt', negatives, self.model_name)
     sd = _guide(self.pipe, _Guidance(terms, _as_posts(post), 0, self.batch_size, warns=False))
     sd.set_progress_bar_config(disable=not self.progress)
     _seed_noise(sd.scheduler, generators)
@@ -1612,25 +1611,29 @@ def _negative_arguments(sd, terms, negatives):
 
 
 # %% ../nbs/09_pipelines.ipynb #85d2419e
-_WORDS = set(
+_WORDS = frozenset(
     'a an on background t-shirt trouser pullover dress coat sandal shirt sneaker bag boot '
     'black blue green orange purple red white yellow'.split()
 )
+_VOCABULARIES = {'fashion-sd': (_WORDS, 10)}  # of embedded models: words, and most in a prompt
 
 
-def _check_words(name, prompts):
-    "An error for words that the embedded model has never seen."
+def _check_words(name, prompts, model):
+    "An error for words that an embedded model has never seen; any other model may know them."
+    if not isinstance(model, str) or model not in _VOCABULARIES:
+        return
+    known, most = _VOCABULARIES[model]
     for p in dict.fromkeys(prompts):
         words = p.lower().split()
-        unknown = [w for w in words if w not in _WORDS]
+        unknown = [w for w in words if w not in known]
         if unknown:
             raise ValueError(
                 f'{name}: the embedded model does not know {", ".join(map(repr, unknown))[:60]}; '
                 'it knows the garments and colours of cf_guidance.lab.fashion'
             )
-        if len(words) + 2 * words.count('t-shirt') > 10:
+        if len(words) + 2 * words.count('t-shirt') > most:
             raise ValueError(
-                f'{name}: expected at most 10 words (t-shirt counts as 3), got {p!r:.60}'
+                f'{name}: expected at most {most} words (t-shirt counts as 3), got {p!r:.60}'
             )
 
 

@@ -336,3 +336,12 @@ def test_bad_input(call, argument):
 
 def test_parts():
     assert PARTS == ('garment', 'colour', 'background')
+
+
+def test_worlds():
+    world = fashion.world_of('fashion-sd')
+    assert fashion.world_of(fashion.fashion_path('fashion-sd')) is world
+    assert fashion.world_of('fashion-sd-weak') is None
+    x = torch.rand(2, *world.shape)
+    assert world.adherence(x, world.prompts()[:2]).shape == (2, len(world.parts))
+    assert world.features(x).shape == (2, 128)

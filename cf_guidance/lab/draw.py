@@ -28,7 +28,7 @@ from fastcore.basics import patch
 
 from .._extras import needs
 from ..noise import _check_whole
-from .fashion import PARTS, _classifier, adherence
+from .fashion import world_of
 from .metrics import saturation
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11a4
@@ -102,17 +102,16 @@ def _checked_shard(shard):
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11d1
 def measure_pictures(
     pixels: torch.Tensor,  # (n, 3, H, W) in [0, 1]
-    requests: list,  # the n requests
+    requests: list,  # the n requests, of one model
 ) -> dict:  # column name -> n values
-    "Saturation; for the embedded model also adherence to the prompt, and features (128,)."
+    "Saturation; for an embedded model also adherence to the prompt, and features."
     columns = dict(saturation=saturation(pixels).tolist())
-    embedded = all(r['model']['name'] == 'fashion-sd' for r in requests)
-    if not embedded or pixels.shape[1:] != (3, 32, 32):
+    world = world_of(requests[0]['model']['name'])
+    if world is None or pixels.shape[1:] != world.shape:
         return columns
-    right = adherence(pixels, [r['prompt'] for r in requests])
-    columns |= dict(zip(PARTS, right.T.tolist(), strict=True))
-    features = _classifier(str(pixels.device)).features(pixels * 2 - 1)
-    return {**columns, 'features': list(features.cpu().numpy())}
+    right = world.adherence(pixels, [r['prompt'] for r in requests])
+    columns |= dict(zip(world.parts, right.T.tolist(), strict=True))
+    return {**columns, 'features': list(world.features(pixels).cpu().numpy())}
 
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11e1

@@ -7,6 +7,7 @@ __all__ = [
     'GARMENTS',
     'COLOURS',
     'PARTS',
+    'WORLD',
     'quiet',
     'fashion_mnist',
     'colourise',
@@ -19,6 +20,8 @@ __all__ = [
     'load_ddpm',
     'load_weak',
     'adherence',
+    'World',
+    'world_of',
     'wilson',
     'shares',
 ]
@@ -27,11 +30,15 @@ __all__ = [
 import errno
 import gzip
 import hashlib
+import itertools
 import math
 import os
 import re
 import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from numbers import Real
 from pathlib import Path
 
@@ -479,6 +486,46 @@ def _check_pictures(x):
     if x.numel() and not -1e-3 <= x.min() <= x.max() <= 1.001:  # rounding is forgiven
         low, high = x.min().item(), x.max().item()
         raise ValueError(f'x: expected images in [0, 1], got values from {low:.3g} to {high:.3g}')
+
+
+# %% ../../nbs/lab/00_fashion.ipynb #ee02580d
+@dataclass(frozen=True)
+class World:
+    "What an embedded text-to-image model draws, and how its pictures are judged."
+
+    shape: tuple  # of a picture, (3, H, W)
+    parts: tuple  # names of what a prompt describes
+    adherence: Callable  # pictures (N, *shape) in [0, 1], N prompts -> (N, parts): 1, 0 or nan
+    features: Callable  # pictures (N, *shape) in [0, 1] -> (N, F), for FID and its relatives
+    prompts: Callable  # () -> a list of prompts, such as ICG draws from
+
+
+_WORLDS = {'fashion-sd': 'fashion'}  # model -> the module beside this one that has its `WORLD`
+
+
+def world_of(
+    model: str,  # name or folder
+) -> World | None:  # None for a model that is not embedded
+    "The world of an embedded model."
+    for name, module in _WORLDS.items():
+        if str(model) in (name, str(fashion_path(name))):
+            return import_module(f'cf_guidance.lab.{module}').WORLD
+    return None
+
+
+# %% ../../nbs/lab/00_fashion.ipynb #9dec35c6
+def _features(x):
+    "Features (N, 128) of pictures in [0, 1]."
+    return torch.cat([_classifier(str(x.device)).features(b * 2 - 1) for b in x.split(500)])
+
+
+def _full_prompts():
+    "All 560 full prompts."
+    pairs = itertools.permutations(COLOURS, 2)
+    return [caption(g, c, b) for c, b in pairs for g in GARMENTS]
+
+
+WORLD = World((3, 32, 32), PARTS, adherence, _features, _full_prompts)
 
 
 # %% ../../nbs/lab/00_fashion.ipynb #101

@@ -48,7 +48,7 @@ from ..guided import (
     _checked_interval,
 )
 from ..transforms import PostRule, Rule
-from .fashion import COLOURS, GARMENTS, caption
+from .fashion import world_of
 
 with needs('lab', 'cf_guidance.lab.plan'):
     import diffusers
@@ -234,7 +234,7 @@ def _names(what, value):
 # %% ../../nbs/lab/09_plan.ipynb #0915aa19
 _MORE = dict(  # settings that stand for what is supplied, with their defaults
     prompt=dict(prompt=''),
-    icg=dict(prompts=None),  # to draw from; None: all captions of fashion-sd, or random tokens
+    icg=dict(prompts=None),  # to draw from; None: those of the model's world, or random tokens
     autoguidance=dict(model='fashion-sd-weak'),
 )
 
@@ -618,8 +618,7 @@ def _request(values):
     outside = {k: v for k, v in values.items() if k in _TERM}
     given = [{**outside, **t} for t in values.get('guidance') or [{}]]
     steps, model = _steps(values, given), values['model']
-    if model['name'] == 'fashion-sd':
-        _check_words('prompt', [values['prompt']])
+    _check_words('prompt', [values['prompt']], model['name'])
     request = dict(
         model=model,
         prompt=values['prompt'],
@@ -653,8 +652,8 @@ def _checked_request(request):
     for t in request['terms']:
         if t['interval'] is not None:
             _check_interval_reaches(_unplain(t['interval']), levels.D)
-        if t['negative']['name'] == 'prompt' and request['model']['name'] == 'fashion-sd':
-            _check_words('negative_prompt', [t['negative']['prompt']])
+        if t['negative']['name'] == 'prompt':
+            _check_words('negative_prompt', [t['negative']['prompt']], request['model']['name'])
     if request['eta'] and not levels.takes_eta:
         raise ValueError(f'eta: {request["scheduler"]["name"]} has none, got {request["eta"]:g}')
     return {**request, 'sigmas': levels.sigmas}
@@ -944,9 +943,9 @@ def _pool(prompts, D):
     pipe = D.inner_model.pipe
     if prompts is not None:
         return D.cond(prompts)
-    if getattr(pipe, 'config', {}).get('_name_or_path') == str(embedded_path('fashion-sd')):
-        pairs = itertools.permutations(COLOURS, 2)
-        return D.cond([caption(g, c, b) for c, b in pairs for g in GARMENTS])
+    world = world_of(getattr(pipe, 'config', {}).get('_name_or_path'))
+    if world:
+        return D.cond(world.prompts())
     return negatives.draw_tokens(
         pipe.tokenizer,
         lambda ids: dict(encoder_hidden_states=pipe.text_encoder(ids.to(pipe.device))[0]),

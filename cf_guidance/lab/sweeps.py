@@ -569,8 +569,7 @@ def _settings(model, prompts, transform, values, seeds, pipeline, **others):
     "All settings, checked, as they stand in the table."
     _check_model(model)
     prompts = _check_labels(prompts)
-    if str(model) == 'fashion-sd':
-        _check_words('prompts', prompts)
+    _check_words('prompts', prompts, str(model))
     _check_names('transform', [transform], _TRANSFORMS)
     seeds = [_whole('seeds', s, 0) for s in _distinct('seeds', seeds, 'whole numbers')]
     _check_pipeline(pipeline)
