@@ -1439,6 +1439,10 @@ d = {
                 'lab/commands.html#_grid',
                 'cf_guidance/lab/commands.py',
             ),
+            'cf_guidance.lab.commands._lacks_pictures': (
+                'lab/commands.html#_lacks_pictures',
+                'cf_guidance/lab/commands.py',
+            ),
             'cf_guidance.lab.commands._merge': (
                 'lab/commands.html#_merge',
                 'cf_guidance/lab/commands.py',
@@ -1671,6 +1675,10 @@ d = {
                 'lab/fashion.html#fashionnet.forward',
                 'cf_guidance/lab/fashion.py',
             ),
+            'cf_guidance.lab.fashion.World': (
+                'lab/fashion.html#world',
+                'cf_guidance/lab/fashion.py',
+            ),
             'cf_guidance.lab.fashion._Residual': (
                 'lab/fashion.html#_residual',
                 'cf_guidance/lab/fashion.py',
@@ -1719,8 +1727,16 @@ d = {
                 'lab/fashion.html#_embedded_weights',
                 'cf_guidance/lab/fashion.py',
             ),
+            'cf_guidance.lab.fashion._features': (
+                'lab/fashion.html#_features',
+                'cf_guidance/lab/fashion.py',
+            ),
             'cf_guidance.lab.fashion._find_fashion_mnist': (
                 'lab/fashion.html#_find_fashion_mnist',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._full_prompts': (
+                'lab/fashion.html#_full_prompts',
                 'cf_guidance/lab/fashion.py',
             ),
             'cf_guidance.lab.fashion._parse_prompt': (
@@ -1793,6 +1809,10 @@ d = {
             ),
             'cf_guidance.lab.fashion.wilson': (
                 'lab/fashion.html#wilson',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion.world_of': (
+                'lab/fashion.html#world_of',
                 'cf_guidance/lab/fashion.py',
             ),
         },

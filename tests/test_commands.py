@@ -145,3 +145,14 @@ def test_table_of_an_unknown_kind(sweep, capsys):
     with pytest.raises(SystemExit):
         run_command(['table', 'sweep', '--out', 'table.xls'])
     assert "ends in .csv or .parquet, got 'table.xls'" in capsys.readouterr().err
+
+
+def test_without_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_command(['--prompt', BAG, '--steps', '2', '--seed', '0:2:3', '--no-pictures'])
+    run_command(['status', 'sweep'])
+    assert 'no pictures are kept' in capsys.readouterr().out
+    for name in ('grid', 'gallery'):
+        with pytest.raises(SystemExit):
+            run_command([name, 'sweep'])
+        assert 'has no picture' in capsys.readouterr().err

@@ -291,3 +291,12 @@ def test_bad_actors(tmp_path, actors):
 def test_ray_is_missing(tmp_path):
     with pytest.raises(ImportError, match=r'cf_guidance\[ray\]'):
         draw_with_ray(small(), tmp_path)
+
+
+def test_without_pictures(tmp_path):
+    assert draw(small(), tmp_path, keep_pictures=False, **QUIET)['done'] == 6
+    store = Store(tmp_path)
+    table = store.table()
+    assert table.garment.notna().all()
+    with pytest.raises(ValueError, match='has no picture: drawn with keep_pictures=False'):
+        store.picture(table.index[0])

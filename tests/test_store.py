@@ -211,7 +211,7 @@ def test_unknown_keys_and_missing_pictures(tmp_path):
     store.add([row(0), dict(request=request(1), error='NaN')])
     with pytest.raises(ValueError, match='key: expected one of 2 results, got str'):
         store.picture('abc')
-    with pytest.raises(ValueError, match='key: expected a result with a picture'):
+    with pytest.raises(ValueError, match='has no picture'):
         store.picture(key_of(request(1)))
 
 

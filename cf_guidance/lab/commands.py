@@ -93,7 +93,8 @@ def _retry(args):
 def _run(plan, store, args, **more):
     "Draw, and say what came of it."
     try:
-        counts = draw(plan, store, batch_size=args.batch_size, shard=args.shard, **more)
+        more |= dict(batch_size=args.batch_size, shard=args.shard)
+        counts = draw(plan, store, keep_pictures=not args.no_pictures, **more)
     except KeyboardInterrupt:  # `draw` has said how to go on
         sys.exit(130)
     folder = getattr(store, 'folder', store)
@@ -106,6 +107,19 @@ def _run(plan, store, args, **more):
 def _status(args):
     for name, value in _existing(args.folder).status().items():
         print(f'{name.replace("_", " "):10} {value:,}')
+    if _lacks_pictures(_existing(args.folder)):
+        print('no pictures are kept, only what was measured (drawn with --no-pictures)')
+
+
+def _lacks_pictures(store):
+    "Was the first result drawn without keeping its picture?"
+    table = store.table()
+    try:
+        for key in table.index[table.error.isna()][:1]:
+            store.picture(key)
+    except ValueError:
+        return True
+    return False
 
 
 def _table(args):
@@ -204,6 +218,8 @@ def _parser():
         if name in ('draw', 'resume', 'retry'):
             p.add_argument('--shard', help="'i/n': draw every n-th unit, from number i on")
             p.add_argument('--batch_size', type=int, default=64, help='pictures at a time')
+            why = 'keep what is measured, not the pictures'
+            p.add_argument('--no-pictures', action='store_true', help=why)
     draws, others = made['draw'], [made[k] for k in ('table', 'grid', 'gallery')]
     draws.add_argument('plan', nargs='?', help='a TOML file')
     draws.add_argument('--axis', action='append', help="'name=values', for any of the names below")

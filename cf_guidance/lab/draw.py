@@ -122,11 +122,12 @@ class Painter:
         self,
         measure=measure_pictures,  # `measure(pixels, requests) -> columns`
         rows: int = 128,  # of one forward of the network, at most
+        keep_pictures: bool = True,  # False: rows have what is measured, and no picture
     ):
         if not callable(measure):
             got = type(measure).__name__
             raise TypeError(f'measure: expected a function of pixels and requests, got {got}')
-        self.measure, self.rows = measure, rows
+        self.measure, self.rows, self.keep_pictures = measure, rows, keep_pictures
         self.setup, self.pipeline = None, None
 
     def __call__(
@@ -216,7 +217,7 @@ def paint(
         )
     columns = dict(
         request=requests,
-        picture=_to_pil(pixels),
+        picture=_to_pil(pixels) if self.keep_pictures else [None] * len(requests),
         nfe=report.nfe,
         effective_scale=report.terms[0].scales,
         network=[backend_of(self.pipeline.pipe)] * len(requests),
@@ -236,9 +237,10 @@ def draw(
     retry: bool = False,  # draw those that failed once more?
     measure=measure_pictures,  # `measure(pixels, requests) -> columns`
     progress: bool = True,  # show a bar?
+    keep_pictures: bool = True,  # False: only what is measured, for very many pictures
 ) -> dict:  # counts, as `Store.status` has them
     "Draw what the store lacks. Stop it at any time: the same call goes on."
-    store, shard, paint = _checked(store, shard, batch_size, measure)
+    store, shard, paint = _checked(store, shard, batch_size, measure, keep_pictures)
     requests = _planned(plan, store)
     todo = _missing_units(requests, store, batch_size, shard, retry)
     with _Bar(todo, shard, progress) as bar, _stopping(store):
@@ -250,11 +252,11 @@ def draw(
 
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11f2
-def _checked(store, shard, batch_size, measure):
+def _checked(store, shard, batch_size, measure, keep_pictures=True):
     "Store, shard and painter, or an error."
     _check_whole('batch_size', batch_size, 'a whole number from 1', 1)
     shard = shard_of_environment() if shard is None else _checked_shard(shard)
-    painter = Painter(measure, 2 * batch_size)
+    painter = Painter(measure, 2 * batch_size, keep_pictures)
     return store if isinstance(store, Store) else Store(store), shard, painter
 
 
@@ -388,8 +390,8 @@ def _work(shard, gpu, folder, options):
 class _Actor:
     "Draws units for Ray."
 
-    def __init__(self, folder, measure, rows, retry):
-        self.store, self.paint, self.retry = Store(folder), Painter(measure, rows), retry
+    def __init__(self, folder, retry, *painter):
+        self.store, self.paint, self.retry = Store(folder), Painter(*painter), retry
 
     def __call__(self, batch):
         written = []
@@ -415,9 +417,11 @@ def draw_with_ray(
     batch_size: int = 64,  # pictures in a unit, at most
     retry: bool = False,  # draw those that failed once more?
     measure=measure_pictures,  # `measure(pixels, requests) -> columns`
+    keep_pictures: bool = True,  # False: only what is measured, for very many pictures
 ) -> dict:  # counts, as `Store.status` has them
     "Draw what a store lacks by actors of Ray Data."
-    store, _, painter = _checked(store, (0, 1), batch_size, measure)
+    store, _, painter = _checked(store, (0, 1), batch_size, measure, keep_pictures)
+    settings = (measure, painter.rows, keep_pictures)
     fewest, most = actors if isinstance(actors, (tuple, list)) else (actors, actors)
     _check_whole('actors', fewest, 'a whole number from 1', 1)
     _check_whole('actors', most, f'a whole number from {fewest}', fewest)
@@ -431,7 +435,7 @@ def draw_with_ray(
         data.map_batches(
             _Actor,
             batch_size=1,
-            fn_constructor_args=(str(store.folder.resolve()), measure, painter.rows, retry),
+            fn_constructor_args=(str(store.folder.resolve()), retry, *settings),
             compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
             num_gpus=num_gpus,
             num_cpus=num_cpus,

@@ -445,7 +445,9 @@ def _opened(store, keys, places):
             waiting |= zip(rows.index, table['picture'].take(rows.to_numpy()), strict=True)
         picture = waiting.pop(key).as_py()
         if picture is None:
-            raise ValueError(f'key: expected a result with a picture, got {key} without')
+            raise ValueError(
+                f'key: {key} has no picture: drawn with keep_pictures=False, or failed'
+            )
         yield Image.open(BytesIO(picture['bytes']))
 
 
