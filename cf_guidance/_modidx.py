@@ -2112,6 +2112,10 @@ d = {
             ),
             'cf_guidance.lab.plan._Levels': ('lab/plan.html#_levels', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._axis': ('lab/plan.html#_axis', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._check_history': (
+                'lab/plan.html#_check_history',
+                'cf_guidance/lab/plan.py',
+            ),
             'cf_guidance.lab.plan._check_where_names': (
                 'lab/plan.html#_check_where_names',
                 'cf_guidance/lab/plan.py',
@@ -3117,6 +3121,23 @@ d = {
             ),
         },
         'cf_guidance.negatives': {
+            'cf_guidance.negatives.HiGS': ('negatives.html#higs', 'cf_guidance/negatives.py'),
+            'cf_guidance.negatives.HiGS.__init__': (
+                'negatives.html#higs.__init__',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.HiGS.check': (
+                'negatives.html#higs.check',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.HiGS.recall': (
+                'negatives.html#higs.recall',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.HiGS.remember': (
+                'negatives.html#higs.remember',
+                'cf_guidance/negatives.py',
+            ),
             'cf_guidance.negatives.ICG': ('negatives.html#icg', 'cf_guidance/negatives.py'),
             'cf_guidance.negatives.ICG.__init__': (
                 'negatives.html#icg.__init__',
@@ -3128,6 +3149,19 @@ d = {
             ),
             'cf_guidance.negatives.ICG.queries': (
                 'negatives.html#icg.queries',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.MG': ('negatives.html#mg', 'cf_guidance/negatives.py'),
+            'cf_guidance.negatives.MG.__init__': (
+                'negatives.html#mg.__init__',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.MG.recall': (
+                'negatives.html#mg.recall',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.MG.remember': (
+                'negatives.html#mg.remember',
                 'cf_guidance/negatives.py',
             ),
             'cf_guidance.negatives.PerpNeg': ('negatives.html#perpneg', 'cf_guidance/negatives.py'),
@@ -3149,6 +3183,28 @@ d = {
             ),
             'cf_guidance.negatives.PerpNeg.start': (
                 'negatives.html#perpneg.start',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SG': ('negatives.html#sg', 'cf_guidance/negatives.py'),
+            'cf_guidance.negatives.SG.__init__': (
+                'negatives.html#sg.__init__',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SG._told': (
+                'negatives.html#sg._told',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SG.combine': (
+                'negatives.html#sg.combine',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SG.queries': (
+                'negatives.html#sg.queries',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SGPrev': ('negatives.html#sgprev', 'cf_guidance/negatives.py'),
+            'cf_guidance.negatives.SGPrev.__init__': (
+                'negatives.html#sgprev.__init__',
                 'cf_guidance/negatives.py',
             ),
             'cf_guidance.negatives.TSG': ('negatives.html#tsg', 'cf_guidance/negatives.py'),
@@ -3192,6 +3248,10 @@ d = {
                 'negatives.html#_checked_generator',
                 'cf_guidance/negatives.py',
             ),
+            'cf_guidance.negatives._cosines': (
+                'negatives.html#_cosines',
+                'cf_guidance/negatives.py',
+            ),
             'cf_guidance.negatives._draw_noise': (
                 'negatives.html#_draw_noise',
                 'cf_guidance/negatives.py',
@@ -3205,6 +3265,10 @@ d = {
                 'cf_guidance/negatives.py',
             ),
             'cf_guidance.negatives._fits': ('negatives.html#_fits', 'cf_guidance/negatives.py'),
+            'cf_guidance.negatives._high_pass': (
+                'negatives.html#_high_pass',
+                'cf_guidance/negatives.py',
+            ),
             'cf_guidance.negatives._prompt_weight': (
                 'negatives.html#_prompt_weight',
                 'cf_guidance/negatives.py',

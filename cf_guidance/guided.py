@@ -541,9 +541,9 @@ class GuidedDenoiser(Denoiser):
         self.remembers = any(t.remembers for t in self.terms)
         self.perturbs = any(t.neg.perturbs for t in self.terms)
         self._histories = [i for i, t in enumerate(self.terms) if isinstance(t.neg, History)]
-        first, alone = self.terms[0], len(self.terms) == 1 and not self.posts
+        first, alone = self.terms[0], len(self.terms) - len(self._histories) == 1
         alone = alone and isinstance(first.neg, Queries) and not first.neg.needs_pos
-        self._may_skip_pos = alone and first.every == 1
+        self._may_skip_pos = alone and first.every == 1 and not self.posts
         self._runs = _ThreadRuns()
 
     def forward(
@@ -963,7 +963,7 @@ def _who_is_guided(self: GuidedDenoiser, sigma, levels, step, known, off, whole,
         here = dict(whole=whole, off=i in off, may_skip_pos=self._may_skip_pos)
         a = _active(t, sigma, levels, step, *run_of_term, **here)
         if i in self._histories:
-            a = a._replace(ask=False)
+            a = a._replace(ask=False, neg_only=False)
         elif t.every > 1 and i not in known:
             a = _unless_reused(a, run.reused.get(i), t)
         active.append(a)
@@ -1469,8 +1469,9 @@ class Trace(NamedTuple):
 
 def _trace(parts, active, i, x, sigma, sigma_max):
     a, neg = active[i], parts.negs[i]
-    masks = [_as_tensor_mask(o, len(x)) for o in (a.on, a.neg_only, *(o.on for o in active))]
-    (on, neg_only), moved = masks[:2], torch.stack(masks[2:]).any(0)
+    others = (o.on for k, o in enumerate(active) if k != i)
+    on, neg_only, *masks = (_as_tensor_mask(o, len(x)) for o in (a.on, a.neg_only, *others))
+    moved = torch.stack([torch.zeros_like(on), *masks]).any(0)
     tiny = 4 * torch.finfo(x.dtype).eps * neg.float().flatten(1).norm(dim=1)
     apart = (parts.pos - neg).float().flatten(1).norm(dim=1) > tiny
     # the scale is the same in all spaces; noise predictions tell nothing where all is noise
@@ -1478,7 +1479,7 @@ def _trace(parts, active, i, x, sigma, sigma_max):
     scale = ((parts.pred - neg).float().flatten(1) * d).sum(1) / d.square().sum(1)
     pos, neg = _noise_predictions(x, sigma, parts.pos, neg)
     both = (on & ~neg_only).to(x.device)
-    alone = torch.where(moved, math.nan, 1.0).where(~neg_only, 0.0).to(d)
+    alone = torch.where(neg_only, 0.0, 1.0).where(~moved, math.nan).to(d)
     scale = scale.where(apart, math.nan).where(both, alone)
     told = both & (sigma <= sigma_max)  # by noise predictions
     cosine = torch.cosine_similarity(pos, neg).where(told, math.nan)

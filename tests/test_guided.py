@@ -720,6 +720,19 @@ def test_a_history_costs_nothing():
     assert G.run.nfe_per_sample.tolist() == [16] * 6
 
 
+def test_at_weight_0_a_history_moves_the_negative_alone():
+    D, free = Counted(), Term(Mixed(), 1.5)
+    G = GuidedDenoiser(D, Term(NONE, 0.0), free)
+    alone = GuidedDenoiser(toy, Mixed(), w=1.5)
+    close(euler(G), euler(alone, cond=dict(c=torch.zeros(6))))
+    assert D.rows == [6] * 8
+    with G.watch() as first, G.watch(1) as second:
+        for i, sigma in enumerate((2.0, 1.0)):
+            G(X, sigma, step=i, **C)
+    assert first[1].scale.isnan().all()
+    close(second[1].scale, torch.full((6,), 1.5))
+
+
 def test_a_history_by_hand():
     G, first = GuidedDenoiser(toy, Mixed(), w=1.5), toy(X, 2 * S1, **C)
     assert torch.equal(G(X, 2.0, step=0, **C), first)

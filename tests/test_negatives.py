@@ -17,15 +17,28 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTokenizer
 
-from cf_guidance.denoisers import CosineDenoiser, Denoiser, DiscreteDenoiser, NetDenoiser
+from cf_guidance.denoisers import (
+    CosineDenoiser,
+    Denoiser,
+    DiscreteDenoiser,
+    NetDenoiser,
+    from_x0,
+    to_x0,
+)
 from cf_guidance.guided import GuidedDenoiser, Microbatched, Queries, Query, Term
 from cf_guidance.karras import _run_generators, euler, get_sigmas_karras, heun, on_sigmas, sample
 from cf_guidance.lab.fashion import fashion_path, load_ddpm
 from cf_guidance.negatives import (
     ICG,
+    MG,
+    SG,
     TSG,
     Autoguidance,
+    HiGS,
     PerpNeg,
+    SGPrev,
+    _cosines,
+    _high_pass,
     draw_conditions,
     draw_gaussian,
     draw_tokens,
@@ -120,16 +133,25 @@ NEGATIVES = {
     'ICG, tokens': lambda g: ICG(draw_tokens(TOKENIZER, encode), g),
     'ICG, Gaussian': lambda g: ICG(draw_gaussian(POOL), g),
     'TSG': lambda g: TSG(D, 1.0, 0.5, generator=g),
+    'SG': lambda g: SG(D, 2.0),
+}
+FREE = {
+    'MG': lambda g: MG(),
+    'SG-prev': lambda g: SGPrev(),
+    'HiGS': lambda g: HiGS(),
 }
 RANDOM = [k for k in NEGATIVES if k[:3] in ('ICG', 'TSG')]
-every = pytest.mark.parametrize('make', NEGATIVES.values(), ids=NEGATIVES)
+ALL = NEGATIVES | FREE
+every = pytest.mark.parametrize('make', ALL.values(), ids=ALL)
+own = pytest.mark.parametrize('make', NEGATIVES.values(), ids=NEGATIVES)  # has evaluations
+free = pytest.mark.parametrize('make', FREE.values(), ids=FREE)
 random = pytest.mark.parametrize('make', [NEGATIVES[k] for k in RANDOM], ids=RANDOM)
 
 
 # what all of them promise
 
 
-@every
+@own
 def test_a_negative_is_another_estimate_and_leaves_the_network_alone(make):
     before = D(X, 5.0, **COND)
     parts = GuidedDenoiser(D, make(1), w=3.0).parts(X, 5.0, **COND)
@@ -246,6 +268,144 @@ def test_weights_for_other_steps_are_refused(make):
     G = GuidedDenoiser(D, make(1), w=[2.0] * 4)
     with pytest.raises(ValueError, match='^w: expected one value per step, 3, got 4'):
         drawn(G)
+
+
+# history
+
+
+@free
+def test_history_acts_and_costs_nothing(make):
+    C, G = Counted(D), GuidedDenoiser(Counted(D), make(1))
+    got, want = drawn(G), drawn(C)
+    assert (got - want).abs().max() > 1e-2
+    assert G.inner_model.sizes == C.sizes == [4] * 3
+    assert G.run.nfe_per_sample.tolist() == [3] * 4
+
+
+@free
+@pytest.mark.parametrize('other', [[], [Term(EMPTY, 3.0)], [Term(EMPTY, 3.0), Term(BAD, 2.0)]])
+def test_the_first_evaluation_has_no_history(make, other):
+    want = GuidedDenoiser(D, *(other or [Term(EMPTY, 1.0)]))(X, 5.0, **COND)
+    assert torch.equal(GuidedDenoiser(D, Term(make(1)), *other)(X, 5.0, **COND), want)
+
+
+@free
+def test_history_moves_the_guided_prediction(make):
+    "As in the papers: it is the same around a guided denoiser and beside its terms."
+    G = GuidedDenoiser(D, Term(EMPTY, 3.0), Term(make(1)))
+    H = GuidedDenoiser(GuidedDenoiser(D, EMPTY, w=3.0), make(1))
+    close(drawn(G), drawn(H))
+    assert G.nfe == 4 * 3 * 2
+    assert (drawn(G) - drawn(GuidedDenoiser(D, EMPTY, w=3.0))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize('space', ['flow', 'eps', 'v', 'x0'])
+@pytest.mark.parametrize('beta', [0.0, 0.6])
+def test_the_equations_of_momentum_guidance(space, beta):
+    G = GuidedDenoiser(D, MG(beta, space), w=1.5)
+    average = None
+    for sigma in (5.0, 3.0, 2.0, 1.0):
+        v = from_x0(D(X, sigma, **COND), X, sigma, space)
+        if average is None:
+            average = v
+        want = v + 0.5 * (v - average)
+        close(from_x0(G(X, sigma, **COND), X, sigma, space), want, 1e-4)
+        average = (1 - beta) * v + beta * average
+
+
+def test_a_velocity_that_does_not_change_is_not_guided():
+    def straight(x, sigma):
+        return to_x0(torch.ones_like(x), x, sigma, 'flow')
+
+    args = 10 * X, SIGMAS, euler
+    close(sample(GuidedDenoiser(straight, MG(), w=4.0), *args), sample(straight, *args))
+
+
+def test_sg_prev_is_momentum_guidance_without_momentum():
+    want = drawn(GuidedDenoiser(D, MG(0.0, 'eps'), w=1.5))
+    assert torch.equal(drawn(GuidedDenoiser(D, SGPrev())), want)
+
+
+def test_the_equation_of_higs():
+    G = GuidedDenoiser(D, HiGS(0.75, 0.25, 0.2, 0.3, 0.9), w=2.0)
+    average = 0
+    for sigma in (20.0, 5.0, 3.0, 2.0, 0.1):
+        now, t = D(X, sigma, **COND), sigma / (1 + sigma)
+        delta = now - average
+        perp = _perpendicular(delta, now)
+        fine = _high_pass(perp + 0.25 * (delta - perp), 0.2)
+        strength = ((t - 0.3) / 0.6) ** 0.5 if 0.3 < t <= 0.9 else 0
+        want = now + strength * fine if sigma < 20 else now
+        close(G(X, sigma, **COND), want, 1e-4)
+        average = 0.75 * now + 0.25 * average
+
+
+def test_higs_leaves_an_estimate_that_does_not_change():
+    def constant(x, sigma):
+        return P8.expand_as(x)
+
+    P8 = randn((1, 4, 8, 8), 3)
+    args = 10 * X, SIGMAS, euler
+    close(sample(GuidedDenoiser(constant, HiGS()), *args), sample(constant, *args))
+
+
+@pytest.mark.parametrize('n', [1, 2, 7, 8])
+def test_the_cosine_transform(n):
+    m = _cosines(n, torch.zeros((), dtype=torch.float64))
+    close(m @ m.T, torch.eye(n, dtype=torch.float64), 1e-12)
+    dct = pytest.importorskip('scipy.fft').dct
+    close(m, torch.tensor(dct(torch.eye(n).double().numpy(), axis=0, norm='ortho')), 1e-12)
+
+
+@pytest.mark.parametrize(
+    'make, exc, match',
+    [
+        (lambda: MG(1.0), ValueError, 'beta: expected'),
+        (lambda: MG(-0.1), ValueError, 'beta: expected'),
+        (lambda: MG(space='latent'), ValueError, 'space: expected'),
+        (lambda: SGPrev(space=1), ValueError, 'space: expected'),
+        (lambda: HiGS(alpha=0), ValueError, 'alpha: expected'),
+        (lambda: HiGS(t_min=1), ValueError, 't_min: expected'),
+        (lambda: HiGS(t_min=0.5, t_max=0.5), ValueError, 't_max: expected'),
+        (lambda: SG(UNET), TypeError, 'net: expected a denoiser with scalings'),
+        (lambda: SG(D, 0.9), ValueError, 'noisier: expected'),
+    ],
+)
+def test_bad_settings_of_history_and_self_guidance(make, exc, match):
+    with pytest.raises(exc, match=match):
+        make()
+
+
+def test_higs_needs_images():
+    with pytest.raises(ValueError, match='x: HiGS expects images'):
+        GuidedDenoiser(lambda x, sigma: x, HiGS())(torch.ones(2, 3), 1.0)
+
+
+# self-guidance
+
+
+def test_the_network_gets_the_same_input_and_another_time():
+    seen = []
+
+    class Net(nn.Module):
+        def forward(self, z, t, **cond):
+            seen.append((z, t))
+            return z * t.view(-1, 1, 1, 1)
+
+    E = CosineDenoiser(Net())
+    sigma = torch.tensor([5.0, 1.0, 0.1, E.sigma_max])
+    p = GuidedDenoiser(E, SG(E, 2.0), w=3.0).parts(X, sigma)
+    ((z, t),) = seen
+    close(z[4:], z[:4])
+    close(t[4:], E.sigma_to_t((2 * sigma).clamp(max=E.sigma_max)))
+    eps = [from_x0(o, X, sigma, E.prediction) for o in (p.neg, p.pos)]
+    close(eps[0], z[:4] * t[4:].view(-1, 1, 1, 1), 1e-4)
+    close(p.neg[3], p.pos[3], 1e-3)
+
+
+def test_no_more_noise_is_the_positive():
+    p = GuidedDenoiser(D, SG(D, 1.0), w=3.0).parts(X, 5.0, **COND)
+    close(p.neg, p.pos, 1e-4)
 
 
 # random numbers

@@ -46,7 +46,7 @@ from pipeline_helpers import (
 from cf_guidance.attention import PAG, SAG
 from cf_guidance.guided import GuidedDenoiser, Term
 from cf_guidance.karras import euler, sample
-from cf_guidance.negatives import ICG, Autoguidance, PerpNeg
+from cf_guidance.negatives import ICG, MG, SG, Autoguidance, PerpNeg
 from cf_guidance.pipelines import (
     _FAMILIES,
     NegativePrompt,
@@ -424,6 +424,8 @@ WAYS = {  # of guiding -> terms of a pipeline, given its denoiser, and arguments
     'TCFG': lambda D: ([Term(D.cond(NEGS), 5.0, tcfg)], {}),
     'zero': lambda D: ([Term(D.cond(NEGS), 5.0, cfg_zero)], {}),
     'stop': lambda D: ([Term(D.cond(NEGS), 5.0, stop=-1.0)], {}),
+    'MG': lambda D: ([Term(D.cond(NEGS), 5.0), MG()], {}),
+    'SG': lambda D: ([Term(SG(D, 1.5), 3.0)], {}),
     'every': lambda D: ([Term(D.cond(NEGS), 5.0, every=3)], {}),
     'weaker': lambda D: ([Term(Autoguidance(pipeline_denoiser(other_net(D.pipe))), 2.0)], {}),
 }
@@ -478,6 +480,7 @@ def test_cost():
     assert nfe(PAG(pipe.unet)) == [8, 8]
     assert nfe(stop=-1.0) == [5, 5]
     assert nfe(every=3) == [6, 6]
+    assert nfe(MG()) == [4, 4]
     rows, levels = [], sigmas_of(pipe, 4).tolist()
     pipe.unet.register_forward_hook(lambda m, args, out: rows.append(len(out[0])))
     assert nfe(NegativePrompt(), max_batch=2) == [8, 8]

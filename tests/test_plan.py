@@ -68,6 +68,7 @@ def mixed(**settings):
         dict(rule='apg', schedule='linear', interval=(0.5, 5)),
         dict(rule='t_norm', post=[['rescale', 'ep_cfg(trim=0.1)']], eta=1),
         dict(guidance=[{}, dict(negative='tpg', w=1.75), dict(negative='icg', w=1.1)]),
+        dict(guidance=[dict(w=2), dict(negative='mg'), dict(negative='higs')]),
         dict(scheduler='EulerAncestralDiscreteScheduler', negative='autoguidance'),
         dict(scheduler='HeunDiscreteScheduler', stop=0.99, interval=(0, 5)),
     ],
@@ -83,6 +84,21 @@ def test_a_request_alone_is_the_same_as_in_a_batch(md, settings):
     for i in (0, 3, 6):
         alone, _ = draw(md, [requests[i]], **more)
         assert (alone[0] - together[i]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('negative', ['mg', 'sgprev', 'higs'])
+def test_history_costs_nothing(md, negative):
+    free = dict(negative=negative)
+    terms = {  # evaluations of 5 steps
+        5: [free],
+        10: [{}, free],
+        6: [dict(schedule=[0, 0, 2, 0, 0]), free, free],  # a weight of 0 is the negative alone
+        7: [free, dict(schedule=[1, 1, 2, 1, 2])],
+    }
+    for wanted, guidance in terms.items():
+        (r,) = Sweep(prompt=PROMPT, steps=5, guidance=[guidance]).requests
+        assert evaluations_of(r) == wanted
+        assert draw(md, [r])[1] == [wanted]
 
 
 def test_autoguidance_of_a_faster_network(md):
@@ -122,7 +138,10 @@ BAD = {
     'seed': [-1, 0.5, '0', None, 2**64, True, [0, 0], []],
     'w': [-1, 'high', float('nan'), float('inf'), 1e39, [1, 1.0], [], True, {'a': 1}],
     'rule': ['cgf', 'apg(', 'apg(.5)', 'apg(etta=1)', "apg(eta='x')", 3, 'rescale', {'eta': 1}, ''],
-    'negative': ['pagg', 'pag(sigma=1)', 'seg(sigma=-1)', 'sag(kernel=0)', 'sag(kernel=1.5)', 5],
+    'negative': [
+        *('pagg', 'pag(sigma=1)', 'seg(sigma=-1)', 'sag(kernel=0)', 'sag(kernel=1.5)', 5),
+        *('mg(beta=1)', "sgprev(space='x')", 'higs(t_min=2)'),
+    ],
     'interval': [(5, 0.3), '5:0.3', '.3', 'a:b', (1000, 2000), 3, (-1, 2), {'lo': 1}],
     'stop': [2, 'x', True],
     'schedule': ['lin', 'linear(num_steps=3)', 'linear(foo=1)', [-1, 2], [1, 2, 3], 'points', {}],

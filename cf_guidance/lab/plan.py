@@ -40,6 +40,7 @@ from .. import attention, negatives, schedules, transforms
 from .._extras import needs
 from ..guided import (
     Conditions,
+    History,
     Negative,
     Queries,
     Term,
@@ -260,9 +261,20 @@ def _of_negative(value, negative_prompt=''):
     out = {}
     for k, default in defaults.items():
         out[k] = _setting(f'negative: {name}: {k}', given.get(k, default), default)
+    if issubclass(NEGATIVES.get(name, Negative), History):
+        _check_history(name, out)
     if name == 'autoguidance':
         out['fingerprint'] = fingerprint(out['model'])
     return dict(name=name, **out)
+
+
+# %% ../../nbs/lab/09_plan.ipynb #0915aa63
+def _check_history(name, settings):
+    "An error that names the setting, for a negative that can be made without a network."
+    try:
+        NEGATIVES[name](**settings)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'negative: {name}: {e}') from None
 
 
 # %% ../../nbs/lab/09_plan.ipynb #0915aa22
@@ -682,9 +694,10 @@ def _count(text):
             _rule_from(t['rule'], RULES),
             _unplain(t['interval'] or []) or None,
         )
-        for t in request['terms']
+        for t, kind in zip(request['terms'], kinds, strict=True)
+        if not issubclass(kind, History)  # these cost nothing
     ]
-    alone = len(kinds) == 1 and issubclass(kinds[0], Queries) and not request['post']
+    alone = len(terms) == 1 and issubclass(kinds[0], Queries) and not request['post']
     alone = alone and not kinds[0].needs_pos
     top, total = levels.D.sigma_max * (1 + 1e-3), 0
     for sigma, step in zip(levels.evaluations.sigmas, levels.evaluations.steps, strict=True):
@@ -693,7 +706,7 @@ def _count(text):
             for t in terms
         ]
         total += not any(a.neg_only for a in at)
-        total += sum(a.on for a in at)  # each negative of a plan takes one evaluation
+        total += sum(a.on for a in at)  # each of these negatives takes one evaluation
     return total
 
 
@@ -923,16 +936,15 @@ def _negative(each, seeds, D):
     for k, v in each[0].items():
         if k not in ('name', 'fingerprint', *_MORE.get(name, {})):
             settings[k] = v if k == 'layers' else _unplain(v)
-    net = D.inner_model.net
+    cls, net = NEGATIVES[name], D.inner_model.net
     if name == 'prompt':
         return Conditions(D.cond([o['prompt'] for o in each]))
     if name == 'icg':
         settings['conds'] = _pool(each[0]['prompts'], D)
     elif name == 'autoguidance':
         settings['model'] = _weak_denoiser(each[0], D)
-    else:
-        settings['net'] = D if name == 'tsg' else net
-    cls = NEGATIVES[name]
+    elif 'net' in _parameters(cls):
+        settings['net'] = D if name in ('tsg', 'sg') else net
     if cls.draws:
         settings['generator'] = seeds
     return cls(**settings)
