@@ -14,6 +14,7 @@ import time
 from multiprocessing import forkserver
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -24,7 +25,7 @@ from pyarrow import parquet as pq
 
 from cf_guidance.lab import store as module
 from cf_guidance.lab.metrics import Stats
-from cf_guidance.lab.store import Store, canonical, key_of
+from cf_guidance.lab.store import Store, canonical, footnote, key_of, stored_rows
 
 
 def picture(seed, size=8):
@@ -469,3 +470,136 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path):
     assert store.status()['parts'] == 1
     assert len(store.table()) == 1
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def powers(*exponents):
+    return [dict(base=2, exponent=k) for k in exponents]
+
+
+def power(requests):
+    for o in requests:
+        yield dict(power=o['base'] ** o['exponent'])
+
+
+def unmeasured(requests):
+    raise AssertionError('it was measured')
+
+
+def test_rows_are_measured_once_and_come_in_order(tmp_path):
+    store = Store(tmp_path)
+    assert store.rows(powers(1, 2), power).power.tolist() == [2, 4]
+    df = store.rows(powers(2, 1, 2), unmeasured)
+    assert df.power.tolist() == [4, 2, 4]
+    assert df.index.tolist() == [key_of(o) for o in powers(2, 1, 2)]
+    assert df.columns.tolist()[:2] == ['base', 'exponent']
+    assert df.torch.tolist() == [torch.__version__] * 3
+    assert df.written.notna().all()
+
+
+def test_all_rows_of_a_store(tmp_path):
+    store = Store(tmp_path)
+    assert len(store.rows()) == len(store.rows([])) == 0
+    store.rows(powers(1, 2), power)
+    assert store.rows().power.tolist() == [2, 4]
+
+
+def test_rows_without_a_result_are_empty(tmp_path):
+    store = Store(tmp_path)
+    assert store.rows(powers(3)).exponent.tolist() == [3]
+    store.rows(powers(1), power)
+    assert store.rows(powers(1, 3)).power.fillna(-1).tolist() == [2, -1]
+
+
+def test_rows_before_an_interrupt_are_kept(tmp_path):
+    def interrupted(requests):
+        yield from power(requests[:2])
+        raise KeyboardInterrupt
+
+    store = Store(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        store.rows(powers(1, 2, 3), interrupted)
+    assert store.missing(powers(1, 2, 3)) == powers(3)
+
+
+def test_a_slow_row_is_written_before_the_next(tmp_path, monkeypatch):
+    seconds = itertools.count(0, 2)
+    monkeypatch.setattr(module.time, 'monotonic', lambda: next(seconds))
+    store = Store(tmp_path)
+
+    def measure(requests):
+        for i, row in enumerate(power(requests)):
+            assert len(store.rows()) == i
+            yield row
+
+    store.rows(powers(1, 2, 3), measure)
+
+
+def test_failed_rows_are_measured_again(tmp_path):
+    store = Store(tmp_path)
+    failed = store.rows(powers(1), lambda requests: [dict(error='out of memory')])
+    assert failed.error.tolist() == ['out of memory']
+    assert store.rows(powers(1), power).power.tolist() == [2]
+
+
+@pytest.mark.parametrize('rows', [[], [dict(power=2)] * 2], ids=['too few', 'too many'])
+def test_as_many_rows_as_requests(tmp_path, rows):
+    with pytest.raises(ValueError, match='shorter|longer'):
+        Store(tmp_path).rows(powers(1), lambda requests: rows)
+
+
+def test_results_named_as_the_request(tmp_path):
+    df = Store(tmp_path).rows(powers(1), lambda requests: [dict(base=3)])
+    assert (df.base.item(), df.base_measured.item()) == (2, 3)
+
+
+def test_request_of_a_key(tmp_path):
+    store = Store(tmp_path)
+    df = store.rows(powers(1, 2), power)
+    assert [store.request(k) for k in df.index] == powers(1, 2)
+    with pytest.raises(ValueError, match="key: expected one of 2 results, got str 'nothing'"):
+        store.request('nothing')
+
+
+def test_drop_deletes_rows_and_joins_parts(tmp_path):
+    store = Store(tmp_path)
+    store.rows(powers(1, 2), power)
+    before = store.rows(powers(3, 4), power)
+    assert store.status()['parts'] == 2
+    store.drop(before.index[:1])
+    assert store.status()['parts'] == 1
+    assert store.rows().power.tolist() == [2, 4, 16]
+    assert store.missing(powers(1, 2, 3, 4)) == powers(3)
+    pd.testing.assert_frame_equal(store.rows(powers(4)), before.iloc[1:])
+    with pytest.raises(ValueError, match='expected one of 3 results'):
+        store.drop(before.index[:1])
+    assert len(store.rows()) == 3
+    store.drop(store.rows().index)
+    assert store.status()['parts'] == len(store.rows()) == 0
+
+
+def test_stored_rows_are_read_or_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'RESULTS', tmp_path / 'package')
+    monkeypatch.chdir(tmp_path)
+    Store(tmp_path / 'package/powers').rows(powers(1, 2), power)
+    assert stored_rows('powers', powers(2)).power.tolist() == [4]
+    with pytest.raises(ValueError, match="1 of 2 rows of 'powers' are not stored: measure them"):
+        stored_rows('powers', powers(2, 3))
+    with pytest.raises(ValueError, match="name: expected one of powers, got str 'roots'"):
+        stored_rows('roots', powers(2))
+    for folder in ('runs/results', 'mine'):
+        own = None if folder.startswith('runs') else folder
+        assert stored_rows('powers', powers(2, 3), power, own).power.tolist() == [4, 8]
+        assert stored_rows('powers', powers(2, 3), unmeasured, own).power.tolist() == [4, 8]
+        assert len([*(tmp_path / folder / 'powers').iterdir()]) == 1
+    assert len(Store(tmp_path / 'package/powers').rows()) == 2
+
+
+def test_footnote_says_when_and_what():
+    days = pd.to_datetime(['2026-11-21', '2026-11-21', '2026-11-28'], utc=True)
+    rows = pd.DataFrame(dict(written=days, n=[144, 144, 10_000], seeds=[[0, 1, 2], [900], [0]]))
+    text = 'Measured on 2026-11-21 and 2026-11-28; n = 144 and 10,000; seeds 0 to 2, 900'
+    assert footnote(rows).data == f'<small>{text}.</small>'
+    rows = pd.DataFrame(dict(written=days, seed=[0, 1, 5], torch=['2.13.0', '2.13.0', None]))
+    text = 'Measured on 2026-11-21 and 2026-11-28; seeds 0, 1, 5; torch 2.13.0'
+    assert footnote(rows).data == f'<small>{text}.</small>'
+    assert footnote(rows.assign(written=pd.NaT)).data == 'Not measured yet.'

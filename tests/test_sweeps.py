@@ -30,7 +30,7 @@ from cf_guidance.lab.sweeps import (
     measure,
     run,
     seed_everything,
-    stored_rows,
+    stored_table,
     summarise,
     sweep,
 )
@@ -516,20 +516,20 @@ def test_names_of_2022():
     }
 
 
-def test_stored_rows_are_written_whole(tmp_path):
+def test_stored_table_are_written_whole(tmp_path):
     def broken():
         raise KeyboardInterrupt
 
-    stored_rows('squares', lambda: pd.DataFrame({'square': [1, 4]}), tmp_path)
+    stored_table('squares', lambda: pd.DataFrame({'square': [1, 4]}), tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        stored_rows('squares', broken, tmp_path)
-    assert stored_rows('squares', folder=tmp_path).square.tolist() == [1, 4]
+        stored_table('squares', broken, tmp_path)
+    assert stored_table('squares', folder=tmp_path).square.tolist() == [1, 4]
     assert [f.name for f in tmp_path.iterdir()] == ['squares.parquet']
 
 
-def test_stored_rows_of_an_unknown_name(tmp_path):
+def test_stored_table_of_an_unknown_name(tmp_path):
     with pytest.raises(ValueError, match="name: expected a stored table .* got 'cubes'"):
-        stored_rows('cubes', folder=tmp_path)
+        stored_table('cubes', folder=tmp_path)
 
 
 def test_values_from_text_and_lists():

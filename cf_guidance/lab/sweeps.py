@@ -13,7 +13,7 @@ __all__ = [
     'summarise',
     'sweep',
     'cf_sweep',
-    'stored_rows',
+    'stored_table',
 ]
 
 # %% ../../nbs/lab/03_sweeps.ipynb #3
@@ -752,7 +752,7 @@ def cf_sweep(
 
 
 # %% ../../nbs/lab/03_sweeps.ipynb #000339f8
-def stored_rows(
+def stored_table(
     name: str,  # of the table, as in `cf_guidance/data/results`
     measure=None,  # function that returns the rows as a DataFrame; None: read what is stored
     folder=None,  # where rows are written, and looked for first; None: Drive, else the package
