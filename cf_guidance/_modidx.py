@@ -2137,6 +2137,7 @@ d = {
                 'lab/plan.html#_configured',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._cost': ('lab/plan.html#_cost', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._count': ('lab/plan.html#_count', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._folder_of': (
                 'lab/plan.html#_folder_of',
@@ -2207,6 +2208,10 @@ d = {
                 'lab/plan.html#_predicate',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._prompts_of': (
+                'lab/plan.html#_prompts_of',
+                'cf_guidance/lab/plan.py',
+            ),
             'cf_guidance.lab.plan._request': ('lab/plan.html#_request', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._resolved': (
                 'lab/plan.html#_resolved',
@@ -2257,6 +2262,10 @@ d = {
                 'cf_guidance/lab/plan.py',
             ),
             'cf_guidance.lab.plan._weights': ('lab/plan.html#_weights', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._with_prompts': (
+                'lab/plan.html#_with_prompts',
+                'cf_guidance/lab/plan.py',
+            ),
             'cf_guidance.lab.plan._writable': (
                 'lab/plan.html#_writable',
                 'cf_guidance/lab/plan.py',

@@ -8,7 +8,10 @@ import clear_errors
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
+from cf_guidance import attention, negatives, schedules
+from cf_guidance.guided import Negative
 from cf_guidance.lab.backends import with_backend
 from cf_guidance.lab.plan import (
     NEGATIVES,
@@ -47,7 +50,8 @@ def draw(md, requests, **kwargs):
 
 @pytest.mark.parametrize('negative', [*NEGATIVES, 'none'])
 def test_each_rule_draws_with_each_negative(md, negative):
-    sweep = Sweep(prompt=PROMPT, negative=negative, rule=[*RULES], w=[1, 1.5], steps=2, seed=3)
+    same = dict(prompt=PROMPT, negative_prompt=OTHER, steps=2, seed=3)
+    sweep = Sweep(negative=negative, rule=[*RULES], w=[1, 1.5], **same)
     batches = itertools.groupby(sweep.requests, batch_key)  # w runs fastest
     for _, requests in batches:
         requests = list(requests)
@@ -64,7 +68,9 @@ def mixed(**settings):
 @pytest.mark.parametrize(
     'settings',
     [
-        *(dict(negative=o) for o in NEGATIVES),
+        *(dict(negative=o) for o in NEGATIVES if o != 'perpneg'),
+        dict(negative=f'perpneg(prompts={[OTHER, "a bag"]}, weights=[0.5, 2])', interval=(0.5, 9)),
+        dict(negative='tpg', every=2, interval=(0.5, 9)),
         dict(rule='apg', schedule='linear', interval=(0.5, 5)),
         dict(rule='t_norm', post=[['rescale', 'ep_cfg(trim=0.1)']], eta=1),
         dict(guidance=[{}, dict(negative='tpg', w=1.75), dict(negative='icg', w=1.1)]),
@@ -117,11 +123,53 @@ def test_many_seeds_are_an_axis_too():
     assert len(Sweep(prompt=PROMPT, seed=range(3000), steps=2)) == 3000
 
 
+def test_a_negative_that_is_reused_is_counted_and_saved(md):
+    same = dict(prompt=PROMPT, steps=8, w=[0, 3], interval=(0.2, 5))
+    requests = Sweep(every=[1, 2, 3], **same).requests
+    assert [r['terms'][0].get('every') for r in requests[::2]] == [None, 2, 3]
+    counts = [draw(md, [r])[1] for r in requests]
+    assert counts == [[evaluations_of(r)] for r in requests]
+    assert counts[1] > counts[3] > counts[5]
+    (r,) = Sweep(prompt=PROMPT, steps=5, every=2, scheduler='HeunDiscreteScheduler').requests
+    assert draw(md, [r])[1] == [evaluations_of(r)]
+
+
+def test_perpneg_takes_the_negative_prompt_or_prompts_of_its_own():
+    def of(negative, **more):
+        (r,) = Sweep(prompt=PROMPT, steps=2, negative=negative, **more).requests
+        return r
+
+    own = of(f"perpneg(prompts='{OTHER}')")
+    assert own == of('perpneg', negative_prompt=OTHER)
+    assert evaluations_of(own) == 2 * 3
+    two = of(dict(name='perpneg', prompts=[OTHER, 'a bag'], weights=0.5), negative_prompt='a boot')
+    assert two['terms'][0]['negative']['weights'] == [0.5, 0.5]
+    assert evaluations_of(two) == 2 * 4
+    for bad in ('perpneg', f"perpneg(prompts='{OTHER}', weights=[1, 2])", 'perpneg(weights=-1)'):
+        clear_errors.check(lambda bad=bad: of(bad), 'negative')
+    unknown = "perpneg(prompts='ugly')"
+    clear_errors.check(lambda: of(unknown), 'negative_prompt')
+
+
 def test_seeds_and_negative_prompts_act(md):
     requests = Sweep(prompt=PROMPT, negative_prompt=['', OTHER], seed=[0, 1], steps=3).requests
     pixels, _ = draw(md, requests)
     flat = pixels.flatten(1)
     assert torch.pdist(flat).min() > 0.1
+
+
+def test_all_of_the_core_has_a_name_or_a_reason():
+    page = (ROOT / 'nbs/lab/09_plan.ipynb').read_text()
+    unnamed = page.split('## What a plan cannot say')[1].split('## Batches')[0]
+    kinds = {o.__name__ for o in NEGATIVES.values()}
+    for module in (attention, negatives):
+        for name in module.__all__:
+            o = getattr(module, name)
+            if isinstance(o, type) and issubclass(o, Negative):
+                assert o.__name__ in kinds or f'`{name}`' in unnamed, name
+    for name in schedules.__all__:
+        if name.endswith('_sched'):
+            assert name.removesuffix('_sched') in SCHEDULES or f'`{name}`' in unnamed, name
 
 
 BAD = {
@@ -144,6 +192,7 @@ BAD = {
     ],
     'interval': [(5, 0.3), '5:0.3', '.3', 'a:b', (1000, 2000), 3, (-1, 2), {'lo': 1}],
     'stop': [2, 'x', True],
+    'every': [0, -1, 1.5, 'two', True, None],
     'schedule': ['lin', 'linear(num_steps=3)', 'linear(foo=1)', [-1, 2], [1, 2, 3], 'points', {}],
     'post': ['cfg', 'rescale(phi=7)', 'rescal', 3, [['rescale', 'x']]],
     'scheduler': [
@@ -233,10 +282,12 @@ def test_other_spellings_are_the_same_request():
 
 
 def test_requests_are_json_and_do_not_change():
-    sweep = Sweep(prompt=PROMPT, rule=[*RULES], negative=[*NEGATIVES], post=[*POST_RULES], steps=2)
+    settings = dict(prompt=PROMPT, negative_prompt=OTHER, rule=[*RULES], steps=2)
+    settings |= dict(negative=[*NEGATIVES], post=[*POST_RULES])
+    sweep = Sweep(**settings)
     text = json.dumps(sweep.requests, allow_nan=False)
     assert json.loads(text) == sweep.requests
-    again = Sweep(prompt=PROMPT, rule=[*RULES], negative=[*NEGATIVES], post=[*POST_RULES], steps=2)
+    again = Sweep(**settings)
     assert json.dumps(again.requests) == text
     assert {type(posts_of(r)[0]) for r in sweep.requests} == {type(POST_RULES['rescale'])}
 

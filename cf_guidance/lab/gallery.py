@@ -108,6 +108,8 @@ def _term_arguments(term):
         given['interval'] = tuple(term['interval'])
     if term['stop'] is not None:
         given['stop'] = term['stop']
+    if 'every' in term:
+        given['every'] = term['every']
     return given
 
 

@@ -77,7 +77,7 @@ def _parameters(f, left_out=()):
 
 
 # arguments of negatives that `terms_of` supplies, or that do not fit into text
-_SUPPLIED = ('net', 'model', 'conds', 'cond', 'generator', 'tokens', 'time')
+_SUPPLIED = ('net', 'model', 'conds', 'cond', 'empty', 'negs', 'generator', 'tokens', 'time')
 
 
 def _negatives():
@@ -217,6 +217,8 @@ def _setting(what, value, default):
         return _text(what, value)
     if default is None:
         return _names(what, value)
+    if isinstance(default, tuple):
+        return _weights(what, value if isinstance(value, tuple) else [value])
     if isinstance(default, int):
         return _whole(what, value)
     if value == default:  # which may be infinite
@@ -237,6 +239,8 @@ _MORE = dict(  # settings that stand for what is supplied, with their defaults
     prompt=dict(prompt=''),
     icg=dict(prompts=None),  # to draw from; None: those of the model's world, or random tokens
     autoguidance=dict(model='fashion-sd-weak'),
+    # one or several prompts, None: the negative prompt; one weight, or one for each of them
+    perpneg=dict(prompts=None, weights=(1.0,)),
 )
 
 
@@ -576,6 +580,7 @@ _TERM = dict(
     negative_prompt=_text,
     interval=_interval,
     stop=_stop,
+    every=_whole,
     schedule=lambda name, value: _of_schedule(value),
 )
 _VALUES = dict(
@@ -600,20 +605,57 @@ SAMPLING_VERSION = 1  # goes up when the same request gives another picture
 # %% ../../nbs/lab/09_plan.ipynb #0915aa35
 def _term(given, steps):
     "A term of a request; None: no guidance."
-    negative = dict(given.get('negative') or dict(name='prompt', prompt=''))
+    negative = given.get('negative') or dict(name='prompt', prompt='')
     if negative['name'] == 'none':
         return None
-    if negative['name'] == 'prompt' and not negative['prompt']:
-        negative['prompt'] = given.get('negative_prompt', '')
+    negative = _with_prompts(negative, given.get('negative_prompt', ''))
     usual = NEGATIVES[negative['name']].w
     weights = _schedule_values(given.get('schedule'), given.get('w'), usual, steps)
+    every = given.get('every', 1)
+    if not _cost(negative) and (every > 1 or given.get('stop') is not None):
+        name = 'every' if every > 1 else 'stop'
+        raise ValueError(f'{name}: {negative["name"]} costs no evaluation to save')
     return dict(
         negative=negative,
         rule=given.get('rule') or _of_rule('rule', 'cfg', RULES),
         weights=weights,
         interval=given.get('interval'),
         stop=given.get('stop'),
+        **({} if every == 1 else dict(every=every)),
     )
+
+
+# %% ../../nbs/lab/09_plan.ipynb #7a3be0c3
+def _with_prompts(negative, text):
+    "The negative with the negative prompt of the plan, if it needs one and has none."
+    if negative['name'] == 'prompt':
+        return {**negative, 'prompt': negative['prompt'] or text}
+    if negative['name'] != 'perpneg':
+        return negative
+    prompts, weights = negative['prompts'] or text, negative['weights']
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not all(prompts):
+        raise ValueError('negative: perpneg: expected prompts, or a negative_prompt, got none')
+    weights = weights * len(prompts) if len(weights) == 1 else weights
+    if len(weights) != len(prompts):
+        raise ValueError(
+            f'negative: perpneg: expected {len(prompts)} weights, one per prompt, '
+            f'got {len(weights)}'
+        )
+    return {**negative, 'prompts': prompts, 'weights': weights}
+
+
+def _cost(negative):
+    "Network evaluations of a negative, where it is not reused."
+    if negative['name'] == 'perpneg':  # the empty prompt, and each of its own
+        return 1 + len(negative['prompts'])
+    return 0 if issubclass(NEGATIVES[negative['name']], History) else 1
+
+
+def _prompts_of(negative):
+    "All prompts of a negative."
+    prompts = negative.get('prompts') or negative.get('prompt') or []
+    return [prompts] if isinstance(prompts, str) else prompts
 
 
 def _steps(values, terms):
@@ -664,8 +706,7 @@ def _checked_request(request):
     for t in request['terms']:
         if t['interval'] is not None:
             _check_interval_reaches(_unplain(t['interval']), levels.D)
-        if t['negative']['name'] == 'prompt':
-            _check_words('negative_prompt', [t['negative']['prompt']], request['model']['name'])
+        _check_words('negative_prompt', _prompts_of(t['negative']), request['model']['name'])
     if request['eta'] and not levels.takes_eta:
         raise ValueError(f'eta: {request["scheduler"]["name"]} has none, got {request["eta"]:g}')
     return {**request, 'sigmas': levels.sigmas}
@@ -677,15 +718,20 @@ def evaluations_of(
 ) -> int:  # with `stop=`, at most as many
     "Network evaluations of one picture."
     parts = {k: request[k] for k in ('model', 'scheduler', 'steps', 'post')}
-    terms = [{**t, 'negative': t['negative']['name']} for t in request['terms']]
+    terms = [
+        {**t, 'negative': t['negative']['name'], 'cost': _cost(t['negative'])}
+        for t in request['terms']
+    ]
     return _count(json.dumps(dict(parts, terms=terms), sort_keys=True))
 
 
+# %% ../../nbs/lab/09_plan.ipynb #7a3be0c4
 @lru_cache(maxsize=4096)
 def _count(text):
     "Evaluations of a request as JSON."
     request = json.loads(text)
     levels = _levels_of(request)
+    given = [t for t in request['terms'] if t['cost']]
     kinds = [NEGATIVES[t['negative']] for t in request['terms']]
     terms = [
         Term(
@@ -693,20 +739,23 @@ def _count(text):
             t['weights'],
             _rule_from(t['rule'], RULES),
             _unplain(t['interval'] or []) or None,
+            every=t.get('every', 1),
         )
-        for t, kind in zip(request['terms'], kinds, strict=True)
-        if not issubclass(kind, History)  # these cost nothing
+        for t in given
     ]
     alone = len(terms) == 1 and issubclass(kinds[0], Queries) and not request['post']
-    alone = alone and not kinds[0].needs_pos
-    top, total = levels.D.sigma_max * (1 + 1e-3), 0
+    alone = alone and not kinds[0].needs_pos and terms[0].every == 1
+    top, total, ages = levels.D.sigma_max * (1 + 1e-3), 0, [math.inf] * len(terms)
     for sigma, step in zip(levels.evaluations.sigmas, levels.evaluations.steps, strict=True):
         at = [
             _active(t, torch.tensor([sigma]), [sigma], step, t.w, top, may_skip_pos=alone)
             for t in terms
         ]
         total += not any(a.neg_only for a in at)
-        total += sum(a.on for a in at)  # each of these negatives takes one evaluation
+        for i, (t, a) in enumerate(zip(terms, at, strict=True)):
+            evaluated = a.on and ages[i] >= t.every
+            ages[i] = 1 if evaluated else ages[i] + 1
+            total += evaluated * given[i]['cost']
     return total
 
 
@@ -925,7 +974,8 @@ def terms_of(
         negative = _negative([t['negative'] for t in each], [r['seed'] for r in requests], D)
         rule, interval = _rule_from(each[0]['rule'], RULES), each[0]['interval']
         interval = None if interval is None else _unplain(interval)
-        terms.append(Term(negative, weights, rule, interval, each[0]['stop']))
+        stop, every = each[0]['stop'], each[0].get('every', 1)
+        terms.append(Term(negative, weights, rule, interval, stop, every))
     return terms or [Term(Conditions(D.cond('')), 1.0)]
 
 
@@ -939,6 +989,9 @@ def _negative(each, seeds, D):
     cls, net = NEGATIVES[name], D.inner_model.net
     if name == 'prompt':
         return Conditions(D.cond([o['prompt'] for o in each]))
+    if name == 'perpneg':
+        negs = [D.cond(o) for o in each[0]['prompts']]
+        return negatives.PerpNeg(D.cond(''), negs, each[0]['weights'])
     if name == 'icg':
         settings['conds'] = _pool(each[0]['prompts'], D)
     elif name == 'autoguidance':
