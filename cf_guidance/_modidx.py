@@ -2516,6 +2516,10 @@ d = {
                 'lab/store.html#store.add',
                 'cf_guidance/lab/store.py',
             ),
+            'cf_guidance.lab.store.Store.drop': (
+                'lab/store.html#store.drop',
+                'cf_guidance/lab/store.py',
+            ),
             'cf_guidance.lab.store.Store.merge': (
                 'lab/store.html#store.merge',
                 'cf_guidance/lab/store.py',
@@ -2536,8 +2540,16 @@ d = {
                 'lab/store.html#store.plan',
                 'cf_guidance/lab/store.py',
             ),
+            'cf_guidance.lab.store.Store.request': (
+                'lab/store.html#store.request',
+                'cf_guidance/lab/store.py',
+            ),
             'cf_guidance.lab.store.Store.requests': (
                 'lab/store.html#store.requests',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.rows': (
+                'lab/store.html#store.rows',
                 'cf_guidance/lab/store.py',
             ),
             'cf_guidance.lab.store.Store.stats': (
@@ -2552,6 +2564,14 @@ d = {
                 'lab/store.html#store.table',
                 'cf_guidance/lab/store.py',
             ),
+            'cf_guidance.lab.store._add_each': (
+                'lab/store.html#_add_each',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store._check_keys': (
+                'lab/store.html#_check_keys',
+                'cf_guidance/lab/store.py',
+            ),
             'cf_guidance.lab.store._digest': ('lab/store.html#_digest', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._existing': (
                 'lab/store.html#_existing',
@@ -2564,22 +2584,33 @@ d = {
             ),
             'cf_guidance.lab.store._joined': ('lab/store.html#_joined', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._label': ('lab/store.html#_label', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._listed': ('lab/store.html#_listed', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._name': ('lab/store.html#_name', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._number': ('lab/store.html#_number', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._opened': ('lab/store.html#_opened', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._own_results': (
+                'lab/store.html#_own_results',
+                'cf_guidance/lab/store.py',
+            ),
             'cf_guidance.lab.store._part': ('lab/store.html#_part', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._picture': (
                 'lab/store.html#_picture',
                 'cf_guidance/lab/store.py',
             ),
             'cf_guidance.lab.store._plain': ('lab/store.html#_plain', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._ranges': ('lab/store.html#_ranges', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._record': ('lab/store.html#_record', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._seeds': ('lab/store.html#_seeds', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._short': ('lab/store.html#_short', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._stored_features': (
                 'lab/store.html#_stored_features',
                 'cf_guidance/lab/store.py',
             ),
             'cf_guidance.lab.store._text': ('lab/store.html#_text', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store._versions': (
+                'lab/store.html#_versions',
+                'cf_guidance/lab/store.py',
+            ),
             'cf_guidance.lab.store._write_parquet': (
                 'lab/store.html#_write_parquet',
                 'cf_guidance/lab/store.py',
@@ -2588,7 +2619,15 @@ d = {
                 'lab/store.html#canonical',
                 'cf_guidance/lab/store.py',
             ),
+            'cf_guidance.lab.store.footnote': (
+                'lab/store.html#footnote',
+                'cf_guidance/lab/store.py',
+            ),
             'cf_guidance.lab.store.key_of': ('lab/store.html#key_of', 'cf_guidance/lab/store.py'),
+            'cf_guidance.lab.store.stored_rows': (
+                'lab/store.html#stored_rows',
+                'cf_guidance/lab/store.py',
+            ),
         },
         'cf_guidance.lab.sweeps': {
             'cf_guidance.lab.sweeps._as_list': (
@@ -2763,8 +2802,8 @@ d = {
                 'lab/sweeps.html#seed_everything',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps.stored_rows': (
-                'lab/sweeps.html#stored_rows',
+            'cf_guidance.lab.sweeps.stored_table': (
+                'lab/sweeps.html#stored_table',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps.summarise': (
@@ -4466,6 +4505,10 @@ d = {
                 'transforms.html#_match_norm',
                 'cf_guidance/transforms.py',
             ),
+            'cf_guidance.transforms._mean_cosine': (
+                'transforms.html#_mean_cosine',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms._narrow': (
                 'transforms.html#_narrow',
                 'cf_guidance/transforms.py',
@@ -4485,6 +4528,10 @@ d = {
             ),
             'cf_guidance.transforms._ratio': (
                 'transforms.html#_ratio',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms._skimmed': (
+                'transforms.html#_skimmed',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms._std': ('transforms.html#_std', 'cf_guidance/transforms.py'),
@@ -4525,9 +4572,21 @@ d = {
                 'transforms.html#ep_cfg',
                 'cf_guidance/transforms.py',
             ),
+            'cf_guidance.transforms.epsilon_scaling': (
+                'transforms.html#epsilon_scaling',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms.fdg': ('transforms.html#fdg', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.full_norm': (
                 'transforms.html#full_norm',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms.limit_norm': (
+                'transforms.html#limit_norm',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms.mahiro': (
+                'transforms.html#mahiro',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms.mambo': ('transforms.html#mambo', 'cf_guidance/transforms.py'),
@@ -4541,11 +4600,17 @@ d = {
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms.rule': ('transforms.html#rule', 'cf_guidance/transforms.py'),
+            'cf_guidance.transforms.skimmed': (
+                'transforms.html#skimmed',
+                'cf_guidance/transforms.py',
+            ),
+            'cf_guidance.transforms.smc': ('transforms.html#smc', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.t_norm': (
                 'transforms.html#t_norm',
                 'cf_guidance/transforms.py',
             ),
             'cf_guidance.transforms.tcfg': ('transforms.html#tcfg', 'cf_guidance/transforms.py'),
+            'cf_guidance.transforms.tsr': ('transforms.html#tsr', 'cf_guidance/transforms.py'),
         },
     },
 }

@@ -1279,7 +1279,7 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
         pred, negs[i] = self._leave_history(i, pred, active[i], x, sigma, run)
         given[i] = negs[i].to(given[i].dtype)
     if self.posts and (preds or self._histories):
-        pred = self._post(pred, pos, active, x, sigma)
+        pred = self._post(pred, pos, active, x, sigma, run)
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
         if a.on is not False:
             delta = (starts.get(i, pos) - neg).detach().reshape(len(x), -1)
@@ -1303,15 +1303,17 @@ def _leave_history(self: GuidedDenoiser, i, pred, active, x, sigma, run):
 
 
 @patch
-def _post(self: GuidedDenoiser, pred, pos, active, x, sigma):
+def _post(self: GuidedDenoiser, pred, pos, active, x, sigma, run):
     "The prediction after the post-rules, each in the space that it declares."
     fixed, guided = pred, False
     for post in self.posts:
+        noise = (sigma,) if post.takes_sigma else ()
         if post.space in ('any', 'x0'):
-            fixed = post(fixed, pos)
-        else:
-            space = _Space(post.space, x, sigma)
-            fixed = space.estimate(post(*space.predictions(fixed, pos)))
+            fixed = post(fixed, pos, *noise)
+            continue
+        space = _Space(post.space, x, sigma)
+        new = space.estimate(post(*space.predictions(fixed, pos), *noise))
+        fixed = _where(sigma <= run.sigma_max, new, fixed) if post.space == 'eps' else new
     for a in active:
         guided = guided | a.on
     return _where(guided, fixed, pred)

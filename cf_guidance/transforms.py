@@ -21,10 +21,16 @@ __all__ = [
     'beta_cfg',
     'fdg',
     'mimic',
+    'smc',
+    'mahiro',
+    'skimmed',
     'rescale',
     'ep_cfg',
     'cfg_norm',
+    'limit_norm',
     'dynamic_threshold',
+    'epsilon_scaling',
+    'tsr',
     'GuidanceTfm',
     'BaseNormGuidance',
     'TNormGuidance',
@@ -86,9 +92,9 @@ def _has_finite(t):
 
 
 # %% ../nbs/01_transforms.ipynb #78bbc03e
-def _broadcast_weight(w, like):
+def _broadcast_weight(w, like, name='w'):
     "`w` as a number, or as a tensor that broadcasts over all axes of `like` but the first."
-    expected = f'w: expected a finite number, or {len(like)} of them, one per sample'
+    expected = f'{name}: expected a finite number, or {len(like)} of them, one per sample'
     if isinstance(w, int | float) and not isinstance(w, bool):
         if not _is_finite(w):
             raise ValueError(f'{expected}, got {_short(w)}')
@@ -336,21 +342,27 @@ def rule(
 class PostRule(_Formula):
     "A correction of a guided prediction, given the positive one: `post(pred, pos) -> pred`."
 
+    takes_sigma: bool = field(default=False, kw_only=True)  # is the noise level its third argument?
+
     def _args(self):
-        return ('pred', 'pos')
+        return ('pred', 'pos', 'sigma') if self.takes_sigma else ('pred', 'pos')
 
     def __call__(
         self,
         pred: torch.Tensor,  # (B, ...) guided prediction, in `space`
         pos: torch.Tensor,  # (B, ...) positive prediction
+        sigma=None,  # noise level, if it `takes_sigma`: a number, or one per sample, (B,)
         **settings,  # for this call only
     ) -> torch.Tensor:  # (B, ...) in the dtype of the inputs
         "The corrected prediction."
         if settings:
-            return self.of(**settings)(pred, pos)
+            return self.of(**settings)(pred, pos, sigma)
         dtype = _common_dtype(pred, pos, self.axes, 'pred')
+        if self.takes_sigma and sigma is None:
+            raise TypeError(f'sigma: {self.__name__} expected the noise level, got None')
         pred, pos = (o.to(_wide(dtype, o.device)) for o in (pred, pos))
-        out = self.formula(pred, pos, **self.settings) if pred.numel() else pred.clone()
+        noise = (_broadcast_weight(sigma, pred, 'sigma'),) if self.takes_sigma else ()
+        out = self.formula(pred, pos, *noise, **self.settings) if pred.numel() else pred.clone()
         return _narrow(out, dtype)
 
 
@@ -358,11 +370,13 @@ class PostRule(_Formula):
 def post_rule(
     space: str,  # of the predictions: 'eps', 'x0', 'v', 'flow' or 'any'
     axes: int = 1,  # axes that a prediction must have, at least
+    takes_sigma: bool = False,  # is the formula `f(pred, pos, sigma)`?
     **limits,  # of each setting: `(smallest, largest)`
 ):
     "Decorator that makes a formula `f(pred, pos)` a `PostRule`, as `rule` does for rules."
     _check_facts(space, axes, limits)
-    return lambda formula: PostRule(formula, space=space, axes=axes, limits=limits)
+    facts = dict(space=space, axes=axes, takes_sigma=takes_sigma, limits=limits)
+    return lambda formula: PostRule(formula, **facts)
 
 
 # %% ../nbs/01_transforms.ipynb #525a15d3
@@ -646,6 +660,67 @@ def mimic(
     return torch.lerp(g, out, phi).view_as(neg)
 
 
+# %% ../nbs/01_transforms.ipynb #7c3a0002
+@rule('flow', pos_at=None, stateful=True, lam=(0, math.inf), k=(0, math.inf))
+def smc(
+    neg: torch.Tensor,  # (B, ...) negative prediction of the velocity
+    pos: torch.Tensor,  # (B, ...) positive prediction of the velocity
+    w,  # a number or (B,), as in `cfg`
+    state: torch.Tensor = None,  # (B, ...) the last corrected delta; None at the beginning of a run
+    *,
+    lam: float = 5.0,  # 1 minus the factor by which the delta should shrink at each step
+    k: float = 0.2,  # how much a value is corrected; 0 is `cfg`
+) -> tuple:  # (B, ...) prediction and state
+    "Sliding mode control (SMC-CFG, arXiv:2603.03281; the authors' code). It remembers a delta."
+    e = pos - neg
+    last = e if state is None else state
+    _check_state_shape(last, pos)
+    e = e - k * torch.sign(e - last + lam * last)
+    return neg + w * e, e
+
+
+# %% ../nbs/01_transforms.ipynb #7c3a0006
+def _mean_cosine(a, b):
+    "Cosine over the channels of each pixel, mean of each sample, shaped to broadcast."
+    n = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
+    c = (a * b).sum(1) / torch.where(n == 0, 1, n)
+    return c[..., None].flatten(1).mean(1).view(-1, *(1,) * (a.ndim - 1))
+
+
+@rule('x0', axes=2, neg_at=0.0)
+def mahiro(
+    neg: torch.Tensor,  # (B, C, ...) negative estimate of the image
+    pos: torch.Tensor,  # (B, C, ...) positive estimate of the image
+    w,  # a number or (B,), as in `cfg`
+) -> torch.Tensor:  # (B, C, ...)
+    "Mix `cfg` with `w` times the positive, by an angle (Mahiro of ComfyUI)."
+    g, leap = torch.lerp(neg, pos, w), w * pos
+    roots = (o / torch.where(o == 0, 1, o.abs()).sqrt() for o in (neg, g + leap))
+    return torch.lerp(leap, g, (1 + _mean_cosine(*roots)) / 2)
+
+
+# %% ../nbs/01_transforms.ipynb #7c3a0010
+def _skimmed(a, b, w, skim):
+    "`a`, nearer to `b` where guidance from `b` to `a` only makes a value of `a` larger."
+    far = (a - b).sign() == a.sign()
+    far &= torch.lerp(b, a, w).sign() == a.sign()
+    share = skim / (w * a.new_ones(())).clamp(min=skim)
+    return torch.where(far, torch.lerp(b, a, share), a)
+
+
+@rule('x0', neg_at=0.0, skim=(1, math.inf))
+def skimmed(
+    neg: torch.Tensor,  # (B, ...) negative estimate of the image
+    pos: torch.Tensor,  # (B, ...) positive estimate of the image
+    w,  # a number or (B,), as in `cfg`
+    *,
+    skim: float = 7.0,  # weight where guidance only makes values larger
+) -> torch.Tensor:  # (B, ...)
+    "Skimmed CFG (Extraltodeus, single scale): a lower weight where values would grow too much."
+    neg = _skimmed(neg, pos, w, skim)
+    return torch.lerp(neg, _skimmed(pos, neg, w, skim), w)
+
+
 # %% ../nbs/01_transforms.ipynb #b216d891
 def _std(x):
     "Standard deviation of each sample, shaped to broadcast; 0 where it is only rounding."
@@ -701,6 +776,18 @@ def cfg_norm(
     return pred * _ratio(*lengths).clamp(max=1)
 
 
+# %% ../nbs/01_transforms.ipynb #7c3a0014
+@post_rule('flow', most=(0, math.inf))
+def limit_norm(
+    pred: torch.Tensor,  # (B, ...) guided velocity
+    pos: torch.Tensor,  # (B, ...) positive velocity
+    *,
+    most: float = 1.0,  # longest length of a sample, in lengths of `pos`
+) -> torch.Tensor:  # (B, ...) no sample is longer than `most` times that in `pos`
+    "Shorten each sample to at most its length in `pos` (`cfg_normalization` of Z-Image)."
+    return pred * _ratio(most * _norm(pos), _norm(pred)).clamp(max=1)
+
+
 # %% ../nbs/01_transforms.ipynb #817d9a7e
 @post_rule('x0', p=(0, 1))
 def dynamic_threshold(
@@ -713,6 +800,38 @@ def dynamic_threshold(
     q = _quantile(pred[..., None].flatten(1).abs(), p)
     q = q.clamp(min=1).view(-1, *(1,) * (pred.ndim - 1))
     return torch.maximum(torch.minimum(pred, q), -q) / q
+
+
+# %% ../nbs/01_transforms.ipynb #7c3a0017
+@post_rule('eps', divisor=(0.1, 10))
+def epsilon_scaling(
+    pred: torch.Tensor,  # (B, ...) guided prediction of the noise
+    pos: torch.Tensor,  # (B, ...) not used
+    *,
+    divisor: float = 1.005,  # what the noise is divided by; 1 changes nothing
+) -> torch.Tensor:  # (B, ...)
+    """Divide the predicted noise by a constant (epsilon scaling, arXiv:2308.15321).
+
+    A guided denoiser leaves it out at steps with more noise than the model was trained on.
+    """
+    return pred / divisor
+
+
+@post_rule('eps', takes_sigma=True, k=(0.01, 100), std=(0.01, 100))
+def tsr(
+    pred: torch.Tensor,  # (B, ...) guided prediction of the noise
+    pos: torch.Tensor,  # (B, ...) not used
+    sigma,  # noise level, a number or one per sample
+    *,
+    k: float = 0.95,  # inverse temperature: the variance of the data is divided by it; 1: nothing
+    std: float = 1.0,  # standard deviation of the data, or of its modes
+) -> torch.Tensor:  # (B, ...)
+    """Temporal score rescaling (TSR, arXiv:2510.01184, eq. 6): sample at another temperature.
+
+    A guided denoiser leaves it out at steps with more noise than the model was trained on.
+    """
+    share = std**2 / (std**2 + sigma**2)
+    return pred / (1 + share * (1 / k - 1))
 
 
 # %% ../nbs/01_transforms.ipynb #96e054e0

@@ -8,7 +8,8 @@ from cf_guidance.transforms import PostRule, cfg
 def alone(rule):
     "A function of (neg, pos, w) that returns the prediction only; a post-rule corrects `cfg`."
     if isinstance(rule, PostRule):
-        return lambda neg, pos, w: rule(cfg(neg, pos, w), pos)
+        noise = (2.0,) if rule.takes_sigma else ()
+        return lambda neg, pos, w: rule(cfg(neg, pos, w), pos, *noise)
     if rule.stateful:
         return lambda neg, pos, w: rule(neg, pos, w)[0]
     return lambda neg, pos, w: rule(neg, pos, w)

@@ -41,12 +41,14 @@ from cf_guidance.transforms import (
     base_norm,
     beta_cfg,
     cfg,
+    epsilon_scaling,
     full_norm,
     post_rule,
     rescale,
     rule,
     t_norm,
     tcfg,
+    tsr,
 )
 
 # --- a denoiser to test with: one number per sample is its condition ---
@@ -704,6 +706,30 @@ def test_reuse_in_pieces_and_in_another_loop():
 def test_bad_every(bad):
     with pytest.raises((TypeError, ValueError), match='every'):
         Term(NONE, every=bad)
+
+
+# --- post-rules that know the noise level ---
+
+
+def test_tsr_samples_at_another_temperature():
+    "For Gaussian data of variance 4 it is the model of variance 4/k; the delta here is 0."
+    wide, narrow = (GaussianMixture([[0.0, 0.0]], v, sigma_max=20.0) for v in (4.0, 1.0))
+    x = 20 * randn((16, 2), 0, dtype=torch.float64)
+    G = GuidedDenoiser(wide, Model(lambda x, sigma: wide(x, sigma)), post=tsr.of(k=4.0, std=2.0))
+    got, want = (sample(D, x, get_sigmas_karras(8, 0.1, 20.0), karras.euler) for D in (G, narrow))
+    close(got, want)
+
+
+def test_noise_is_scaled_only_where_the_model_knows_it():
+    class Known(Denoiser):
+        sigma_min, sigma_max = 0.1, 1.5
+
+    G = GuidedDenoiser(Known(toy), Term(NONE, 3.0), post=epsilon_scaling.of(divisor=2.0))
+    plain = GuidedDenoiser(Known(toy), Term(NONE, 3.0))
+    sigma = torch.tensor([1.0, 2.0]).repeat(3)
+    got, want = G(X, sigma, **C), plain(X, sigma, **C)
+    close(got[::2], (X + want)[::2] / 2)
+    assert torch.equal(got[1::2], want[1::2])
 
 
 # --- a history ---

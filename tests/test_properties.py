@@ -28,7 +28,7 @@ RULES |= {
 }
 COMBINE = sorted(k for k, f in RULES.items() if isinstance(f, Rule))
 # a radius, a range of pixels and a length have units
-NOT_SCALED = {'apg, radius and momentum', 'dynamic_threshold', 'beta_cfg', 'beta_cfg, root'}
+NOT_SCALED = {'smc', 'apg, radius and momentum', 'dynamic_threshold', 'beta_cfg', 'beta_cfg, root'}
 
 settings.register_profile('here', deadline=None, derandomize=True, max_examples=25)
 settings.load_profile('here')
@@ -137,6 +137,7 @@ def test_spaces(name, two, w, sigma, prediction):
     "A guided denoiser converts to the space of a rule, whatever its network predicts."
     neg, pos = two
     f, x, n = RULES[name], torch.ones_like(neg) * sigma, len(neg)
+    f = f.of(k=0.0) if name == 'smc' else f  # the sign of a rounding error can be either
     s = torch.full((n,), sigma, dtype=torch.float64)
     D = NetDenoiser(lambda z, t, c: c, prediction)
     kw = dict(post=f) if isinstance(f, PostRule) else dict(rule=f)
@@ -161,7 +162,8 @@ def in_space(f, neg, pos, w, x, sigma):
     neg = cfg(neg, pos, w) if isinstance(f, PostRule) else neg
     space = 'x0' if f.space == 'any' else f.space
     a, b = (from_net(o, x, sigma, space) for o in (neg, pos))
-    out = f(a, b) if isinstance(f, PostRule) else alone(f)(a, b, w)
+    noise = (sigma,) if getattr(f, 'takes_sigma', False) else ()
+    out = f(a, b, *noise) if isinstance(f, PostRule) else alone(f)(a, b, w)
     return out if space == 'x0' else to_x0(out, x, sigma, space)
 
 
@@ -186,9 +188,11 @@ def test_unguided_is_the_denoiser(name, size, sigma, prediction, seed):
 
 
 def test_all_rules_are_here():
-    spaces = dict(cfg='any', rescale='v', cfg_zero='flow', mambo='flow')
+    spaces = dict(cfg='any', rescale='v')
+    spaces |= dict.fromkeys(('cfg_zero', 'mambo', 'smc', 'limit_norm'), 'flow')
     spaces |= dict.fromkeys(('base_norm', 't_norm', 'full_norm', 'tcfg', 'beta_cfg'), 'eps')
+    spaces |= dict.fromkeys(('epsilon_scaling', 'tsr'), 'eps')
     named = {k: f.space for k, f in RULES.items() if k.isidentifier()}
     assert named == {k: spaces.get(k, 'x0') for k in named}  # the others work on the image
-    assert len(named) == 16
+    assert len(named) == 22
     assert all(math.isfinite(RULES[k].pos_at) for k in COMBINE if RULES[k].pos_at is not None)

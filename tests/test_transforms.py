@@ -38,13 +38,18 @@ from cf_guidance.transforms import (
     ep_cfg,
     fdg,
     full_norm,
+    limit_norm,
+    mahiro,
     mambo,
     mimic,
     post_rule,
     rescale,
     rule,
+    skimmed,
+    smc,
     t_norm,
     tcfg,
+    tsr,
 )
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -71,12 +76,17 @@ MORE = [
     fdg.of(shares=(2.0, 0.0, 1.0, 0.3)),
     dynamic_threshold.of(p=0.0),
     mimic.of(p=0.5, phi=0.5, mimic=0.0),
+    smc.of(lam=0.0, k=2.0),
+    skimmed.of(skim=1.0),
+    limit_norm.of(most=2.0),
+    tsr.of(k=4.0, std=0.1),
 ]
 RULES = [*NAMED.values(), *MORE]
 every_rule = pytest.mark.parametrize('f', RULES, ids=repr)
 every_name = pytest.mark.parametrize('f', NAMED.values(), ids=repr)
 POSTS = [o for o in RULES if isinstance(o, PostRule)]
 COMBINE = [o for o in RULES if isinstance(o, Rule)]
+MOVING = 'dynamic_threshold', 'epsilon_scaling', 'tsr'  # these change the positive too
 SHAPE = (3, 4, 8, 8)
 
 
@@ -109,26 +119,31 @@ def names(test):
 
 
 def test_spaces():
-    image = ['apg', 'adg', 'fdg', 'mimic', 'ep_cfg', 'cfg_norm', 'dynamic_threshold']
+    image = ['apg', 'adg', 'fdg', 'mimic', 'mahiro', 'skimmed']
+    image += ['ep_cfg', 'cfg_norm', 'dynamic_threshold']
     assert names(lambda f: f.space == 'any') == ['cfg']
     assert sorted(names(lambda f: f.space == 'x0')) == sorted(image)
     assert names(lambda f: f.space == 'v') == ['rescale']
-    assert names(lambda f: f.space == 'flow') == ['cfg_zero', 'mambo']
+    assert names(lambda f: f.space == 'flow') == ['cfg_zero', 'mambo', 'smc', 'limit_norm']
 
 
 def test_facts():
-    no_pos = ['base_norm', 't_norm', 'full_norm', 'beta_cfg', 'mimic']
+    no_pos = ['base_norm', 't_norm', 'full_norm', 'beta_cfg', 'mimic', 'smc']
     assert names(lambda f: isinstance(f, Rule) and f.pos_at is None) == no_pos
     assert names(lambda f: isinstance(f, Rule) and f.pos_at not in (None, 1)) == []
-    at_neg = ['cfg', 'base_norm', 't_norm', 'full_norm', 'beta_cfg']
+    at_neg = ['cfg', 'base_norm', 't_norm', 'full_norm', 'beta_cfg', 'mahiro', 'skimmed']
     assert names(lambda f: isinstance(f, Rule) and f.neg_at is not None) == at_neg
-    assert names(lambda f: isinstance(f, Rule) and f.stateful) == ['apg']
+    assert names(lambda f: isinstance(f, Rule) and f.stateful) == ['apg', 'smc']
     assert names(lambda f: isinstance(f, PostRule)) == [
         'rescale',
         'ep_cfg',
         'cfg_norm',
+        'limit_norm',
         'dynamic_threshold',
+        'epsilon_scaling',
+        'tsr',
     ]
+    assert names(lambda f: getattr(f, 'takes_sigma', False)) == ['tsr']
 
 
 @every_rule
@@ -371,7 +386,7 @@ def test_no_jump_near_the_positive(f):
     assert (size(got - pos) <= 0.01 * size(pos)).all()
 
 
-@pytest.mark.parametrize('f', [o for o in POSTS if o.__name__ != 'dynamic_threshold'], ids=repr)
+@pytest.mark.parametrize('f', [o for o in POSTS if o.__name__ not in MOVING], ids=repr)
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_post_rules_keep_the_positive(f, dtype):
     _, pos = wide_range(dtype)
@@ -404,7 +419,7 @@ def test_zero_and_equal_predictions(f):
     _, pos = two_sizes()
     zero = torch.zeros(3, 4, 6, 5)
     assert torch.equal(alone(f)(zero, zero, 3.0), zero)
-    if f.__name__ not in ('base_norm', 'full_norm', 'dynamic_threshold'):
+    if f.__name__ not in ('base_norm', 'full_norm', *MOVING):
         same(alone(f)(pos, pos, 3.0), pos)
 
 
@@ -581,6 +596,63 @@ def test_compiled(f):
     for w in (1.5, 2.5, 3.5, 4.5, torch.tensor([1.0, 2.0, 3.0])):
         torch.testing.assert_close(g(a, b, w), alone(f)(a, b, w))
     assert count.frame_count <= 3
+
+
+# --- rules of other programs
+
+
+def test_smc_without_a_correction_is_cfg():
+    neg, pos = two_sizes()
+    pred, state = smc(neg, pos, 3.0, k=0.0)
+    same(pred, cfg(neg, pos, 3.0))
+    same(state, pos - neg)
+    with pytest.raises(ValueError, match='state: expected the shape'):
+        smc(neg, pos, 3.0, state[..., :2])
+
+
+def test_smc_at_an_exponential_decay_corrects_nothing():
+    "e_i = (1 - lam) e_(i-1) is where s is 0."
+    neg, pos = torch.zeros(1, 4), torch.tensor([[4.0, -2.0, 1.0, 8.0]])
+    pred, state = smc(neg, pos, 2.0, 2 * pos, lam=0.5)
+    assert torch.equal(state, pos)
+    assert torch.equal(pred, 2 * pos)
+
+
+def test_mahiro_is_the_node_for_one_picture():
+    "In the order of ComfyUI's formula; there the cosine is averaged over the batch too."
+    neg, pos = pair(1, 4, 8, 8)
+    leap, guided = 5.0 * pos, neg + 5.0 * (pos - neg)
+    roots = [o.sign() * o.abs().sqrt() for o in (5.0 * neg, (leap + guided) / 2)]
+    share = 2 * (torch.cosine_similarity(*roots).mean() + 1)
+    same(mahiro(neg, pos, 5.0), (share * guided + (4 - share) * leap) / 4)
+
+
+def test_skimmed_lowers_the_weight_where_values_only_grow():
+    neg, pos = pair(2, 4, 8, 8).abs()
+    neg, pos = torch.minimum(neg, pos), torch.maximum(neg, pos)  # the positive is farther out
+    w = torch.tensor([3.0, 12.0])
+    same(skimmed(neg, pos, w), cfg(neg, pos, w.clamp(max=7.0)))
+    same(skimmed(-neg, -pos, w), -cfg(neg, pos, w.clamp(max=7.0)))
+
+
+def test_limit_norm():
+    pred, pos = two_sizes()
+    got = limit_norm(pred, pos, most=0.5)
+    same(size(got), torch.minimum(size(pred), 0.5 * size(pos)))
+    same(limit_norm(pred, 1e3 * pred), pred)
+
+
+def test_tsr_knows_the_noise_of_each_sample():
+    pred, _ = two_sizes()
+    got = tsr(pred, pred, torch.tensor([0.5, 2.0]), k=4.0, std=1.0)
+    want = [pred[i] * (1 + s**2) / (0.25 + s**2) for i, s in enumerate((0.5, 2.0))]
+    same(got, torch.stack(want))
+    assert torch.equal(tsr(pred, pred, 1.0, k=1.0), pred)
+    assert torch.equal(tsr(pred, pred, 0.0, k=2.0), 2 * pred)
+    with pytest.raises(TypeError, match='sigma: tsr expected the noise level'):
+        tsr(pred, pred)
+    with pytest.raises(ValueError, match='sigma: expected a finite number, or 2 of them'):
+        tsr(pred, pred, torch.ones(3))
 
 
 # --- the classic transforms
