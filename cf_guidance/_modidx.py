@@ -1545,6 +1545,14 @@ d = {
                 'cf_guidance/lab/draw.py',
             ),
             'cf_guidance.lab.draw._Bar.say': ('lab/draw.html#_bar.say', 'cf_guidance/lab/draw.py'),
+            'cf_guidance.lab.draw._by_sampler': (
+                'lab/draw.html#_by_sampler',
+                'cf_guidance/lab/draw.py',
+            ),
+            'cf_guidance.lab.draw._by_scheduler': (
+                'lab/draw.html#_by_scheduler',
+                'cf_guidance/lab/draw.py',
+            ),
             'cf_guidance.lab.draw._checked': ('lab/draw.html#_checked', 'cf_guidance/lab/draw.py'),
             'cf_guidance.lab.draw._checked_shard': (
                 'lab/draw.html#_checked_shard',
@@ -2111,9 +2119,33 @@ d = {
                 'cf_guidance/lab/plan.py',
             ),
             'cf_guidance.lab.plan._Levels': ('lab/plan.html#_levels', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._Recorder': (
+                'lab/plan.html#_recorder',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._Recorder.__call__': (
+                'lab/plan.html#_recorder.__call__',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._Recorder.__init__': (
+                'lab/plan.html#_recorder.__init__',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._Recorder.parts': (
+                'lab/plan.html#_recorder.parts',
+                'cf_guidance/lab/plan.py',
+            ),
             'cf_guidance.lab.plan._axis': ('lab/plan.html#_axis', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._bare_denoiser': (
+                'lab/plan.html#_bare_denoiser',
+                'cf_guidance/lab/plan.py',
+            ),
             'cf_guidance.lab.plan._check_history': (
                 'lab/plan.html#_check_history',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._check_sampler': (
+                'lab/plan.html#_check_sampler',
                 'cf_guidance/lab/plan.py',
             ),
             'cf_guidance.lab.plan._check_where_names': (
@@ -2221,6 +2253,11 @@ d = {
                 'lab/plan.html#_rule_from',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._sampler': ('lab/plan.html#_sampler', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._sampler_levels': (
+                'lab/plan.html#_sampler_levels',
+                'cf_guidance/lab/plan.py',
+            ),
             'cf_guidance.lab.plan._schedule_values': (
                 'lab/plan.html#_schedule_values',
                 'cf_guidance/lab/plan.py',
@@ -2236,6 +2273,11 @@ d = {
             'cf_guidance.lab.plan._setting': ('lab/plan.html#_setting', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._settings_of_negative': (
                 'lab/plan.html#_settings_of_negative',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._sigmas': ('lab/plan.html#_sigmas', 'cf_guidance/lab/plan.py'),
+            'cf_guidance.lab.plan._sigmas_for': (
+                'lab/plan.html#_sigmas_for',
                 'cf_guidance/lab/plan.py',
             ),
             'cf_guidance.lab.plan._size': ('lab/plan.html#_size', 'cf_guidance/lab/plan.py'),
@@ -2287,6 +2329,7 @@ d = {
                 'lab/plan.html#scheduler_of',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan.step_of': ('lab/plan.html#step_of', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan.terms_of': ('lab/plan.html#terms_of', 'cf_guidance/lab/plan.py'),
         },
         'cf_guidance.lab.plots': {

@@ -1037,7 +1037,7 @@ def _as_k_diffusion(step, name):
     first = step.__doc__.split('\n')[0]
     lines = [f'{k}: {_PARAMETER_DOCS[k]}' for k in signature.parameters]
     doc = f"{first}\n\nWith k-diffusion's signature.\n\n" + '\n'.join(lines)
-    sampler.__signature__, sampler.__module__ = signature, __name__
+    sampler.__signature__, sampler.__module__, sampler.step = signature, __name__, step
     return _named(sampler, name, doc)
 
 

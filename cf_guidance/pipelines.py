@@ -1654,7 +1654,7 @@ def _seed_noise(scheduler, generators):
 def _decode(self: MinimalDiffusion, latents):
     "Latents to images, a quarter of `batch_size` at a time."
     D = pipeline_denoiser(self.pipe, height=self.height, width=self.width)
-    if D.family.pack > 1:
+    if D.family.pack > 1 and latents.ndim == 3:
         latents = self.pipe._unpack_latents(latents, *D.size, D.factor)
     pieces = Microbatched(D, max(1, self.batch_size // 4))
     x = torch.cat(pieces.map(lambda s: D.decode(latents[s]), len(latents)))

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, python
 
+from cf_guidance.guided import Conditions, GuidedDenoiser
+from cf_guidance.karras import sample_dpmpp_2m
 from cf_guidance.lab.draw import (
     Painter,
     draw,
@@ -19,8 +21,10 @@ from cf_guidance.lab.draw import (
     shard_of_environment,
     units,
 )
-from cf_guidance.lab.plan import Sweep
+from cf_guidance.lab.plan import SAMPLERS, Sweep, evaluations_of
 from cf_guidance.lab.store import Store, key_of
+from cf_guidance.noise import randn
+from cf_guidance.pipelines import pipeline_denoiser
 
 BATCH, KILLS = 10, 20  # as in killed_draws.py
 BAG, COAT = 'a red bag on a blue background', 'a yellow coat on a black background'
@@ -88,6 +92,32 @@ def test_units_are_those_of_the_plan():
 def test_pipelines_are_loaded_once():
     found = units(small(steps=[2, 3], dtype=['float32', 'bfloat16']).requests, 6)
     assert [o[0]['dtype'] for o in found] == ['float32', 'float32', 'bfloat16', 'bfloat16']
+
+
+@pytest.fixture(scope='module')
+def painter():
+    return Painter(lambda pixels, requests: dict(pixels=list(pixels)))
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_a_sampler_draws_a_picture_alone_as_in_a_batch(sampler, painter):
+    requests = small(sampler=sampler, sigmas='karras', w=3.0, seed=[0, 1], steps=3).requests
+    rows, (alone,) = painter(requests), painter(requests[2:3])
+    assert [o['nfe'] for o in rows] == [evaluations_of(r) for r in requests]
+    assert [o['effective_scale'] for o in rows] == pytest.approx([3] * 4, abs=1e-4)
+    assert (alone['pixels'] - rows[2]['pixels']).abs().max() < 1e-4
+
+
+def test_a_sampler_is_that_of_a_loop(painter):
+    (request,) = small(
+        prompt=BAG, seed=5, steps=4, sampler='dpmpp_2m', sigmas=[9, 3, 1, 0.3]
+    ).requests
+    (row,) = painter([request])
+    D = pipeline_denoiser(painter.pipeline.pipe, False)
+    G = GuidedDenoiser(D, Conditions(D.cond('')))
+    x = 9 * randn((1, *D.latent_shape), [5])
+    x = sample_dpmpp_2m(G, x, torch.tensor([9, 3, 1, 0.3, 0]), D.cond(BAG))
+    assert (D.decode(x)[0] - row['pixels']).abs().max() < 1e-5
 
 
 ARRAY = dict(SLURM_ARRAY_TASK_ID='7', SLURM_ARRAY_TASK_MIN='3', SLURM_ARRAY_TASK_COUNT='4')

@@ -17,7 +17,9 @@ from cf_guidance.lab.plan import (
     NEGATIVES,
     POST_RULES,
     RULES,
+    SAMPLERS,
     SCHEDULES,
+    SIGMAS,
     Sweep,
     batch_key,
     evaluations_of,
@@ -201,7 +203,16 @@ BAD = {
         'DDIMScheduler(foo=1)',
         3,
         'FlowMatchEulerDiscreteScheduler',
+        'EulerDiscreteScheduler(stochastic_sampling=True)',
         'torch',
+    ],
+    'sampler': [
+        *('eulr', 'euler(', 'euler(foo=1)', 'heun(s_churn=-1)', 'heun(quantize=None)', 3),
+        *('lms(order=0)', "dpmpp_2m_sde(solver_type='x')", 'DDIMScheduler'),
+    ],
+    'sigmas': [
+        *('karas', 'karras(foo=1)', "karras(rho='x')", 'karras(rho=0)', 'linear(rho=2)', 3),
+        *('karras(sigma_max=100)', 'karras(sigma_max=.01)', [1, 2], [-1.0], [100.0, 1], [[1, 'x']]),
     ],
     'steps': [0, -5, 1.5, 'many', 1001, [5, 5]],
     'eta': [-1, 'x', float('nan')],
@@ -237,6 +248,9 @@ def test_bad_values_are_clear(name, value):
     settings = {'prompt': PROMPT, 'w': 2, 'steps': 5, name: value}
     if name == 'schedule' and value != [1, 2, 3]:
         del settings['w'], settings['steps']
+    if name == 'sigmas':
+        settings['sampler'] = 'euler'
+        del settings['steps']
     clear_errors.check(lambda: Sweep(**settings), name, most=320)  # some list all names
 
 
@@ -247,6 +261,11 @@ def test_what_does_not_go_together_is_clear():
     check(lambda: Sweep(prompt=PROMPT, schedule='linear(w=2)', w=2), 'w')
     check(lambda: Sweep(prompt=PROMPT, schedule={'name': 'points', 'points': [[0, 1]]}, w=2), 'w')
     check(lambda: Sweep(prompt=PROMPT, scheduler='EulerDiscreteScheduler', eta=0.5), 'eta')
+    check(lambda: Sweep(prompt=PROMPT, sampler='heun', eta=0.5), 'eta')
+    check(lambda: Sweep(prompt=PROMPT, sampler='heun', scheduler='DDIMScheduler'), 'scheduler')
+    check(lambda: Sweep(prompt=PROMPT, sampler='euler_cfg_pp', negative='none'), 'sampler')
+    check(lambda: Sweep(prompt=PROMPT, sigmas='karras'), 'sigmas')
+    check(lambda: Sweep(prompt=PROMPT, sampler='heun', sigmas=[5, 1], steps=3), 'steps')
     check(lambda: Sweep(prompt=PROMPT, w=[1, 2], cases=[{'w': 3}]), 'cases')
     check(lambda: Sweep(prompt=PROMPT, where=lambda **kw: True).settings(), 'where')
     check(lambda: Sweep.from_dict([1]), 'settings')
@@ -271,6 +290,7 @@ def test_other_spellings_are_the_same_request():
     def of(**settings):
         return Sweep(prompt=PROMPT, steps=2, **settings).requests
 
+    assert of(sampler='lms(order=4)') == of(sampler=dict(name='lms'))
     assert of(rule='apg(eta=1)') == of(rule={'name': 'apg', 'eta': 1.0})
     assert of(rule=RULES['apg'].of(eta=1)) == of(rule='apg(eta = 1)')
     assert of(interval=(0.5, 3)) == of(interval='.5:3') == of(interval=[0.5, 3.0])
@@ -324,6 +344,36 @@ def test_sigmas_are_those_of_the_pipeline(md):
 def test_evaluations_of_schedulers_that_evaluate_twice(md, scheduler):
     (r,) = Sweep(prompt=PROMPT, scheduler=scheduler, steps=5, interval=(0.6, 4)).requests
     assert draw(md, [r])[1] == [evaluations_of(r)]
+
+
+def test_the_noise_levels_of_a_sampler_are_in_its_request():
+    def of(**settings):
+        return Sweep(prompt=PROMPT, sampler='euler', **settings).requests
+
+    (own,) = of(sigmas=[5, 2.0, 0.5])
+    assert own['sigmas'] == [5.0, 2.0, 0.5, 0.0]
+    assert (own['steps'], evaluations_of(own)) == (3, 6)
+    assert of(sigmas=own['sigmas']) == [own]
+    (schedulers,) = Sweep(prompt=PROMPT, steps=7).requests
+    assert 'sampler' not in schedulers  # so that keys of earlier plans are still those
+    assert of(steps=7)[0]['sigmas'] == schedulers['sigmas']
+    families = of(steps=7, sigmas=[*SIGMAS, 'karras(rho=3)', 'karras(sigma_max=5)'])
+    assert len({tuple(r['sigmas']) for r in families}) == 5
+    assert {(len(r['sigmas']), r['sigmas'][-1]) for r in families} == {(8, 0.0)}
+    assert families[-1]['sigmas'][0] == 5
+
+
+def test_evaluations_of_samplers():
+    requests = Sweep(prompt=PROMPT, sampler=[*SAMPLERS], w=[1, 2], steps=4).requests
+    counts = {
+        r['sampler']['name']: evaluations_of(r)
+        for r in requests
+        if r['terms'][0]['weights'][0] == 2
+    }
+    assert (counts['euler'], counts['heun'], counts['dpmpp_2m']) == (8, 14, 8)
+    alone = [evaluations_of(r) for r in requests if r['terms'][0]['weights'][0] == 1]
+    both = [o['sampler']['name'] for o in requests[::2] if o['sampler']['name'].endswith('cfg_pp')]
+    assert sum(alone) == sum(counts.values()) / 2 + 4 * len(both)
 
 
 def test_a_plan_is_the_same_after_its_file(tmp_path):

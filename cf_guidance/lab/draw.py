@@ -26,8 +26,10 @@ from contextlib import contextmanager, suppress
 import torch
 from fastcore.basics import patch
 
+from .. import karras
 from .._extras import needs
-from ..noise import _check_whole
+from ..guided import GuidedDenoiser, Microbatched
+from ..noise import _check_whole, randn
 from .fashion import world_of
 from .metrics import saturation
 
@@ -44,11 +46,12 @@ with needs('lab', 'cf_guidance.lab.draw'):
         fingerprint,
         posts_of,
         scheduler_of,
+        step_of,
         terms_of,
     )
     from cf_guidance.lab.store import Store
     from cf_guidance.lab.sweeps import _to_pil
-    from cf_guidance.pipelines import MinimalDiffusion
+    from cf_guidance.pipelines import MinimalDiffusion, pipeline_denoiser
 
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11b1
@@ -206,25 +209,49 @@ def paint(
     with warnings.catch_warnings():
         # a fast backend leaves perturbed layers to PyTorch
         warnings.filterwarnings('ignore', '.*PyTorch runs the network', UserWarning)
-        pixels, report = self.pipeline.sample(
-            [r['prompt'] for r in requests],
-            terms_of(requests, self.pipeline.pipe),
-            [r['seed'] for r in requests],
-            num_steps=first['steps'],
-            post=posts_of(first),
-            return_report=True,
-            **({'eta': first['eta']} if first['eta'] else {}),
-        )
+        sample = _by_sampler if 'sampler' in first else _by_scheduler
+        pixels, nfe, scales = sample(self.pipeline, requests)
     columns = dict(
         request=requests,
         picture=_to_pil(pixels) if self.keep_pictures else [None] * len(requests),
-        nfe=report.nfe,
-        effective_scale=report.terms[0].scales,
+        nfe=nfe,
+        effective_scale=scales,
         network=[backend_of(self.pipeline.pipe)] * len(requests),
         **self.measure(pixels, requests),
     )
     values = zip(*columns.values(), strict=True)
     return [dict(zip(columns, o, strict=True), error=None) for o in values]
+
+
+# %% ../../nbs/lab/13_draw.ipynb #7a3be0e1
+def _by_scheduler(md, requests):
+    "Pixels, evaluations and effective scales, by the pipeline's loop and its scheduler."
+    first = requests[0]
+    pixels, report = md.sample(
+        [r['prompt'] for r in requests],
+        terms_of(requests, md.pipe),
+        [r['seed'] for r in requests],
+        num_steps=first['steps'],
+        post=posts_of(first),
+        return_report=True,
+        **({'eta': first['eta']} if first['eta'] else {}),
+    )
+    return pixels, report.nfe, report.terms[0].scales
+
+
+@torch.no_grad()
+def _by_sampler(md, requests):
+    "The same by a sampler of `karras`. Each picture has the noise of its seed."
+    first, seeds = requests[0], [r['seed'] for r in requests]
+    D = pipeline_denoiser(md.pipe, False, md.height, md.width)
+    G = GuidedDenoiser(
+        Microbatched(D, md.batch_size), *terms_of(requests, md.pipe), post=posts_of(first)
+    )
+    x = randn((len(seeds), *D.latent_shape), seeds, md.device) * first['sigmas'][0]
+    step, options = step_of(first['sampler'])
+    cond = D.cond([r['prompt'] for r in requests])
+    x = karras.sample(G, x, first['sigmas'], step, cond, seeds, **options)
+    return md._decode(x), G.run.nfe_per_sample.tolist(), G.run.effective_scales(0)
 
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11f1

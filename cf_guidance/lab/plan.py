@@ -8,9 +8,12 @@ __all__ = [
     'POST_RULES',
     'NEGATIVES',
     'SCHEDULES',
+    'SAMPLERS',
+    'SIGMAS',
     'SAMPLING_VERSION',
     'fingerprint',
     'scheduler_of',
+    'step_of',
     'evaluations_of',
     'Sweep',
     'batch_key',
@@ -36,7 +39,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .. import attention, negatives, schedules, transforms
+from .. import attention, karras, negatives, schedules, transforms
 from .._extras import needs
 from ..guided import (
     Conditions,
@@ -440,6 +443,8 @@ def _configured(own, name, settings):
     for k in settings:
         if k not in known:
             raise ValueError(f'scheduler: {cls.__name__} has no setting {_short(k)}')
+    if settings.get('stochastic_sampling'):
+        raise ValueError(f'scheduler: {cls.__name__} with stochastic_sampling draws unseeded noise')
     if issubclass(cls, diffusers.PNDMScheduler):
         settings = dict(skip_prk_steps=True, **settings)
     try:
@@ -456,7 +461,8 @@ class _Levels:
     D: object  # a denoiser that knows the range of the model
     evaluations: object  # of the scheduler: noise level and step of each
     sigmas: list  # where each step begins, and the end
-    takes_eta: bool
+    takes_eta: bool = False
+    both: bool = False  # are both predictions evaluated, also where the weight needs one of them?
 
 
 @cache
@@ -484,9 +490,124 @@ def _levels(model, scheduler, steps):
     return _Levels(D, evaluations, [*begins, 0.0] if falls else begins, eta)
 
 
+# %% ../../nbs/lab/09_plan.ipynb #7a3be0da
 def _levels_of(request):
-    parts = (json.dumps(request[k], sort_keys=True) for k in ('model', 'scheduler'))
+    names = ('model', 'scheduler', 'sampler') if 'sampler' in request else ('model', 'scheduler')
+    parts = (json.dumps(request[k], sort_keys=True) for k in names)
+    if 'sampler' in request:
+        return _sampler_levels(*parts, tuple(request['sigmas']))
     return _levels(*parts, request['steps'])
+
+
+# %% ../../nbs/lab/09_plan.ipynb #7a3be0d2
+SAMPLERS = {
+    k.removeprefix('sample_'): f.step for k, f in vars(karras).items() if k.startswith('sample_')
+}
+SIGMAS = dict(
+    karras=karras.get_sigmas_karras,
+    exponential=karras.get_sigmas_exponential,
+    linear=None,  # evenly spaced in the model's time
+)
+
+
+def _sampler(name, value):
+    "A sampler as in a request, with all its options."
+    sampler, given = _name_and_settings(name, value, SAMPLERS)
+    step, given = SAMPLERS[sampler], {k: _unplain(v) for k, v in given.items()}
+    known = list(inspect.signature(step).parameters.values())[5:]
+    known = {p.name: p.default for p in known if p.name != 'quantize'}
+    for k in given:
+        if k not in known:
+            raise ValueError(
+                f'{name}: {sampler}: expected {_listed(known) or "no settings"}, got {_short(k)}'
+            )
+    try:
+        karras._check_options(step, given)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'{name}: {sampler}: {e}') from None
+    given = {k: given.get(k, v) for k, v in known.items()}
+    floats = {k: float(v) if isinstance(known[k], float) else v for k, v in given.items()}
+    return dict(name=sampler, **_plain(floats))
+
+
+# %% ../../nbs/lab/09_plan.ipynb #7a3be0d3
+def _sigmas(name, value):
+    "Noise levels: a list that ends in 0, or a name with settings."
+    if isinstance(value, (list, tuple)):
+        values = [float(v) for v in value if _is_number(v, 0)]
+        if len(values) != len(value):
+            raise ValueError(f'{name}: expected numbers from 0, got {_short(value)}')
+        return karras._checked_sigmas(values if values[-1:] == [0] else [*values, 0.0])
+    family, given = _name_and_settings(name, value, SIGMAS)
+    known = _parameters(SIGMAS[family], ('n', 'device', 'concat_zero')) if SIGMAS[family] else {}
+    for k, v in given.items():
+        if k not in known or not _is_number(v):
+            expected = f'numbers for {_listed(known)}' if known else 'no settings'
+            raise ValueError(f'{name}: {family}: expected {expected}, got {k}={_short(v)}')
+    return dict(name=family, **{k: float(v) for k, v in given.items()})
+
+
+def _sigmas_for(request, spec):
+    "The noise levels of a sampler; `spec` is what a plan says of them."
+    if spec is None:
+        return karras._checked_sigmas(_levels_of(request).sigmas)
+    parts = (json.dumps(request[k], sort_keys=True) for k in ('model', 'scheduler'))
+    D, values = _bare_denoiser(*parts), spec
+    if isinstance(spec, Mapping):
+        ends = dict(sigma_min=D.sigma_min, sigma_max=D.sigma_max)
+        settings = {**ends, **{k: v for k, v in spec.items() if k != 'name'}}
+        make, n = SIGMAS[spec['name']], request['steps']
+        try:
+            values = (make(n, **settings) if make else D.get_sigmas(n)).tolist()
+        except (TypeError, ValueError) as e:
+            raise ValueError(f'sigmas: {spec["name"]}: {e}') from None
+    if values[0] > D.sigma_max * (1 + 1e-3):
+        raise ValueError(f'sigmas: expected at most {D.sigma_max:.6g}, got {values[0]:.6g}')
+    return karras._checked_sigmas(values)
+
+
+# %% ../../nbs/lab/09_plan.ipynb #7a3be0d5
+class _Recorder:
+    "A denoiser that notes the noise level and the step of each evaluation."
+
+    takes_step = True
+
+    def __init__(self, D):
+        self.quantize_sigma, self.sigmas, self.steps, self.both = D.quantize_sigma, [], [], False
+
+    def __call__(self, x, sigma, step):
+        self.sigmas.append(sigma.item())
+        self.steps.append(step)
+        return torch.zeros_like(x)
+
+    def parts(self, x, sigma, step):
+        self.both = True
+        return [self(x, sigma, step)] * 3
+
+
+@cache
+def _bare_denoiser(model, scheduler):
+    "A denoiser without a network: it knows the noise levels of the model."
+    parts = dict(model=json.loads(model), scheduler=json.loads(scheduler))
+    return _scheduler_denoiser(scheduler_of(parts), torch.nn.Identity())
+
+
+@cache
+def _sampler_levels(model, scheduler, sampler, sigmas):
+    "The noise levels of a sampler, and its evaluations."
+    D = _bare_denoiser(model, scheduler)
+    x, seen, (step, options) = torch.zeros(1, 1), _Recorder(D), step_of(json.loads(sampler))
+    karras.sample(seen, x, sigmas, step, noise=lambda *levels: x, **options)
+    return _Levels(D, seen, list(sigmas), both=seen.both)
+
+
+# %% ../../nbs/lab/09_plan.ipynb #7a3be0db
+def step_of(
+    sampler: dict,  # of a request
+) -> tuple:  # a step of `karras.sample`, and a dict of its options
+    "The step that a request names."
+    options = {k: _unplain(v) for k, v in sampler.items() if k != 'name'}
+    return SAMPLERS[sampler['name']], options
 
 
 # %% ../../nbs/lab/09_plan.ipynb #0915aa61
@@ -591,6 +712,8 @@ _VALUES = dict(
     guidance=_guidance,
     post=_posts,
     scheduler=_scheduler,
+    sampler=_sampler,
+    sigmas=_sigmas,
     steps=_whole,
     eta=_from_zero,
     size=_size,
@@ -598,7 +721,10 @@ _VALUES = dict(
     device=_one_of('cpu', 'cuda', 'mps'),
     backend=_one_of('torch', 'auto', 'onnx', 'compile', 'bf16'),
 )
-_MAY_BE_NONE = ('w', 'interval', 'stop', 'schedule', 'post', 'scheduler', 'size', 'steps')
+_MAY_BE_NONE = (
+    *('w', 'interval', 'stop', 'schedule', 'post', 'scheduler', 'sampler', 'sigmas'),
+    *('size', 'steps'),
+)
 SAMPLING_VERSION = 1  # goes up when the same request gives another picture
 
 
@@ -658,9 +784,14 @@ def _prompts_of(negative):
     return [prompts] if isinstance(prompts, str) else prompts
 
 
+# %% ../../nbs/lab/09_plan.ipynb #7a3be0d9
 def _steps(values, terms):
-    "The number of steps: the one that is given, or as many as a schedule has values, or 50."
+    "The number of steps: the one that is given, or as many as there are values, or 50."
     lengths = [len(t['schedule']) for t in terms if isinstance(t.get('schedule'), list)]
+    if isinstance(values.get('sigmas'), list):
+        lengths.insert(0, len(values['sigmas']) - 1)
+        if values.get('steps') not in (None, lengths[0]):
+            raise ValueError(f'steps: the list of sigmas has {lengths[0]}, got {values["steps"]}')
     return values.get('steps') or next(iter(lengths), 50)
 
 
@@ -689,6 +820,10 @@ def _request(values):
         backend=values.get('backend', 'torch'),
         code=SAMPLING_VERSION,
     )
+    _check_sampler(values, request['terms'])
+    if values.get('sampler'):
+        sigmas = _sigmas_for(request, values.get('sigmas'))
+        request |= dict(sampler=values['sampler'], sigmas=sigmas)
     return _checked_request(request)
 
 
@@ -698,6 +833,22 @@ def _resolved(model, scheduler):
     scheduler = scheduler or dict(name=None)
     own = _own_scheduler(model['name'], model['fingerprint'])
     return {**scheduler, 'name': scheduler['name'] or type(own).__name__}
+
+
+def _check_sampler(values, terms):
+    "An error for what does not go together with a sampler, or without one."
+    sampler = values.get('sampler')
+    if not sampler:
+        if values.get('sigmas'):
+            raise ValueError("sigmas: expected a sampler as well, such as sampler='dpmpp_2m'")
+        return
+    name = sampler['name']
+    for k in ('scheduler', 'eta'):
+        if values.get(k):
+            hint = ', in its place' if k == 'scheduler' else f", as '{name}(eta=...)' if it has one"
+            raise ValueError(f'{k}: expected none beside a sampler{hint}, got {_label(values[k])}')
+    if name.endswith('cfg_pp') and not terms:
+        raise ValueError(f'sampler: {name}: expected guidance, got none')
 
 
 def _checked_request(request):
@@ -717,7 +868,9 @@ def evaluations_of(
     request: dict,  # of a plan
 ) -> int:  # with `stop=`, at most as many
     "Network evaluations of one picture."
-    parts = {k: request[k] for k in ('model', 'scheduler', 'steps', 'post')}
+    names = ('model', 'scheduler', 'steps', 'post')
+    names += ('sampler', 'sigmas') if 'sampler' in request else ()
+    parts = {k: request[k] for k in names}
     terms = [
         {**t, 'negative': t['negative']['name'], 'cost': _cost(t['negative'])}
         for t in request['terms']
@@ -747,10 +900,9 @@ def _count(text):
     alone = alone and not kinds[0].needs_pos and terms[0].every == 1
     top, total, ages = levels.D.sigma_max * (1 + 1e-3), 0, [math.inf] * len(terms)
     for sigma, step in zip(levels.evaluations.sigmas, levels.evaluations.steps, strict=True):
-        at = [
-            _active(t, torch.tensor([sigma]), [sigma], step, t.w, top, may_skip_pos=alone)
-            for t in terms
-        ]
+        here = torch.tensor([sigma]), [sigma], step
+        more = dict(whole=levels.both, may_skip_pos=alone)
+        at = [_active(t, *here, t.w, top, **more) for t in terms]
         total += not any(a.neg_only for a in at)
         for i, (t, a) in enumerate(zip(terms, at, strict=True)):
             evaluated = a.on and ages[i] >= t.every
@@ -766,7 +918,7 @@ def _is_axis(name, value):
         return False
     if name in ('interval', 'size'):
         return not (len(value) == 2 and all(_is_number(o) for o in value))
-    if name == 'schedule':
+    if name in ('schedule', 'sigmas'):
         return not (value and all(_is_number(o) for o in value))
     if name == 'guidance':
         return not (value and all(isinstance(o, Mapping) for o in value))
@@ -930,7 +1082,8 @@ def _combinations(axes, keep):
         if not keep(given):
             continue
         request = _request(values)
-        text = json.dumps({**request, 'sigmas': None}, sort_keys=True)  # these follow from others
+        follow = {} if 'sampler' in request else dict(sigmas=None)  # these follow from others
+        text = json.dumps({**request, **follow}, sort_keys=True)
         if text not in seen:
             seen.add(text)
             requests.append(request)
@@ -967,6 +1120,7 @@ def terms_of(
         raise ValueError('requests: expected one or more with the same batch_key')
     times = pipe.scheduler.timesteps  # whole numbers, or None, where only those are used
     quantize = times is None or not times.is_floating_point()
+    quantize = quantize and 'sampler' not in requests[0]
     D = pipeline_denoiser(pipe, quantize, *(requests[0]['size'] or (None, None)))
     terms = []
     for each in zip(*(r['terms'] for r in requests), strict=True):
