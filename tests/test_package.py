@@ -13,7 +13,10 @@ EXTRA = {'guiders': 'diffusers', 'pipelines': 'diffusers'}
 EXTRA |= {f'{lab}{m}': 'lab' for m in ('plots', 'sweeps') for lab in ('', 'lab.')}
 EXTRA |= {
     f'lab.{m}': 'lab'
-    for m in ('backends', 'commands', 'draw', 'export', 'gallery', 'plan', 'store', 'widgets')
+    for m in (
+        *('backends', 'commands', 'compare', 'draw', 'export'),
+        *('gallery', 'plan', 'store', 'widgets'),
+    )
 }
 
 # Import a module while every package that its extra does not install is hidden.

@@ -159,6 +159,10 @@ def test_stats_equal_those_of_all_features(tmp_path):
     assert_same(store.stats(['w', 'odd']), odd)
     with pytest.raises(ValueError, match='by: expected one of w, odd, nfe'):
         store.stats('seed')
+    keys = [key_of(request(i)) for i in (20, 3, 20)]
+    assert np.array_equal(store.features(keys), x[[20, 3, 20]])
+    with pytest.raises(ValueError, match='expected results with features, got 1 without'):
+        store.features([*keys, key_of(request(31))])
 
 
 def assert_same(stats, features):

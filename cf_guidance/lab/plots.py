@@ -791,6 +791,20 @@ def _name_points(ax, means, axes, front, right):
         ax.annotate('\n'.join(texts), point, **place, **style, **_PLAIN)
 
 
+# %% ../../nbs/lab/02_plots.ipynb #91014dbe
+def _draw_intervals(ax, means, intervals):
+    "A cross at each point: the intervals of its two measurements."
+    names = [f'{o}_{end}' for o in means for end in ('low', 'high')]
+    _check_columns(intervals, names)
+    if sorted(intervals.index) != sorted(means.index):
+        raise ValueError(f'intervals: expected one row for each of {len(means)} settings')
+    ends = intervals.loc[means.index, names].to_numpy().T
+    errors = [
+        np.abs(ends[i : i + 2] - means[o].to_numpy()) for i, o in zip((0, 2), means, strict=True)
+    ]
+    ax.errorbar(*means.to_numpy().T, errors[1], errors[0], fmt='none', ecolor='0.75', lw=1)
+
+
 # %% ../../nbs/lab/02_plots.ipynb #91014dbd
 def plot_pareto(
     table,  # one row per picture, as from `Store.table`
@@ -798,6 +812,8 @@ def plot_pareto(
     y: str,  # another one
     by,  # the axis, or list of axes, that makes a setting: one point for each
     lower=(),  # which of the two are better if lower, such as 'nfe'
+    # one row per setting with columns such as `nfe_low` and `nfe_high`; None: no intervals
+    intervals=None,
     size: tuple = (5.5, 3.6),  # inches
 ) -> Figure:
     "Settings by their means of two measurements, and the front of the best ones."
@@ -809,6 +825,8 @@ def plot_pareto(
     signed = means * [-1 if o in lower else 1 for o in (x, y)]
     front = _on_front(signed[x], signed[y])
     fig, [[ax]] = _axes(1, 1, *_inches('size', size))
+    if intervals is not None:
+        _draw_intervals(ax, means, intervals)
     ax.plot(means[x][~front], means[y][~front], 'o', color='0.6', ms=4)
     best = means[front].sort_values([x, y])
     ax.plot(best[x], best[y], 'o-', ms=5)

@@ -491,6 +491,26 @@ def stats(
     return out
 
 
+# %% ../../nbs/lab/08_store.ipynb #6c1f0a08
+@patch
+def features(
+    self: Store,
+    keys,  # of results with features
+) -> np.ndarray:  # (n, d)
+    "Features in the order of their keys."
+    keys, results, found = list(keys), self._results().set_index('key'), {}
+    for part, rows in results[results.index.isin(keys)].groupby('_part')._row:
+        table = self._read(self.folder / part, _FIXED, {'features'}.__contains__)
+        known, x = _stored_features(table) if table else ({}, None)
+        found |= {key: x[known[row]] for key, row in rows.items() if row in known}
+    if without := [k for k in keys if k not in found]:
+        raise ValueError(
+            f'keys: expected results with features, got {len(without)} without, such as '
+            f'{_short(without[0])}'
+        )
+    return np.stack([found[k] for k in keys]) if keys else np.empty((0, 0))
+
+
 # %% ../../nbs/lab/08_store.ipynb #6c1f0a05
 def _stored_features(table):
     "The features of a part as float64, and where those of each row stand in them."
