@@ -1496,6 +1496,185 @@ d = {
                 'cf_guidance/lab/commands.py',
             ),
         },
+        'cf_guidance.lab.compare': {
+            'cf_guidance.lab.compare.Estimate': (
+                'lab/compare.html#estimate',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._Photographs': (
+                'lab/compare.html#_photographs',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._Photographs.measure': (
+                'lab/compare.html#_photographs.measure',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._Photographs.of': (
+                'lab/compare.html#_photographs.of',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._beaten': (
+                'lab/compare.html#_beaten',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._cfg': ('lab/compare.html#_cfg', 'cf_guidance/lab/compare.py'),
+            'cf_guidance.lab.compare._check_options': (
+                'lab/compare.html#_check_options',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._check_pairs': (
+                'lab/compare.html#_check_pairs',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._check_same_pictures': (
+                'lab/compare.html#_check_same_pictures',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._check_settings': (
+                'lab/compare.html#_check_settings',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._difference': (
+                'lab/compare.html#_difference',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._distance': (
+                'lab/compare.html#_distance',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._diversity_values': (
+                'lab/compare.html#_diversity_values',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._estimates': (
+                'lab/compare.html#_estimates',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._fid_moves': (
+                'lab/compare.html#_fid_moves',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._fid_values': (
+                'lab/compare.html#_fid_values',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._grid': (
+                'lab/compare.html#_grid',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._guided_at': (
+                'lab/compare.html#_guided_at',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._guided_share': (
+                'lab/compare.html#_guided_share',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._kernel_means': (
+                'lab/compare.html#_kernel_means',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._kid_values': (
+                'lab/compare.html#_kid_values',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._listed': (
+                'lab/compare.html#_listed',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._lower': (
+                'lab/compare.html#_lower',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._named': (
+                'lab/compare.html#_named',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._neighbours': (
+                'lab/compare.html#_neighbours',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._precision_values': (
+                'lab/compare.html#_precision_values',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._recall_values': (
+                'lab/compare.html#_recall_values',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._resampled': (
+                'lab/compare.html#_resampled',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._settings': (
+                'lab/compare.html#_settings',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._spread_over': (
+                'lab/compare.html#_spread_over',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._studentised': (
+                'lab/compare.html#_studentised',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._two_way': (
+                'lab/compare.html#_two_way',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._without': (
+                'lab/compare.html#_without',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare._word': (
+                'lab/compare.html#_word',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.cfg_twin': (
+                'lab/compare.html#cfg_twin',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.cfg_with_evaluations': (
+                'lab/compare.html#cfg_with_evaluations',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.diversity': (
+                'lab/compare.html#diversity',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.intervals': (
+                'lab/compare.html#intervals',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.paired_difference': (
+                'lab/compare.html#paired_difference',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.paired_differences': (
+                'lab/compare.html#paired_differences',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.pareto': (
+                'lab/compare.html#pareto',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.photographs': (
+                'lab/compare.html#photographs',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.set_measures': (
+                'lab/compare.html#set_measures',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.verdict': (
+                'lab/compare.html#verdict',
+                'cf_guidance/lab/compare.py',
+            ),
+            'cf_guidance.lab.compare.verdict_table': (
+                'lab/compare.html#verdict_table',
+                'cf_guidance/lab/compare.py',
+            ),
+        },
         'cf_guidance.lab.draw': {
             'cf_guidance.lab.draw.Painter': ('lab/draw.html#painter', 'cf_guidance/lab/draw.py'),
             'cf_guidance.lab.draw.Painter.__call__': (
@@ -2389,6 +2568,10 @@ d = {
                 'lab/plots.html#_draw_curves',
                 'cf_guidance/lab/plots.py',
             ),
+            'cf_guidance.lab.plots._draw_intervals': (
+                'lab/plots.html#_draw_intervals',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots._draw_labels': (
                 'lab/plots.html#_draw_labels',
                 'cf_guidance/lab/plots.py',
@@ -2561,6 +2744,10 @@ d = {
             ),
             'cf_guidance.lab.store.Store.drop': (
                 'lab/store.html#store.drop',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.features': (
+                'lab/store.html#store.features',
                 'cf_guidance/lab/store.py',
             ),
             'cf_guidance.lab.store.Store.merge': (

@@ -313,6 +313,7 @@ def request(**axes):
 def test_the_twin_of_plain_guidance_is_itself():
     plain = request(w=4.0)
     assert cfg_twin(plain, 4.0) == plain
+    assert cfg_twin(request(w=4.0, sampler='euler'), 4.0) == request(w=4.0, sampler='euler')
     twin = cfg_twin(request(w=4.0, rule='apg', post='rescale', negative_prompt='a coat'), 2.5)
     assert twin == request(w=2.5, negative_prompt='a coat')
 
@@ -361,5 +362,7 @@ def test_plain_guidance_at_the_same_cost():
     assert cfg_with_evaluations(request(w=3.0), 15)['steps'] == 8  # never fewer evaluations
     with pytest.raises(ValueError, match='expected one term with the same weight'):
         cfg_with_evaluations(pag, 30)
+    with pytest.raises(ValueError, match='request: expected a scheduler, since a sampler'):
+        cfg_with_evaluations(request(w=3.0, sampler='dpmpp_2m'), 30)
     with pytest.raises(ValueError, match='n: expected a whole number from 1'):
         cfg_with_evaluations(request(w=3.0), 0)

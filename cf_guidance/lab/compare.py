@@ -652,6 +652,8 @@ def cfg_with_evaluations(
     weights = {w for t in request['terms'] for w in t['weights']}
     if len(request['terms']) != 1 or len(weights) != 1:
         raise ValueError('request: expected one term with the same weight at each step')
+    if 'sampler' in request:
+        raise ValueError('request: expected a scheduler, since a sampler has fixed noise levels')
     (w,) = weights
     steps = range(1, n + 1)
     fewest = bisect_left(steps, n, key=lambda o: evaluations_of(_cfg(request, w, o)))
