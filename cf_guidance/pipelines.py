@@ -1400,6 +1400,9 @@ def _load_from(md, source):
         md.revision = Path(source).name
     if 'safety_checker' in diffusers.DiffusionPipeline.load_config(source):
         kw |= dict(safety_checker=None, requires_safety_checker=False)
+    spec = md.scheduler_spec
+    if isinstance(spec, diffusers.SchedulerMixin) and not (Path(source) / 'scheduler').is_dir():
+        kw['scheduler'] = spec
     return diffusers.DiffusionPipeline.from_pretrained(
         source, use_safetensors=md.use_safetensors, **kw
     )

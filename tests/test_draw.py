@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -9,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, python
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from cf_guidance.guided import Conditions, GuidedDenoiser
 from cf_guidance.karras import sample_dpmpp_2m
+from cf_guidance.lab.commands import run_command
 from cf_guidance.lab.draw import (
     Painter,
     draw,
@@ -21,10 +24,10 @@ from cf_guidance.lab.draw import (
     shard_of_environment,
     units,
 )
-from cf_guidance.lab.plan import SAMPLERS, Sweep, evaluations_of
+from cf_guidance.lab.plan import SAMPLERS, Sweep, evaluations_of, fingerprint
 from cf_guidance.lab.store import Store, key_of
 from cf_guidance.noise import randn
-from cf_guidance.pipelines import pipeline_denoiser
+from cf_guidance.pipelines import embedded_path, pipeline_denoiser
 
 BATCH, KILLS = 10, 20  # as in killed_draws.py
 BAG, COAT = 'a red bag on a blue background', 'a yellow coat on a black background'
@@ -106,6 +109,46 @@ def test_a_sampler_draws_a_picture_alone_as_in_a_batch(sampler, painter):
     assert [o['nfe'] for o in rows] == [evaluations_of(r) for r in requests]
     assert [o['effective_scale'] for o in rows] == pytest.approx([3] * 4, abs=1e-4)
     assert (alone['pixels'] - rows[2]['pixels']).abs().max() < 1e-4
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    "Folders of pipelines: one for wide pictures, and one without a scheduler."
+    folder = tmp_path_factory.mktemp('models')
+    pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
+    pipe.save_pretrained(folder / 'bare')
+    shutil.rmtree(folder / 'bare/scheduler')
+    torch.manual_seed(0)
+    pipe.unet = UNet2DConditionModel.from_config({**pipe.unet.config, 'sample_size': [8, 16]})
+    pipe.save_pretrained(folder / 'wide')
+    return folder
+
+
+def test_any_saved_pipeline_is_drawn(saved, tmp_path):
+    wide = str(saved / 'wide')
+    settings = dict(model=wide, negative=['prompt', 'pag', 'icg'], seed=0)
+    draw(small(**settings), tmp_path, **QUIET)
+    draw(small(**settings, sampler='euler', prompt='any words'), tmp_path, **QUIET)
+    store = Store(tmp_path)
+    table = store.table()
+    assert table.error.isna().all() and len(table) == 9
+    assert {store.picture(k).size for k in table.index} == {(64, 32)}
+    (request,) = small(model=wide, prompt=BAG, seed=0).requests
+    assert request['model'] == dict(name=wide, fingerprint=fingerprint(wide))
+    run_command(['grid', str(tmp_path)])
+    assert (tmp_path / 'grid.png').exists()
+
+
+def test_a_pipeline_without_scheduler_needs_one_by_name(saved, painter):
+    bare = dict(model=str(saved / 'bare'), prompt=BAG, seed=0)
+    with pytest.raises(ValueError, match='scheduler: expected a name'):
+        small(**bare)
+    config = StableDiffusionPipeline.from_pretrained(embedded_path()).scheduler.config
+    own = {k: config[k] for k in config if not k.startswith('_')}
+    for more in ({}, dict(sampler='dpmpp_2m')):
+        requests = small(**bare, scheduler=dict(name='DDIMScheduler', **own), **more).requests
+        (row,), (embedded,) = painter(requests), painter(small(prompt=BAG, seed=0, **more).requests)
+        assert torch.equal(row['pixels'], embedded['pixels'])
 
 
 def test_a_sampler_is_that_of_a_loop(painter):

@@ -262,7 +262,6 @@ def test_what_does_not_go_together_is_clear():
     check(lambda: Sweep(prompt=PROMPT, schedule={'name': 'points', 'points': [[0, 1]]}, w=2), 'w')
     check(lambda: Sweep(prompt=PROMPT, scheduler='EulerDiscreteScheduler', eta=0.5), 'eta')
     check(lambda: Sweep(prompt=PROMPT, sampler='heun', eta=0.5), 'eta')
-    check(lambda: Sweep(prompt=PROMPT, sampler='heun', scheduler='DDIMScheduler'), 'scheduler')
     check(lambda: Sweep(prompt=PROMPT, sampler='euler_cfg_pp', negative='none'), 'sampler')
     check(lambda: Sweep(prompt=PROMPT, sigmas='karras'), 'sigmas')
     check(lambda: Sweep(prompt=PROMPT, sampler='heun', sigmas=[5, 1], steps=3), 'steps')

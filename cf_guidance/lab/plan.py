@@ -408,16 +408,19 @@ def _source(model):
 
 @cache
 def _own_scheduler(model, commit):
-    "The scheduler of a checkpoint."
+    "The scheduler of a checkpoint, or None."
     source = _source(model)
     where = {} if Path(source).is_dir() else dict(revision=commit)
     try:
         parts = diffusers.DiffusionPipeline.load_config(source, **where)
-        cls = getattr(diffusers, parts['scheduler'][1])
+        name = (parts.get('scheduler') or [None, None])[1]
+        if name is None or not where and not (Path(source) / 'scheduler').is_dir():
+            return None
+        cls = getattr(diffusers, name)
         return cls.from_pretrained(source, subfolder='scheduler', **where)
     except Exception as e:
         raise ValueError(
-            f"model: expected a checkpoint in diffusers' format with a scheduler, got "
+            f"model: expected a pipeline in diffusers' format, got "
             f'{_short(str(model))} ({_first_line(e)})'
         ) from None
 
@@ -428,7 +431,8 @@ def scheduler_of(
     "The scheduler of a request, with the noise levels of its checkpoint."
     own = _own_scheduler(request['model']['name'], request['model']['fingerprint'])
     settings = {k: _unplain(v) for k, v in request['scheduler'].items() if k != 'name'}
-    return _other_scheduler(own, _configured(own, request['scheduler']['name'], settings))
+    scheduler = _configured(own, request['scheduler']['name'], settings)
+    return scheduler if own is None else _other_scheduler(own, scheduler)
 
 
 # %% ../../nbs/lab/09_plan.ipynb #98747373
@@ -448,7 +452,7 @@ def _configured(own, name, settings):
     if issubclass(cls, diffusers.PNDMScheduler):
         settings = dict(skip_prk_steps=True, **settings)
     try:
-        return cls.from_config({**own.config, **settings})
+        return cls.from_config({**(own.config if own else {}), **settings})
     except Exception as e:
         raise ValueError(f'scheduler: {cls.__name__}: {_first_line(e)}') from None
 
@@ -832,6 +836,11 @@ def _resolved(model, scheduler):
     "A scheduler with its name: without one, the checkpoint's own."
     scheduler = scheduler or dict(name=None)
     own = _own_scheduler(model['name'], model['fingerprint'])
+    if own is None and scheduler['name'] is None:
+        raise ValueError(
+            f"scheduler: expected a name, such as 'DDIMScheduler', since the model "
+            f'{_short(model["name"])} has none'
+        )
     return {**scheduler, 'name': scheduler['name'] or type(own).__name__}
 
 
@@ -843,10 +852,10 @@ def _check_sampler(values, terms):
             raise ValueError("sigmas: expected a sampler as well, such as sampler='dpmpp_2m'")
         return
     name = sampler['name']
-    for k in ('scheduler', 'eta'):
-        if values.get(k):
-            hint = ', in its place' if k == 'scheduler' else f", as '{name}(eta=...)' if it has one"
-            raise ValueError(f'{k}: expected none beside a sampler{hint}, got {_label(values[k])}')
+    if values.get('eta'):
+        raise ValueError(
+            f"eta: expected none beside a sampler; write '{name}(eta=...)', if it has one"
+        )
     if name.endswith('cfg_pp') and not terms:
         raise ValueError(f'sampler: {name}: expected guidance, got none')
 
