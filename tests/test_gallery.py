@@ -253,7 +253,7 @@ def test_script_stays_in_its_place(small):
     [
         dict(w=7.5),
         dict(negative='none'),
-        dict(sampler='heun(s_churn=3)', sigmas='karras'),
+        dict(sampler='heun(s_churn=3)', sigmas='karras', scheduler='EulerDiscreteScheduler'),
         dict(every=3, negative="perpneg(prompts=['a blue bag', 'a boot'], weights=[1, 0.5])"),
         dict(schedule='cosine', rule='apg', interval=(0.3, 5.0), stop=0.99),
         dict(negative='pag', w=3.0, post='rescale(phi=0.7)', size=(64, 32)),

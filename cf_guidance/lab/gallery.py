@@ -126,10 +126,9 @@ def repeat_line(
     terms = [_term_arguments(o) for o in request['terms']]
     guidance = {1: terms[:1], 0: [dict(negative='none')]}.get(len(terms), [dict(guidance=terms)])
     given = dict(prompt=request['prompt'], seed=request['seed'], **guidance[0])
+    given |= dict(scheduler=_short_form(request['scheduler']), steps=request['steps'])
     if 'sampler' in request:
         given |= dict(sampler=_short_form(request['sampler']), sigmas=request['sigmas'])
-    else:
-        given |= dict(scheduler=_short_form(request['scheduler']), steps=request['steps'])
     given |= {k: request[k] for k, usual in _USUAL.items() if request[k] != usual}
     words = [repr(request['model']['name']), *(f'{k}={v!r}' for k, v in given.items())]
     return f"draw(Sweep({', '.join(words)}), 'again')"
