@@ -2654,6 +2654,10 @@ d = {
             'cf_guidance.lab.plots._tiles': ('lab/plots.html#_tiles', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._titles': ('lab/plots.html#_titles', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._to_pil': ('lab/plots.html#_to_pil', 'cf_guidance/lab/plots.py'),
+            'cf_guidance.lab.plots._unbeaten': (
+                'lab/plots.html#_unbeaten',
+                'cf_guidance/lab/plots.py',
+            ),
             'cf_guidance.lab.plots._whole': ('lab/plots.html#_whole', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._wrapped': (
                 'lab/plots.html#_wrapped',

@@ -295,7 +295,8 @@ def test_states_of_settings():
     out = pareto(table, 'x', 'y', 's')
     assert out.state.to_dict() == dict(best='front', near='open', other='front', worse='beaten')
     assert pareto(table.assign(x=-table.x), 'x', 'y', 's', lower='x').state.equals(out.state)
-    plot_pareto(table, 'x', 'y', 's', intervals=out)
+    names = [o.get_text() for o in plot_pareto(table, 'x', 'y', 's', intervals=out).axes[0].texts]
+    assert sorted(names) == ['s best', 's near', 's other']  # what is beaten has no name
     assert list(pareto(table[table.s == 'best'], 'x', 'y', 's').state) == ['front']
     with pytest.raises(ValueError, match='lower: expected some of x, y'):
         pareto(table, 'x', 'y', 's', lower='z')

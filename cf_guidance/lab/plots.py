@@ -792,12 +792,21 @@ def _name_points(ax, means, axes, front, right):
 
 
 # %% ../../nbs/lab/02_plots.ipynb #91014dbe
+def _unbeaten(means, intervals):
+    "Which settings have a name and a cross: all but those that the intervals call beaten."
+    if intervals is None:
+        return np.ones(len(means), bool)
+    if sorted(intervals.index) != sorted(means.index):
+        raise ValueError(f'intervals: expected one row for each of {len(means)} settings')
+    if 'state' not in intervals:
+        return np.ones(len(means), bool)
+    return (intervals.loc[means.index, 'state'] != 'beaten').to_numpy()
+
+
 def _draw_intervals(ax, means, intervals):
     "A cross at each point: the intervals of its two measurements."
     names = [f'{o}_{end}' for o in means for end in ('low', 'high')]
     _check_columns(intervals, names)
-    if sorted(intervals.index) != sorted(means.index):
-        raise ValueError(f'intervals: expected one row for each of {len(means)} settings')
     ends = intervals.loc[means.index, names].to_numpy().T
     errors = [
         np.abs(ends[i : i + 2] - means[o].to_numpy()) for i, o in zip((0, 2), means, strict=True)
@@ -812,7 +821,8 @@ def plot_pareto(
     y: str,  # another one
     by,  # the axis, or list of axes, that makes a setting: one point for each
     lower=(),  # which of the two are better if lower, such as 'nfe'
-    # one row per setting with columns such as `nfe_low` and `nfe_high`; None: no intervals
+    # from `pareto` of Compare settings: one row per setting, with columns such as `nfe_low`,
+    # `nfe_high` and `state`; settings that are beaten get no name; None: no intervals
     intervals=None,
     size: tuple = (5.5, 3.6),  # inches
 ) -> Figure:
@@ -825,12 +835,13 @@ def plot_pareto(
     signed = means * [-1 if o in lower else 1 for o in (x, y)]
     front = _on_front(signed[x], signed[y])
     fig, [[ax]] = _axes(1, 1, *_inches('size', size))
+    named = _unbeaten(means, intervals)
     if intervals is not None:
-        _draw_intervals(ax, means, intervals)
+        _draw_intervals(ax, means[named], intervals)
     ax.plot(means[x][~front], means[y][~front], 'o', color='0.6', ms=4)
     best = means[front].sort_values([x, y])
     ax.plot(best[x], best[y], 'o-', ms=5)
-    _name_points(ax, means, axes, front, right=x not in lower)
+    _name_points(ax, means[named], axes, front[named], right=x not in lower)
     ax.set_xlabel(f'{x} (lower is better)' if x in lower else x, **_PLAIN)
     ax.set_ylabel(f'{y} (lower is better)' if y in lower else y, **_PLAIN)
     ax.margins(0.25, 0.15)
