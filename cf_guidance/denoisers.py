@@ -109,8 +109,7 @@ def _per_sample(sigma, x):
         return torch.full((len(x),), value, **like)
     # reading a tensor on a GPU would make the CPU wait, so only those on the CPU are checked
     if sigma.device.type == 'cpu' and sigma.numel():
-        lowest, highest = sigma.aminmax()
-        if not (lowest.item() >= 0 and highest.item() < math.inf):
+        if not all(map(_is_sigma, sigma.flatten().tolist())):
             raise ValueError(
                 f'sigma: expected finite numbers from 0 up, got {sigma.tolist()!s:.60}'
             )

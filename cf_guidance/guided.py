@@ -321,7 +321,8 @@ def _expand_rows(cond, n, device):
             raise ValueError(
                 f'{k}: expected a tensor with 1 or {n} rows (one per sample), got {got}'
             )
-        out[k] = v.to(device).expand(n, *v.shape[1:])
+        v = v.to(device)
+        out[k] = v if len(v) == n else v.expand(n, *v.shape[1:])
     return out
 
 
@@ -623,8 +624,10 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, off, whole):
     forward = _forward_in_pieces if isinstance(self.inner_model, Microbatched) else _forward
     for group in groups:  # 4
         for e, o in zip(group, forward(self.inner_model, group, run, step), strict=True):
-            run.last_nfe[slice(None) if e.rows is None else e.rows] += 1
-            if e.rows is not None:
+            if e.rows is None:
+                run.last_nfe += 1
+            else:
+                run.last_nfe[e.rows] += 1
                 fill = torch.zeros_like(x) if pos is None else pos
                 o = fill.index_copy(0, e.rows.to(x.device), o)
             if e.term is None:
@@ -703,7 +706,7 @@ class Run:
     nfe_per_sample: torch.Tensor | None = None  # (B,) network evaluations
     last_nfe: torch.Tensor | None = None  # (B,) of the last call
     guided: list = field(default_factory=list)  # per term: how many predictions it changed
-    # per term: sums of <pred - neg, pos - neg> and of |pos - neg|^2, (B,) each
+    # per term: sums of <pred - neg, pos - neg> and of |pos - neg|^2, (2, B); 0.0 at the start
     scale_sums: list = field(default_factory=list)
     states: dict = field(default_factory=dict)  # per term: memory of its rule
     stopped: dict = field(default_factory=dict)  # per term: (B,) bool
@@ -747,7 +750,7 @@ def effective_scale(
     term: int = 0,  # number of the term
 ) -> float:  # 0 is the negative, 1 the positive; for `cfg` it is `w`
     "`<pred - neg, pos - neg> / |pos - neg|^2` over the whole run (arXiv:2602.22570)."
-    a, b = (float(torch.as_tensor(o).sum()) for o in self.scale_sums[term])
+    a, b = torch.as_tensor(self.scale_sums[term]).expand(2, self.n or 1).sum(1).tolist()
     return a / b if b else math.nan
 
 
@@ -757,8 +760,7 @@ def effective_scales(
     term: int = 0,  # number of the term
 ) -> list:  # one per sample; nan if the term did not guide it
     "The effective scale of each sample."
-    n = self.n or 1
-    sums = (torch.as_tensor(o).expand(n).tolist() for o in self.scale_sums[term])
+    sums = torch.as_tensor(self.scale_sums[term]).expand(2, self.n or 1).tolist()
     return [a / b if b else math.nan for a, b in zip(*sums, strict=True)]
 
 
@@ -779,7 +781,7 @@ def start(
     self._runs.earlier = self.nfe
     n = len(self.terms)
     top = _largest_for_eps(self)
-    run = Run(sigmas, weights, top, guided=[0] * n, scale_sums=[(0.0, 0.0)] * n)
+    run = Run(sigmas, weights, top, guided=[0] * n, scale_sums=[0.0] * n)
     run.inner_takes_step = getattr(self.inner_model, 'takes_step', False)
     self._runs.run = run
     return run
@@ -1067,21 +1069,24 @@ def _shape_error(name, y, x):
 def _changed_rows(group):
     "The changes of a forward with their rows; and for each row, the row of which it is a copy."
     first, n = group[0], len(group[0].query.x)
-    samples = [torch.arange(n) if e.rows is None else e.rows for e in group]
-    copy_of, applied = torch.arange(sum(map(len, samples))), []
-    spans = copy_of.clone().split(list(map(len, samples)))
-    row_of = torch.full((n,), -1)  # the row in which a sample's positive is
-    row_of[samples[0]] = spans[0]
-    for e, own, span in zip(group, samples, spans, strict=True):
+    row_of = {}  # the row in which a sample's positive is
+    as_rows = partial(torch.tensor, dtype=torch.long)  # an empty list, too
+    applied, copy_of = [], []
+    for e in group:
+        samples = range(n) if e.rows is None else e.rows.tolist()
+        rows = range(len(copy_of), len(copy_of) + len(samples))
+        if e is first:
+            row_of = dict(zip(samples, rows, strict=True))
         for change, observed in e.changes:
             if e.term is None:
-                applied.append(Applied(change, row_of[observed], observed))
+                seen = [row_of[sample] for sample in observed.tolist()]
+                applied.append(Applied(change, as_rows(seen), observed))
             else:
-                applied.append(Applied(change, span, own))
+                applied.append(Applied(change, as_rows(rows), as_rows(samples)))
         if e.changes and e is not first and _same_inputs(e.query, first.query):
-            same = row_of[own]
-            copy_of[span] = torch.where(same < 0, span, same)
-    return applied, copy_of
+            rows = [row_of.get(s, row) for s, row in zip(samples, rows, strict=True)]
+        copy_of += rows
+    return applied, as_rows(copy_of)
 
 
 def _same_inputs(a, b):
@@ -1282,10 +1287,9 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
         pred = self._post(pred, pos, active, x, sigma, run)
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
         if a.on is not False:
-            delta = (starts.get(i, pos) - neg).detach().reshape(len(x), -1)
-            moved = (pred - neg).detach().reshape(len(x), -1)
-            (top, bottom), dot = run.scale_sums[i], torch.linalg.vecdot
-            run.scale_sums[i] = top + dot(moved, delta), bottom + dot(delta, delta)
+            moves = torch.stack([pred - neg, starts.get(i, pos) - neg]).detach()
+            moves = moves.reshape(2, len(x), -1)
+            run.scale_sums[i] = run.scale_sums[i] + torch.linalg.vecdot(moves, moves[1])
             run.guided[i] += len(x) if a.on is True else int(a.on.sum())
     return pred
 

@@ -18,7 +18,6 @@ import functools
 import inspect
 import math
 import re
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -429,7 +428,7 @@ def attend(self: _Attention, query, key, value, attn_mask=None, *args, scale=Non
     for fn, site, rows in self.call.sites(self.layer, 'attention', self.own, len(query)):
         q, k, v, mask = query, key, value, attn_mask
         if rows is not None:
-            q, k, v = query[rows], key[rows], value[rows]
+            q, k, v = (o.index_select(0, rows) for o in (query, key, value))
             if mask is not None and mask.ndim == 4 and len(mask) == len(query):
                 mask = mask[rows]
         site.attend = functools.partial(plain, mask=mask)
@@ -1055,8 +1054,8 @@ class _Plan:
         "Drop the copies from the inputs; the reason, if that is not done."
         if self.architecture is None or copy_of is None:
             return args, kwargs, self.why or 'no row is a copy of another'
-        own, shape = torch.arange(call.n), call.first.shape
-        starts = (copy_of == own).nonzero()[:, 0]
+        original, shape = copy_of.tolist(), call.first.shape
+        starts = [row for row, same in enumerate(original) if row == same]
         copies = call.n - len(starts)
         if copies * math.prod(shape[2:] if len(shape) > 3 else shape[1:2]) < _MIN_POSITIONS_TO_JOIN:
             return args, kwargs, 'the batch is too small for a saving'
@@ -1064,10 +1063,10 @@ class _Plan:
         early = self.early_inputs(given, call.n)
         if early is None:
             return args, kwargs, 'an input is used between the blocks'
-        at = torch.full((call.n,), -1)
-        at[starts] = torch.arange(len(starts))
-        device = call.first.device
-        starts, call.kept, call.index = starts.to(device), len(starts), at[copy_of].to(device)
+        position, device = {row: i for i, row in enumerate(starts)}, call.first.device
+        call.kept = len(starts)
+        call.index = torch.tensor([position[row] for row in original], device=device)
+        starts = torch.tensor(starts, device=device)
 
         def without_copies(o):
             return o[starts] if len(o) == call.n else o
@@ -1221,16 +1220,15 @@ def _check_finite(out, first):
 
 
 # %% ../nbs/05_perturb.ipynb #a5cac226
+try:
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+except ImportError:  # an older torch
+    get_eval_frame_callback = bool
+
+
 def _refuse_tracing():
     "An error inside of a function that torch.compile compiles, or runs uncompiled in part."
-    if 'torch._dynamo' not in sys.modules:
-        return
-    inside = torch.compiler.is_compiling()
-    try:
-        from torch._C._dynamo.eval_frame import get_eval_frame_callback
-    except ImportError:
-        get_eval_frame_callback = bool
-    if inside or callable(get_eval_frame_callback()):
+    if torch.compiler.is_compiling() or callable(get_eval_frame_callback()):
         raise RuntimeError(
             'perturbed layers cannot be traced by torch.compile: compile the network, not what '
             'guides or perturbs it'
