@@ -197,7 +197,7 @@ def bind(
 
 # %% ../nbs/06_guided.ipynb #6e267093
 class Negative:
-    "What the two kinds of negative have in common."
+    "What all kinds of negative have in common."
 
     w = 7.5  # the weight of a `Term` that names none
     nfe = 1  # network evaluations per sample
@@ -685,7 +685,7 @@ def _check_call(self: GuidedDenoiser, run, x, cond, known, off):
 
 # %% ../nbs/06_guided.ipynb #62168cb0
 class _Evaluation(NamedTuple):
-    "What a run keeps of an evaluation."
+    "What a run notes of an evaluation."
 
     levels: list  # noise level of each sample
     step: int | None = None
@@ -849,13 +849,13 @@ def _near(x, other):
 
 @patch
 def _check_same_samples(self: GuidedDenoiser, run, x, levels, step, cond):
-    "An error where other samples show; a repeated evaluation gets the memory of before."
+    "Raise if these are other samples; a repeated evaluation gets the memory as it was."
     last = run.last
     if x.shape != last.x.shape:
-        got = f'{run.n} samples, got {len(x)}'
-        if len(x) == run.n:
-            got = f'samples {tuple(last.x.shape[1:])}, got {tuple(x.shape[1:])}'
-        raise ValueError(f'this run remembers {got}: call start() for a new run')
+        raise ValueError(
+            f'x: expected the shape that this run remembers, {tuple(last.x.shape)}, got '
+            f'{tuple(x.shape)}: call start() for a new run'
+        )
     pairs = zip(levels, last.levels, strict=True)
     if step != last.step or not all(math.isclose(a, b, rel_tol=1e-6) for a, b in pairs):
         return
@@ -865,13 +865,14 @@ def _check_same_samples(self: GuidedDenoiser, run, x, levels, step, cond):
     at_first = math.isclose(max(levels, default=0.0), run.first, rel_tol=1e-6)
     if at_first and not (_near(x, last.x) and same_cond):
         raise ValueError(
-            f'other samples at sigma={levels[0]:.4g} than this run remembers: call start() for a '
-            'new run, and do not cut a batch of a guided denoiser that remembers'
+            f'x: expected the samples that this run remembers at sigma={levels[0]:.4g}, got '
+            'others: call start() for a new run, and do not cut a batch'
         )
     if len(x) and torch.equal(x, last.x):
         if any(t.neg.draws for t in self.terms):
             raise ValueError(
-                'the same samples twice at one noise level: call start() for a new run'
+                'x: a negative that draws expected new samples or another noise level, got the '
+                'same again: call start() for a new run'
             )
         for name, memory in run.before.items():
             setattr(run, name, memory.copy())
@@ -900,7 +901,7 @@ def last_nfe(self: GuidedDenoiser) -> torch.Tensor:  # (B,)
 
 # %% ../nbs/06_guided.ipynb #aa093d16
 class _Active(NamedTuple):
-    "A term at one evaluation. A mask is True or False if it is so for all samples, else (B,) bool."
+    "A term at one evaluation. A mask is True or False if all samples share it, else (B,) bool."
 
     w: object  # weight: a number, or (B,) float64
     on: object  # mask: is the sample guided?
@@ -916,7 +917,7 @@ def _active(
     weight,  # of the term in this run
     sigma_max,  # above this, rules on noise predictions are off
     stopped=None,  # (B,) which samples have stopped; None: none
-    whole=False,  # are weights of 0 and 1 nothing special?
+    whole=False,  # evaluate also what a weight of 0 or 1 makes needless?
     off=False,  # does the caller want the term off?
     may_skip_pos=False,  # may the result be the negative alone?
 ) -> _Active:
@@ -944,7 +945,7 @@ def _active(
 
 
 def _plain_mask(mask):
-    "True or False if the mask is so for all samples."
+    "The mask as True or False if all samples share it."
     if not bool(mask.any()):
         return False
     return True if bool(mask.all()) else mask
@@ -958,7 +959,7 @@ def _as_tensor_mask(mask, n):
 # %% ../nbs/06_guided.ipynb #aa093d17
 @patch
 def _who_is_guided(self: GuidedDenoiser, sigma, levels, step, known, off, whole, run):
-    "What `_active` says of each term."
+    "For each term, which samples it guides and for which it needs its negative."
     active = []
     for i, t in enumerate(self.terms):
         run_of_term = run.weights[i], run.sigma_max, run.stopped.get(i)
@@ -973,7 +974,7 @@ def _who_is_guided(self: GuidedDenoiser, sigma, levels, step, known, off, whole,
 
 
 def _unless_reused(a, reused, term):
-    "The same, evaluated only where the last negative is `term.every` evaluations old."
+    "`a`, which asks for a new negative only where the last is `term.every` evaluations old."
     if reused is None or a.on is False:
         return a
     return a._replace(ask=_plain_mask(a.on & (reused[1] >= term.every)))
@@ -1034,7 +1035,7 @@ def _forward(D, group, run, step):
 
 # %% ../nbs/06_guided.ipynb #a51975c8
 def _forward_in_pieces(D, group, run, step):
-    "The same for a `Microbatched` denoiser: a sample's rows stay together if they fit."
+    "`_forward` for a `Microbatched` denoiser: a sample's rows stay together if they fit."
 
     def piece(samples):
         some = []
@@ -1173,7 +1174,7 @@ def _negatives(self: GuidedDenoiser, x, sigma, cond, pos, active, outputs, known
 
 # %% ../nbs/06_guided.ipynb #5b6fde09
 def _reuse(i, a, space, sigma, pos, neg, run):
-    "The negative of term `i`; where it was not evaluated, by the last difference of outputs."
+    "The negative of term `i`; where it was not evaluated, the last difference of outputs gives it."
     space = space if space in ('v', 'flow') else 'eps'
     scale = scalings(space, sigma.view(-1, *(1,) * (pos.ndim - 1)))[1].to(pos)
     never = torch.zeros_like(pos), torch.full((len(pos),), 2**40)
@@ -1278,7 +1279,7 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
     if len(preds) > 1:
         for p in preds:
             pred = pred + (p - pos)
-    starts = {}  # where a history began to move, instead of the positive
+    starts = {}  # the prediction that a history moves, where other terms move the positive
     for i in self._histories:
         starts[i] = pred
         pred, negs[i] = self._leave_history(i, pred, active[i], x, sigma, run)
@@ -1297,7 +1298,7 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
 # %% ../nbs/06_guided.ipynb #80a26a18
 @patch
 def _leave_history(self: GuidedDenoiser, i, pred, active, x, sigma, run):
-    "The prediction, moved away from earlier ones by term `i`; and the negative for that."
+    "The prediction that term `i` moved away from earlier ones, and the negative that it used."
     history, memory = self.terms[i].neg, run.histories.get(i)
     run.histories[i] = history.remember(memory, pred, x, sigma).detach()
     if memory is None or active.on is False:
@@ -1385,7 +1386,7 @@ class Microbatched(Denoiser):
         n: int,  # number of samples
         rows_per_sample: int = 1,  # of the network
     ) -> list:  # what `f` returned for each slice
-        "`f` for slices of the samples, so small that `size` rows are enough."
+        "Call `f` for slices of the samples, each so small that its rows fit into `size`."
         outs, i = [], 0
         while i < n or not outs:
             count = max(1, self.fitting // rows_per_sample)

@@ -337,7 +337,7 @@ _encoding = threading.RLock()
 
 
 def _check_prompts(name, prompts, none=True):
-    "An error unless `prompts` is a string or a list of strings (or None)."
+    "Raise unless `prompts` is a string or a list of strings (or None)."
     if prompts is None and none or isinstance(prompts, str):
         return
     if not isinstance(prompts, (list, tuple)):
@@ -389,7 +389,7 @@ def _class_conditions(self: _PipelineNet, what):
 # %% ../nbs/09_pipelines.ipynb #101
 @patch
 def _scale_and_shift(self: _PipelineNet, z):
-    "Latents are `(z - shift)*scale` for `z` of the autoencoder."
+    "Scale and shift: latents are `(z - shift)*scale`, where `z` is what the autoencoder returns."
     c = self.vae.config
     mean, std = (
         torch.tensor(c[k], device=z.device).view(1, -1, 1, 1) if c.get(k) else None
@@ -402,7 +402,7 @@ def _scale_and_shift(self: _PipelineNet, z):
 
 @contextmanager
 def _in_its_precision(vae):
-    "The type to call the autoencoder in, where half precision is too little for it."
+    "The type to call the autoencoder in: single precision where it overflows in half precision."
     dtype = vae.dtype
     upcast = dtype == torch.float16 and vae.config.get('force_upcast')
     try:
@@ -587,7 +587,7 @@ _BESIDE = 'beside_latents'  # name of the extra channels as a condition
 
 
 def _flatten(o, name):
-    "What is in nested arguments, by dotted names; those of `added_cond_kwargs` stand alone."
+    "The values in nested arguments, by dotted names; those in `added_cond_kwargs` have no prefix."
     if isinstance(o, dict):
         items = [(k if name == 'added_cond_kwargs' else f'{name}.{k}', v) for k, v in o.items()]
     elif isinstance(o, (list, tuple)):
@@ -699,13 +699,13 @@ class _LoopNet(nn.Module):
 
 # %% ../nbs/09_pipelines.ipynb #1cf05e35
 class _Loop:
-    "A network inside somebody else's loop, which a guided denoiser stands in for."
+    "A network in a loop that is not ours; in its place, a guided denoiser is evaluated."
 
     def __init__(self, net, family, device, pipe=None):
         self.net, self.family, self.device, self.pipe = net, family, device, pipe
         self.signature = _signature(net)
-        self.call = None  # the loop's call of the network that is answered now
-        self.time = None  # what the denoiser takes for its time
+        self.call = None  # the loop's present call of the network
+        self.time = None  # the model's time for it, as the denoiser computes it
         self.D, self.known = None, {}
 
     def denoiser(self, scheduler):
@@ -793,11 +793,11 @@ class NegativePrompt(Conditions):
 
     def w(self, sigma):
         "The weight of the call that is running."
-        raise ValueError('NegativePrompt: it needs a pipeline; use guided(pipe, ...)')
+        raise ValueError('NegativePrompt: expected a guided pipeline: use guided(pipe, ...)')
 
     def check(self, D, x, cond):
         if not self.cond:
-            raise ValueError('NegativePrompt: it needs a pipeline; use guided(pipe, ...)')
+            raise ValueError('NegativePrompt: expected a guided pipeline: use guided(pipe, ...)')
         super().check(D, x, cond)
 
 
@@ -845,7 +845,9 @@ class _Run(_Loop):
         with self.watching:
             out = type(self.clone)._plain.__call__(self.clone, *args, **kwargs)
         if self.waiting is not None:
-            raise RuntimeError('pipe: it evaluated the prompt without the negative prompt')
+            raise RuntimeError(
+                'pipe: expected a second call, for the negative prompt, but the pipeline ended'
+            )
         self.report = _report_of(self)
         return out
 
@@ -880,7 +882,9 @@ def _both_halves(self: _Run, call):
     "Prompt and negative prompt are in one batch, and both halves get the guided prediction."
     first, second = call.halves()
     if self.evaluations is None and not torch.equal(first.latents, second.latents):
-        raise ValueError('pipe: it evaluates prompt and negative prompt at different latents')
+        raise ValueError(
+            'pipe: expected the same latents for prompt and negative prompt, got different ones'
+        )
     pos, neg = (second, first) if self.family.negative == 'first' else (first, second)
     out = self.guide(pos, neg.conditions)
     return torch.cat([out, out])
@@ -898,14 +902,16 @@ def _second_call(self: _Run, call):
         return output
     (pos, output), self.waiting = self.waiting, None
     if self.evaluations is None and not torch.equal(pos.latents, call.latents):
-        raise ValueError('pipe: it evaluates prompt and negative prompt at different latents')
+        raise ValueError(
+            'pipe: expected the same latents for prompt and negative prompt, got different ones'
+        )
     return output.copy_(self.guide(pos, _conditions_like(call, pos)))
 
 
 # %% ../nbs/09_pipelines.ipynb #8d24b4a4
 @patch
 def guide(self: _Run, call, negative):
-    "The guided prediction; without a negative prompt, a callback has switched it off."
+    "The guided prediction. `negative` is None after a callback switched the negative prompt off."
     if self.clone.scheduler.timesteps is not self.timesteps:
         self.begin(call)
     at = self.evaluations
@@ -953,7 +959,7 @@ def begin(self: _Run, call):
 
 # %% ../nbs/09_pipelines.ipynb #6150fd50
 def _refuse_endless(scheduler, D, evaluations):
-    "An error for noise predictions where there is only noise: the scheduler would divide by 0."
+    "Raise if the network predicts noise where there is only noise: the scheduler divides by 0."
     abar = getattr(scheduler, 'alphas_cumprod', None)
     if D.prediction == 'eps' and abar is not None and abar[-1] == 0:
         if max(evaluations.sigmas) >= _INFINITE:
@@ -965,7 +971,7 @@ def _refuse_endless(scheduler, D, evaluations):
 
 @patch
 def _first_index(self: _Run, call):
-    "The number of the first evaluation: the one at its time."
+    "The number of the first evaluation: the one whose time the call has."
     first = getattr(self.clone.scheduler, 'begin_index', None) or 0
     times = torch.tensor(self.evaluations.times[first:]).to(call.time.dtype)
     times = (times / self.family.time_unit).to(call.time.dtype)  # rounded as the pipeline did
@@ -1031,7 +1037,7 @@ def has_negative(self: _Run):
 
 # %% ../nbs/09_pipelines.ipynb #ea5ef128
 def _refuse_own_guidance(run):
-    "Errors for arguments that do not go together with our guidance."
+    "Raise for arguments that would add guidance of the pipeline's own."
     given = run.given
     if given.get('guidance_rescale'):
         raise ValueError(
@@ -1080,7 +1086,7 @@ def _checked_arguments(stock, sd, args, kwargs):
 
 # %% ../nbs/09_pipelines.ipynb #a3c3cd46
 def _check_types(given):
-    "Errors for values at which the code of a pipeline would fail somewhere inside."
+    "Raise for values that would make the pipeline fail somewhere inside."
     if given.get('num_inference_steps', 1) is None:
         if given.get('timesteps') is None and given.get('sigmas') is None:
             raise TypeError('num_inference_steps: expected a whole number, got None')
@@ -1157,7 +1163,7 @@ def _report_of(run):
 
 
 def _why_idle(term, sigmas):
-    "Why a term did not act."
+    "Why a term never guided."
     if term.interval and not any(term.interval[0] < s <= term.interval[1] for s in sigmas):
         return (
             f'its interval {term.interval} holds none of the noise levels '
@@ -1178,15 +1184,15 @@ class _Guidance:
     posts: list
     zero_init: int
     max_batch: int | None
-    warns: bool = True  # about terms that never acted
+    warns: bool = True  # about terms that never guided
     watched: list = field(default_factory=list)  # pairs of a term's number and a list of traces
 
 
 # %% ../nbs/09_pipelines.ipynb #4418ae1c
 class _GuidedPipeline:
-    "What a guided pipeline does differently from the class that it inherits from."
+    "What the class of a guided pipeline adds to the class of the plain one."
 
-    _plain = None  # that class
+    _plain = None  # the class of the plain pipeline
 
     def __new__(cls, *args, **kwargs):
         return cls._plain(*args, **kwargs)  # type(sd)(**sd.components) is a plain pipeline
@@ -1213,7 +1219,7 @@ class _GuidedPipeline:
 
     @property
     def interrupt(self):
-        "Stop? A callback sets `_interrupt` of the pipeline that it gets; others, that of `sd`."
+        "Shall the loop stop? A callback sets it on the pipeline that it gets, other code on `sd`."
         owner = vars(self).get('_owner')
         return vars(self).get('_interrupt', False) or owner is not None and owner.interrupt
 
@@ -1375,8 +1381,8 @@ def _load_pipeline(md):
     told = unet is not None and unet.config.get('addition_embed_type')
     if told and _FAMILIES[_stock_class(pipe).__name__] is not _XL:
         raise ValueError(
-            f'model_name: its U-Net needs {told!r} conditions, which {type(pipe).__name__} does '
-            'not give'
+            f'model_name: its U-Net needs {told!r} conditions, but {type(pipe).__name__} does not '
+            'pass them'
         )
     return pipe
 
@@ -1422,8 +1428,8 @@ def _other_scheduler(own, spec):
     kinds = [type(_scheduler_denoiser(o, nn.Identity())) for o in (own, scheduler)]
     if kinds[0] is not kinds[1]:
         raise ValueError(
-            f'scheduler: {type(scheduler).__name__} has noise levels of another kind than the '
-            f"checkpoint's {type(own).__name__}"
+            f"scheduler: expected noise levels of the same kind as the checkpoint's "
+            f'{type(own).__name__}, got {type(scheduler).__name__}'
         )
     return scheduler
 
@@ -1587,7 +1593,7 @@ def _per_image(terms, prompt, negative_prompt, generator):
         _check_prompts(name, o, none=False)
     lengths = [1 if isinstance(o, str) else len(o) for o in given.values()]
     many = isinstance(generator, (list, tuple, range))
-    # the first of them that is not for one image gives their number
+    # the first of these that is not 1 is the number of images
     n = next((o for o in [*lengths, *columns, len(generator) if many else 1] if o != 1), 1)
     for name, length in zip(given, lengths, strict=True):
         if length not in (1, n):
@@ -1618,11 +1624,12 @@ _WORDS = frozenset(
     'a an on background t-shirt trouser pullover dress coat sandal shirt sneaker bag boot '
     'black blue green orange purple red white yellow'.split()
 )
-_VOCABULARIES = {'fashion-sd': (_WORDS, 10)}  # of embedded models: words, and most in a prompt
+# of embedded models: their words, and how many a prompt may have
+_VOCABULARIES = {'fashion-sd': (_WORDS, 10)}
 
 
 def _check_words(name, prompts, model):
-    "An error for words that an embedded model has never seen; any other model may know them."
+    "Raise for words that an embedded model has never seen; any other model may know them."
     if not isinstance(model, str) or model not in _VOCABULARIES:
         return
     known, most = _VOCABULARIES[model]
@@ -1641,14 +1648,14 @@ def _check_words(name, prompts, model):
 
 
 def _seed_noise(scheduler, generators):
-    "Noise that a scheduler draws by itself gets a seed per image, or the scheduler is refused."
+    "Give a scheduler that draws its own noise one seed per image; raise if it takes none."
     if getattr(scheduler, 'noise_sampler_seed', 0) is None:
         seeds = [torch.randint(2**62, (), generator=g, device=g.device) for g in generators]
         scheduler.noise_sampler_seed = [int(s) for s in seeds]
     elif scheduler.config.get('stochastic_sampling'):
         raise ValueError(
-            f'scheduler: {type(scheduler).__name__} with stochastic_sampling draws noise that no '
-            'seed decides'
+            f'scheduler: expected noise that a seed decides, got {type(scheduler).__name__} with '
+            'stochastic_sampling'
         )
 
 

@@ -535,9 +535,9 @@ BAD = {  # what is done -> what the error says
     'scheduler=5': (making(scheduler=5), 'scheduler: expected a scheduler of diffusers, got 5'),
     'flow': (
         making(scheduler='FlowMatchEulerDiscreteScheduler'),
-        'scheduler: FlowMatchEulerDiscreteScheduler has noise levels of another kind',
+        "scheduler: expected noise levels of the same kind as the checkpoint's",
     ),
-    'EDM': (making(scheduler=diffusers.EDMEulerScheduler()), 'noise levels of another kind'),
+    'EDM': (making(scheduler=diffusers.EDMEulerScheduler()), 'noise levels of the same kind'),
 }
 
 

@@ -1342,7 +1342,7 @@ BAD = {  # what is done -> what the error says
         lambda: GuidedDenoiser(pipeline_denoiser(sd_v()), NegativePrompt(), w=2.0)(
             torch.zeros(1, 4, 8, 8), 1.0, **text(sd_v(), 'a boot')
         ),
-        'NegativePrompt: it needs a pipeline',
+        'NegativePrompt: expected a guided pipeline',
     ),
     'embedded model': (lambda: embedded_path('nope'), 'name: expected one of .*fashion-sd'),
 }
