@@ -3403,6 +3403,31 @@ d = {
             ),
         },
         'cf_guidance.negatives': {
+            'cf_guidance.negatives.CADS': ('negatives.html#cads', 'cf_guidance/negatives.py'),
+            'cf_guidance.negatives.CADS.__init__': (
+                'negatives.html#cads.__init__',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.CADS._conditions': (
+                'negatives.html#cads._conditions',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.CADS._generators': (
+                'negatives.html#cads._generators',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.CADS._hidden': (
+                'negatives.html#cads._hidden',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.CADS.forward': (
+                'negatives.html#cads.forward',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.CADS.parts': (
+                'negatives.html#cads.parts',
+                'cf_guidance/negatives.py',
+            ),
             'cf_guidance.negatives.HiGS': ('negatives.html#higs', 'cf_guidance/negatives.py'),
             'cf_guidance.negatives.HiGS.__init__': (
                 'negatives.html#higs.__init__',

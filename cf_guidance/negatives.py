@@ -16,6 +16,7 @@ __all__ = [
     'MG',
     'SGPrev',
     'HiGS',
+    'CADS',
 ]
 
 # %% ../nbs/07_negatives.ipynb #042d4ded
@@ -29,7 +30,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .denoisers import from_x0, to_x0
+from .denoisers import Denoiser, _per_sample, from_x0, to_x0
 from .guided import (
     Conditions,
     History,
@@ -38,8 +39,15 @@ from .guided import (
     Query,
     Weight,
     _broadcast_mask,
+    _expand_rows,
 )
-from .noise import _check_generators, _check_number, _check_whole, randn
+from .noise import (
+    _check_generators,
+    _check_number,
+    _check_whole,
+    randn,
+    split_generator,
+)
 from .perturb import Change, _network_of, find_time_layers
 from .transforms import _perpendicular
 
@@ -515,3 +523,70 @@ class HiGS(History):
     def check(self, D, x, cond):
         if x.ndim < 3:
             raise ValueError(f'x: HiGS expects images (B, ..., H, W), got shape {tuple(x.shape)}')
+
+
+# %% ../nbs/07_negatives.ipynb #5e1f0021
+class CADS(Denoiser):
+    "Noise on the condition, less and less of it (CADS, arXiv:2310.17347)."
+
+    def __init__(
+        self,
+        inner_model,  # a denoiser, guided or not, with conditions that are embeddings
+        tau1: float = 0.6,  # the condition is whole up to this time
+        tau2: float = 0.9,  # and all noise from this one on; times are from 0 to 1
+        s: float = 0.25,  # standard deviation of the noise
+        psi: float = 1.0,  # how far the condition gets its mean and deviation back: 0 not, 1 all
+        seed=0,  # of the noise: one for the batch, or a list with one per sample
+        # function of sigma (B,) that returns times from 0 to 1; None: the denoiser's time as a
+        # share of that at its highest noise level
+        time: Callable = None,
+    ):
+        super().__init__(inner_model)
+        self.tau1 = _check_number('tau1', tau1, 'a number from 0', lambda v: 0 <= v < 1)
+        self.tau2 = _check_number('tau2', tau2, 'above tau1, up to 1', lambda v: tau1 < v <= 1)
+        self.s = _check_number('s', s, 'a finite number from 0', lambda v: 0 <= v < math.inf)
+        self.psi = _check_number('psi', psi, 'a number from 0 to 1', lambda v: 0 <= v <= 1)
+        for o in seed if isinstance(seed, (list, tuple)) else [seed]:
+            _check_whole('seed', o, 'a whole number from 0, or a list with one per sample')
+        self.seed, self.time = seed, _ShareOfTime(inner_model) if time is None else time
+
+    def forward(self, x, sigma, *, step=None, **cond):
+        return self.inner_model(x, sigma, **self._conditions(x, sigma, step, cond))
+
+    def parts(self, x, sigma, *, step=None, **cond):
+        return self.inner_model.parts(x, sigma, **self._conditions(x, sigma, step, cond))
+
+    def _conditions(self, x, sigma, step, cond):
+        "What the denoiser gets: all conditions that are embeddings with their noise, and the step."
+        cond, sigma = _expand_rows(cond, len(x), x.device), _per_sample(sigma, x)
+        noisy = sorted(k for k, v in cond.items() if v.is_floating_point())
+        if not noisy:
+            raise ValueError(f'cond: CADS expects an embedding among the conditions {sorted(cond)}')
+        clear = ((self.tau2 - self.time(sigma)) / (self.tau2 - self.tau1)).clamp(0, 1)
+        generators = self._generators(sigma)
+        for k in noisy:
+            cond[k] = self._hidden(cond[k], clear.to(x.device), generators)
+        return cond | (dict(step=step) if getattr(self.inner_model, 'takes_step', False) else {})
+
+
+# %% ../nbs/07_negatives.ipynb #5e1f0022
+@patch
+def _hidden(self: CADS, y, clear, generators):
+    "The condition with noise, where it is not clear."
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    clear, axes = _broadcast_mask(clear.to(wide), wide), tuple(range(1, y.ndim))
+    noise = randn(y.shape, generators, y.device, wide.dtype)
+    out = clear.sqrt() * wide + self.s * (1 - clear).sqrt() * noise
+    std, mean = torch.std_mean(wide, axes, correction=0, keepdim=True)
+    own_std, own_mean = torch.std_mean(out, axes, correction=0, keepdim=True)
+    like_y = (out - own_mean) / torch.where(own_std == 0, 1, own_std) * std + mean
+    return torch.where(clear == 1, y, torch.lerp(out, like_y, self.psi).to(y.dtype))
+
+
+@patch
+def _generators(self: CADS, sigma):
+    "One generator per sample, which follows from its seed and its noise level."
+    seeds = [g.initial_seed() for g in split_generator(self.seed, len(sigma))]
+    levels = sigma.detach().float().cpu().view(torch.int32).tolist()
+    mixed = [(a + 0x9E3779B97F4A7C15 * b) % 2**63 for a, b in zip(seeds, levels, strict=True)]
+    return [torch.Generator().manual_seed(o) for o in mixed]

@@ -29,6 +29,7 @@ from cf_guidance.guided import GuidedDenoiser, Microbatched, Queries, Query, Ter
 from cf_guidance.karras import _run_generators, euler, get_sigmas_karras, heun, on_sigmas, sample
 from cf_guidance.lab.fashion import fashion_path, load_ddpm
 from cf_guidance.negatives import (
+    CADS,
     ICG,
     MG,
     SG,
@@ -406,6 +407,80 @@ def test_the_network_gets_the_same_input_and_another_time():
 def test_no_more_noise_is_the_positive():
     p = GuidedDenoiser(D, SG(D, 1.0), w=3.0).parts(X, 5.0, **COND)
     close(p.neg, p.pos, 1e-4)
+
+
+# noise on the condition
+
+
+def shown(C, sigma, rows=slice(None)):
+    "The condition that the denoiser inside gets."
+    C.inner_model = Denoiser(lambda x, sigma, encoder_hidden_states: encoder_hidden_states)
+    return C(X[rows], sigma, **{k: v[rows] for k, v in COND.items()})
+
+
+def by_share(sigma):
+    return sigma / 10
+
+
+def cads(**settings):
+    return CADS(D, time=by_share, **settings)
+
+
+def test_the_equation_of_cads():
+    y = COND['encoder_hidden_states']
+    assert torch.equal(shown(cads(), 5.9), y)
+    noise = shown(cads(s=1.0, psi=0.0), 9.5)  # only noise at this time
+    assert abs(noise.std() - 1) < 0.1
+    half = shown(cads(s=0.5, psi=0.0, tau1=0.9, tau2=1.0), 9.5)  # at this noise level gamma is 0.5
+    close(half, 0.5**0.5 * (y + 0.5 * noise), 1e-4)
+    own = half.std((1, 2), correction=0, keepdim=True), half.mean((1, 2), keepdim=True)
+    std, mean = y.std((1, 2), correction=0, keepdim=True), y.mean((1, 2), keepdim=True)
+    like_y = (half - own[1]) / own[0] * std + mean
+    for psi in (1.0, 0.5):
+        got = shown(cads(s=0.5, psi=psi, tau1=0.9, tau2=1.0), 9.5)
+        close(got, psi * like_y + (1 - psi) * half, 1e-4)
+
+
+def test_cads_leaves_the_negative_alone_and_costs_nothing():
+    G = GuidedDenoiser(D, EMPTY, w=3.0)
+    C = CADS(G, time=by_share)
+    close(C.parts(X, 9.0, **COND).neg, G.parts(X, 9.0, **COND).neg)
+    got = drawn(C)
+    assert G.run.nfe_per_sample.tolist() == [6] * 4
+    assert torch.equal(drawn(C), got)
+    assert (got - drawn(G)).abs().max() > 1e-3
+
+
+def test_a_picture_with_cads_does_not_depend_on_its_batch():
+    seeds = [3, 1, 4, 1]
+    for step in (euler, heun):
+        C = CADS(GuidedDenoiser(D, EMPTY, w=3.0), time=by_share, seed=seeds)
+        one = CADS(GuidedDenoiser(D, EMPTY, w=3.0), time=by_share, seed=seeds[2:3])
+        close(drawn(one, slice(2, 3), step), drawn(C, step=step)[2:3], 1e-4)
+    assert torch.equal(shown(cads(seed=7), 9.0, slice(2)), shown(cads(seed=7), 9.0)[:2])
+    other = shown(cads(seed=8), 9.0)
+    assert (other - shown(cads(seed=7), 9.0)).abs().max() > 0.1
+    assert (other - shown(cads(seed=8), 9.5)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    'settings, match',
+    [
+        (dict(tau1=0.9), 'tau2: expected'),
+        (dict(tau1=-0.1), 'tau1: expected'),
+        (dict(s=-1.0), 's: expected'),
+        (dict(psi=2.0), 'psi: expected'),
+        (dict(seed=-1), 'seed: expected'),
+    ],
+)
+def test_bad_settings_of_cads(settings, match):
+    with pytest.raises(ValueError, match=match):
+        cads(**settings)
+
+
+def test_cads_needs_an_embedding():
+    with pytest.raises(ValueError, match='cond: CADS expects an embedding'):
+        cads()(X, 5.0, labels=torch.zeros(4).long())
 
 
 # random numbers
