@@ -30,8 +30,9 @@ from diffusers import StableDiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from cf_guidance.lab.backends import with_backend
+from cf_guidance.lab.commands import _PROMPTS
 from cf_guidance.lab.fashion import quiet
-from cf_guidance.lab.sweeps import _PROMPTS, create_expts, run
+from cf_guidance.lab.sweeps import create_expts, run
 from cf_guidance.pipelines import MinimalDiffusion, embedded_path
 from cf_guidance.transforms import TNormGuidance
 

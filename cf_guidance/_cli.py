@@ -22,14 +22,12 @@ def _is_command(args):
 
 def _parsed():
     "The function of the command, and its arguments from the command line."
-    if _is_command(sys.argv[1:]):
-        from cf_guidance.lab.commands import run_command
-
-        return run_command, {'args': sys.argv[1:]}
     from fastcore.script import anno_parser
 
-    from cf_guidance.lab.sweeps import cf_sweep
+    from cf_guidance.lab.commands import cf_sweep, run_command
 
+    if _is_command(sys.argv[1:]):
+        return run_command, {'args': sys.argv[1:]}
     args = vars(anno_parser(cf_sweep, 'cf_sweep').parse_args())
     return cf_sweep, {k: v for k, v in args.items() if k not in ('pdb', 'xtra')}
 

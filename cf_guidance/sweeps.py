@@ -1,7 +1,6 @@
-"The sweeps of `cf_guidance.lab.sweeps`, under the module's name of 2022."
+"The sweeps of `cf_guidance.lab`, under the module's name of 2022."
 
 from .lab.sweeps import (
-    cf_sweep,
     cos_harness,
     create_cos_expts,
     create_expts,
@@ -9,11 +8,9 @@ from .lab.sweeps import (
     run,
     seed_everything,
     summarise,
-    sweep,
 )
 
 __all__ = [
-    'cf_sweep',
     'cos_harness',
     'create_cos_expts',
     'create_expts',
@@ -21,5 +18,14 @@ __all__ = [
     'run',
     'seed_everything',
     'summarise',
-    'sweep',
 ]
+_LATE = 'cf_sweep', 'sweep'  # they need more packages, so they are imported when asked for
+__all__ += _LATE
+
+
+def __getattr__(name):
+    if name in _LATE:
+        from .lab import commands
+
+        return getattr(commands, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

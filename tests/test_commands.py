@@ -100,13 +100,13 @@ def test_merge(sweep, capsys):
 
 def test_stopped_by_ctrl_c(monkeypatch, capsys):
     def stop(*args, **kwargs):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt('stopped: the same call goes on')
 
     monkeypatch.setattr(commands, 'draw', stop)
     with pytest.raises(SystemExit) as e:
         run_command(['draw', *SMALL])
     assert e.value.code == 130
-    assert capsys.readouterr().err == ''  # draw has said how to go on
+    assert capsys.readouterr().err == 'cf_sweep: stopped: the same call goes on\n'
 
 
 BAD = {

@@ -18,10 +18,9 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from fastcore.basics import patch
@@ -341,10 +340,10 @@ class _Bar:
         failed = f', {self.failed} failed' if self.failed else ''
         self.bar.set_postfix_str(f'{self.done:,} evaluations{failed}', refresh=False)
         self.bar.update(len(rows))
-        if self.first and self.done < self.total:
-            seconds = sum(o['seconds'] for o in rows) / max(self.done, 1)
-            left = tqdm.format_interval(seconds * (self.total - self.done))
-            self.say(f'about {left} for the other {self.pictures - len(rows):,} pictures')
+        left = self.pictures - len(rows)
+        if self.first and left and self.done:
+            seconds = sum(o['seconds'] for o in rows) * (self.total / self.done - 1)
+            self.say(f'about {tqdm.format_interval(seconds)} for the other {left:,} pictures')
         self.first = False
 
 
@@ -355,11 +354,9 @@ def _stopping(store):
     try:
         yield
     except KeyboardInterrupt:
-        with suppress(KeyboardInterrupt):
-            o = store.status()
-            text = f'stopped: {o["done"] + o["failed"]:,} of {o["planned"]:,} pictures are in'
-            print(f'{text} {store.folder}; the same call goes on from there', file=sys.stderr)
-        raise
+        o = store.status()
+        count = f'{o["done"] + o["failed"]:,} of {o["planned"]:,} pictures are in {store.folder}'
+        raise KeyboardInterrupt(f'stopped: {count}; the same call goes on from there') from None
 
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c1201
