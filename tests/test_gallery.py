@@ -385,6 +385,14 @@ def test_keyboard(opened, small):
     assert driver.execute_script(active).startswith('a red sneaker, seed 1, w 5')
 
 
+SWAP = """
+  const over = document.querySelector('.over');
+  const before = over.className;
+  [...document.querySelectorAll('.view button')].find((o) => o.textContent === 'Swap').click();
+  return over.className !== before;
+"""
+
+
 def test_compare(opened, small):
     driver = opened(small)
     click(driver, '.cell')
@@ -396,14 +404,55 @@ def test_compare(opened, small):
     assert len(driver.find_elements('css selector', '.over > *')) == 2
     assert len(driver.find_elements('css selector', 'td.other')) == 4  # w and quality
     choose(driver, 'compare by', 'flicker')
-    before = driver.execute_script("return document.querySelector('.over').className")
-    click(driver, '.view button', 'Swap')
-    assert driver.execute_script("return document.querySelector('.over').className") != before
+    assert driver.execute_script(SWAP)
     choose(driver, 'compare by', 'side by side')
     assert len(driver.find_elements('css selector', '.pair > *')) == 2
     click(driver, 'dialog button', 'End comparison')
     assert not driver.find_elements('css selector', '.pair')
     assert not console_errors(driver)
+
+
+def test_link(opened, small):
+    "A link shows the same axes, tab, filters, order and picture; what it cannot know is left out."
+    driver = opened(small)
+    choose(driver, 'columns', 'w')
+    choose(driver, 'tabs', 'prompt')
+    click(driver, '[role=tab]:last-of-type')
+    click(driver, '.filters .check', '7.5')
+    choose(driver, 'sort', 'quality, lowest first')
+    choose(driver, 'below each picture', 'quality')
+    click(driver, '.cell[data-at="4"]')
+    before = shown(driver), text_of(driver, 'dialog h2'), text_of(driver, '.filters')
+    link = driver.current_url
+    driver.get('about:blank')
+    driver.get(link)
+    settle(driver)
+    assert (shown(driver), text_of(driver, 'dialog h2'), text_of(driver, '.filters')) == before
+    assert driver.current_url == link
+    click(driver, 'dialog button', 'Close')
+    assert 'picture=' not in driver.current_url
+    assert not console_errors(driver)
+
+
+@pytest.mark.parametrize(
+    'link', ['columns=nope&tabs=seed&tab=9', 'only+seed={&picture=99', 'only+seed="1"&below=<b>']
+)
+def test_odd_links(opened, small, link):
+    driver = opened(small)
+    driver.get(f'{small.as_uri()}?{len(link)}#{link}')
+    settle(driver)
+    assert len(shown(driver)) >= 6
+    assert not driver.find_elements('css selector', 'dialog[open]')
+    assert not console_errors(driver)
+
+
+def test_typed_filter_in_a_link(opened, large):
+    driver = opened(large)
+    driver.get(f'{large.as_uri()}?1#only+prompt=%22prompt+7+of%22')
+    settle(driver)
+    assert '1,000 of 10,000' in text_of(driver, '.top')
+    named = "return document.querySelector('input[aria-label=prompt]').value"
+    assert driver.execute_script(named) == 'prompt 7 of'
 
 
 COUNT = "return document.querySelectorAll('*').length"

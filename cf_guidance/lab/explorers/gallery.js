@@ -2,8 +2,8 @@
 // pictures in sight are elements of the page. All text comes from data and is set as text.
 import { mount, oncePerFrame, element, select, slider, button, copyButton } from './common.js';
 import { formatNumber } from './common.js';
-import { axisNamed, named, valueOf, matching, filtered } from './gallery_table.js';
-import { arranged, firstView } from './gallery_table.js';
+import { axisNamed, named, valueOf, isListed, filtered, arranged } from './gallery_table.js';
+import { linkOf, stateOf } from './gallery_link.js';
 
 const STYLES = `
 body { margin: 0; background: #fff; }
@@ -66,7 +66,6 @@ body { margin: 0; background: #fff; }
 `;
 
 const NARROW = 640; // pixels of the window
-const MANY = 24; // values of an axis that are not listed one by one
 const [HEAD, CAPTION, GAP] = [24, 16, 4]; // pixels
 
 // ---------------------------------------------------------------------------- pictures
@@ -282,10 +281,14 @@ class Stage {
   move(dx, dy) {
     const k = this.next(dx, dy);
     if (k === null) return null;
+    this.goTo(k);
+    return this.arrangement.at[k];
+  }
+
+  goTo(k) {
     this.activate(k);
     this.bringIntoSight(k);
     this.draw();
-    return this.arrangement.at[k];
   }
 
   bringIntoSight(k) {
@@ -320,10 +323,11 @@ function arrow({ key }) {
 const WAYS = ['slider', 'flicker', 'side by side'];
 
 // The dialog with a picture, what is known of it, and another picture that it is compared with.
-// `onMove(dx, dy)` gives the next picture in a direction, `onHold(i)` is told of one that is kept.
+// `onMove(dx, dy)` gives the next picture in a direction, `onShow(i)` is told of the one that is
+// shown, and `onHold(i)` of one that is kept.
 class Detail {
-  constructor(data, { onMove, onHold, onClose }) {
-    Object.assign(this, { data, onMove, onHold, held: null, way: WAYS[0] });
+  constructor(data, { onMove, onShow, onHold, onClose }) {
+    Object.assign(this, { data, onMove, onShow, onHold, held: null, way: WAYS[0] });
     this.root = element('dialog', { tabindex: -1, 'aria-label': 'Picture', onclose: onClose });
     this.root.addEventListener('close', () => this.stop());
     this.root.addEventListener('keydown', (event) => this.onKey(event));
@@ -342,6 +346,7 @@ class Detail {
     if (!this.root.open) this.root.showModal();
     const again = [...this.root.querySelectorAll('button')].find((o) => o.textContent === focused);
     (again ?? this.root).focus();
+    this.onShow(i);
   }
 
   title(compared) {
@@ -505,24 +510,27 @@ function requestText(data, i) {
 
 // ---------------------------------------------------------------------------- filters
 
-// Checkboxes for a few values, a text field for many. `onFilter(values)` gets a set, or null for
-// all.
-function filterOf(axis, onFilter) {
-  return axis.values.length <= MANY ? listFilter(axis, onFilter) : textFilter(axis, onFilter);
+// Checkboxes for a few values, a text field for many. `onFilter(filter)` gets the values that are
+// checked or the text, or null for all; `filter` is the first one.
+function filterOf(axis, filter, onFilter) {
+  return (isListed(axis) ? listFilter : textFilter)(axis, filter, onFilter);
 }
 
-function listFilter(axis, onFilter) {
+function listFilter(axis, filter, onFilter) {
   const boxes = axis.values.map((text) => {
-    const box = element('input', { type: 'checkbox', checked: true });
+    const checked = filter === null || filter.includes(text);
+    const box = element('input', { type: 'checkbox', checked });
     return { box, root: element('label', { class: 'check' }, box, text) };
   });
-  const summary = element('summary', {}, axis.name);
-  const update = () => {
-    const kept = new Set(axis.values.map((_, v) => v).filter((v) => boxes[v].box.checked));
-    const all = kept.size === boxes.length;
-    summary.textContent = all ? axis.name : `${axis.name}: ${kept.size} of ${boxes.length}`;
-    onFilter(all ? null : kept);
+  const summary = element('summary', {});
+  const count = () => {
+    const kept = axis.values.filter((_, v) => boxes[v].box.checked);
+    const all = kept.length === boxes.length;
+    summary.textContent = all ? axis.name : `${axis.name}: ${kept.length} of ${boxes.length}`;
+    return all ? null : kept;
   };
+  const update = () => onFilter(count());
+  count();
   const setAll = (checked) => () => {
     for (const { box } of boxes) box.checked = checked;
     update();
@@ -533,12 +541,11 @@ function listFilter(axis, onFilter) {
   return element('details', {}, summary, element('div', { class: 'row' }, all, none), values);
 }
 
-function textFilter(axis, onFilter) {
+function textFilter(axis, filter, onFilter) {
   const hint = axis.numbers ? '1, 5, 10-20' : 'words';
-  const input = element('input', { type: 'text', placeholder: hint, 'aria-label': axis.name });
-  input.addEventListener('input', () => {
-    onFilter(input.value.trim() ? matching(axis, input.value) : null);
-  });
+  const type = { type: 'text', value: filter ?? '' };
+  const input = element('input', { ...type, placeholder: hint, 'aria-label': axis.name });
+  input.addEventListener('input', () => onFilter(input.value.trim() ? input.value : null));
   const name = element('span', { class: 'name' }, axis.name);
   return element('label', { class: 'control' }, name, input);
 }
@@ -551,15 +558,15 @@ class Gallery {
     this.frame = mount(el, data.title);
     el.classList.add('gallery');
     el.prepend(element('style', {}, STYLES));
-    this.view = firstView(data);
-    this.tab = 0;
-    this.kept = new Map();
+    // view, tab, filters, below, picture
+    Object.assign(this, stateOf(data, location.hash.slice(1)));
     this.stage = new Stage(data, (i) => this.detail.show(i));
     if (window.innerWidth < NARROW) this.stage.size = 72;
     this.detail = new Detail(data, {
       onMove: (dx, dy) => this.stage.move(dx, dy),
+      onShow: (i) => this.open(i),
       onHold: (i) => this.hold(i),
-      onClose: () => this.stage.focus(),
+      onClose: () => this.close(),
     });
     this.count = element('span', { class: 'note', 'aria-live': 'polite' });
     this.tabs = element('div', { class: 'tabs', role: 'tablist', hidden: true });
@@ -569,7 +576,34 @@ class Gallery {
     el.append(...parts);
     this.update = oncePerFrame(() => this.show());
     window.addEventListener('resize', this.update);
+    window.addEventListener('hashchange', () => location.reload());
     this.show();
+    if (this.picture !== null) this.openFirst(this.picture);
+  }
+
+  // ------------------------------------------------------------------------ its address
+
+  // Have the address of the page tell what is shown. This is no step back in the history.
+  writeLink() {
+    const link = linkOf(this.data, this);
+    if (link === location.hash.slice(1)) return;
+    history.replaceState(null, '', link ? `#${link}` : location.pathname + location.search);
+  }
+
+  openFirst(i) {
+    const k = this.stage.arrangement.at.indexOf(i);
+    if (k >= 0) this.stage.goTo(k);
+    this.detail.show(i);
+  }
+
+  open(i) {
+    this.picture = i;
+    this.writeLink();
+  }
+
+  close() {
+    this.stage.focus();
+    this.open(null);
   }
 
   // ------------------------------------------------------------------------ settings
@@ -578,7 +612,10 @@ class Gallery {
     const controls = [...this.axisControls(), this.sortControl(), ...this.lookControls()];
     const filters = this.data.axes
       .filter((axis) => axis.values.length > 1)
-      .map((axis) => filterOf(axis, (values) => this.filter(axis.name, values)));
+      .map((axis) => {
+        const first = this.filters.get(axis.name) ?? null;
+        return filterOf(axis, first, (filter) => this.filter(axis.name, filter));
+      });
     const open = window.innerWidth >= NARROW;
     const parts = [element('div', { class: 'controls' }, ...controls)];
     if (filters.length) {
@@ -620,31 +657,34 @@ class Gallery {
       this.view.sort = k === '' ? null : ways[k];
       this.update();
     };
-    return select({ label: 'sort', options, value: '', onInput }).root;
+    const { sort } = this.view;
+    const first = ways.findIndex((o) => o.name === sort?.name && o.falling === sort.falling);
+    return select({ label: 'sort', options, value: first < 0 ? '' : first, onInput }).root;
   }
 
   lookControls() {
     const { stage, data } = this;
-    const look = (values) => {
-      Object.assign(stage, values);
-      this.update();
-    };
-    const names = data.measurements.map(({ name }) => name);
-    const find = (name) => data.measurements.find((o) => o.name === name) ?? null;
     const caption = select({
       label: 'below each picture',
-      options: [['', 'nothing'], ...names],
-      value: '',
-      onInput: (name) => look({ caption: find(name) }),
+      options: [['', 'nothing'], ...data.measurements.map(({ name }) => name)],
+      value: this.below ?? '',
+      onInput: (name) => {
+        this.below = name || null;
+        this.update();
+      },
     });
     const range = { min: 16, max: 512, step: 8, value: stage.size };
-    const size = slider({ label: 'size', ...range, onInput: (value) => look({ size: value }) });
+    const resize = (size) => {
+      stage.size = size;
+      this.update();
+    };
+    const size = slider({ label: 'size', ...range, onInput: resize });
     return [caption.root, size.root];
   }
 
-  filter(name, values) {
-    if (values) this.kept.set(name, values);
-    else this.kept.delete(name);
+  filter(name, filter) {
+    if (filter === null) this.filters.delete(name);
+    else this.filters.set(name, filter);
     this.update();
   }
 
@@ -652,13 +692,14 @@ class Gallery {
 
   show() {
     const { data, view, stage } = this;
-    const kept = filtered(data, this.kept);
-    const pictures = this.showTabs(kept);
+    const pictures = this.showTabs(filtered(data, this.filters));
+    stage.caption = data.measurements.find(({ name }) => name === this.below) ?? null;
     stage.show(arranged(data, pictures, view, stage.across));
     const all = data.count.toLocaleString('en');
     const few = pictures.length.toLocaleString('en');
     this.count.textContent =
       pictures.length === data.count ? `${all} pictures` : `${few} of ${all}`;
+    this.writeLink();
   }
 
   // The pictures of the tab that is open.
@@ -672,7 +713,7 @@ class Gallery {
       this.tab = value;
       this.show();
     };
-    const make = used.length <= MANY ? tabButtons : tabList;
+    const make = isListed(axis) ? tabButtons : tabList;
     this.tabs.replaceChildren(...make(axis, used, open, choose));
     return pictures.filter((i) => axis.of[i] === open);
   }

@@ -18,6 +18,12 @@ export function named(axis, value) {
 
 // ---------------------------------------------------------------------------- filters
 
+const MANY = 24; // values of an axis that are not listed one by one
+
+export function isListed(axis) {
+  return axis.values.length <= MANY;
+}
+
 // '1, 3, 10-20' as a test of numbers; null if it is not such a list.
 function numberTest(text) {
   const number = String.raw`-?[\d.]+(?:e[-+]?\d+)?`;
@@ -41,9 +47,18 @@ export function matching(axis, text) {
   return new Set(all.filter((v) => has(axis.values[v])));
 }
 
-// The pictures whose values are all kept; `kept` is a map of names of axes to sets of values.
-export function filtered(data, kept) {
-  const tests = [...kept].map(([name, values]) => [axisNamed(data, name).of, values]);
+// The values that a filter keeps: a typed text, or a list of their texts.
+function keptBy(axis, filter) {
+  if (typeof filter === 'string') return matching(axis, filter);
+  return new Set(axis.values.map((_, v) => v).filter((v) => filter.includes(axis.values[v])));
+}
+
+// The pictures that all filters keep; `filters` is a map of names of axes to filters.
+export function filtered(data, filters) {
+  const tests = [...filters].map(([name, filter]) => {
+    const axis = axisNamed(data, name);
+    return [axis.of, keptBy(axis, filter)];
+  });
   const all = Array.from({ length: data.count }, (_, i) => i);
   return all.filter((i) => tests.every(([of, values]) => values.has(of[i])));
 }
