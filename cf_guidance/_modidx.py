@@ -2649,7 +2649,6 @@ d = {
                 'lab/plots.html#_sheet_layout',
                 'cf_guidance/lab/plots.py',
             ),
-            'cf_guidance.lab.plots._short': ('lab/plots.html#_short', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._text': ('lab/plots.html#_text', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._tiles': ('lab/plots.html#_tiles', 'cf_guidance/lab/plots.py'),
             'cf_guidance.lab.plots._titles': ('lab/plots.html#_titles', 'cf_guidance/lab/plots.py'),

@@ -26,6 +26,7 @@ from textwrap import wrap
 import numpy as np
 
 from .._extras import needs
+from ..schedules import _short
 
 with needs('lab', 'cf_guidance.lab.plots'):
     from matplotlib import colormaps
@@ -55,13 +56,6 @@ def _whole(name, value, low):
     return int(value)
 
 
-# %% ../../nbs/lab/02_plots.ipynb #2c38a6f6
-def _short(value):
-    "`repr(value)`, cut to fit into an error message."
-    text = repr(value)
-    return text if len(text) <= 60 else f'{text[:57]}...'
-
-
 # %% ../../nbs/lab/02_plots.ipynb #9
 def _array(x):
     "`x` as a numpy array; tensors are detached and moved to the CPU."
@@ -72,16 +66,16 @@ def _array(x):
 
 
 # %% ../../nbs/lab/02_plots.ipynb #10
-def _bytes(a):
+def _bytes(name, a):
     "Floats in [0, 1] as uint8."
     if not np.issubdtype(a.dtype, np.floating):
-        raise TypeError(f'image: expected uint8, or floats in [0, 1], got {a.dtype}')
+        raise TypeError(f'{name}: expected uint8, or floats in [0, 1], got {a.dtype}')
     if np.isnan(a).any():
-        raise ValueError('image: expected values in [0, 1], got NaN: find out where it came from')
+        raise ValueError(f'{name}: expected values in [0, 1], got NaN: find out where it came from')
     low, high = a.min(), a.max()
     if low < -1e-3 or high > 1 + 1e-3:
         raise ValueError(
-            f'image: expected floats in [0, 1], got {low:.3g} to {high:.3g}; '
+            f'{name}: expected floats in [0, 1], got {low:.3g} to {high:.3g}; '
             'if they are in [-1, 1], use (x + 1) / 2'
         )
     return (a.clip(0, 1) * 255).round().astype(np.uint8)
@@ -90,7 +84,7 @@ def _bytes(a):
 # %% ../../nbs/lab/02_plots.ipynb #11
 # image: a PIL image, a tensor (C,H,W) or (H,W), or an array (H,W,C) or (H,W);
 # C is 1 or 3, and values are uint8, or floats in [0, 1]
-def _to_pil(image):
+def _to_pil(image, name='image'):
     "One picture of any kind as an RGB PIL image."
     if isinstance(image, Image.Image) and image.mode[0] not in 'FI':
         return image.convert('RGB')
@@ -102,10 +96,10 @@ def _to_pil(image):
     if a.size == 0 or not (a.ndim == 2 or (a.ndim == 3 and a.shape[-1] == 3)):
         got = f'shape {np.shape(image)}' if a.ndim else _short(image)
         raise ValueError(
-            'image: expected a PIL image, a tensor (C,H,W) or an array (H,W,C) '
+            f'{name}: expected a PIL image, a tensor (C,H,W) or an array (H,W,C) '
             f'with 1 or 3 channels, got {got}'
         )
-    return Image.fromarray(a if a.dtype == np.uint8 else _bytes(a)).convert('RGB')
+    return Image.fromarray(a if a.dtype == np.uint8 else _bytes(name, a)).convert('RGB')
 
 
 # %% ../../nbs/lab/02_plots.ipynb #16
@@ -203,7 +197,8 @@ def _pictures(images):
     "`images` as a list of RGB pictures of one size."
     if isinstance(images, Image.Image):
         raise TypeError('images: expected a list of pictures or a batch, got one picture')
-    images = [_to_pil(o) for o in _list_of('images', images, 'pictures, or a batch')]
+    images = _list_of('images', images, 'pictures, or a batch')
+    images = [_to_pil(o, f'images[{i}]') for i, o in enumerate(images)]
     sizes = sorted({o.size for o in images})
     if len(sizes) > 1:
         raise ValueError(f'images: expected pictures of one size, got {_short(sizes)}')
@@ -472,7 +467,7 @@ def plot_grid(
     images, titles = _images_and_titles(images, titles)
     items = _pictures(images) if isinstance(images, Image.Image) else images
     items = _list_of('images', items, 'pictures or schedules')
-    curves = all(map(_is_curve, items))
+    curves = any(map(_is_curve, items))
     rows, cols = _labelled_shape(len(items), rows, cols, row_labels, col_labels, curves)
     if curves:
         items = [_curve('images', o) for o in items]
