@@ -1423,12 +1423,32 @@ d = {
             ),
         },
         'cf_guidance.lab.commands': {
+            'cf_guidance.lab.commands._check_device': (
+                'lab/commands.html#_check_device',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._check_labels': (
+                'lab/commands.html#_check_labels',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._check_old': (
+                'lab/commands.html#_check_old',
+                'cf_guidance/lab/commands.py',
+            ),
             'cf_guidance.lab.commands._draw': (
                 'lab/commands.html#_draw',
                 'cf_guidance/lab/commands.py',
             ),
+            'cf_guidance.lab.commands._errors_in_one_line': (
+                'lab/commands.html#_errors_in_one_line',
+                'cf_guidance/lab/commands.py',
+            ),
             'cf_guidance.lab.commands._existing': (
                 'lab/commands.html#_existing',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._fail': (
+                'lab/commands.html#_fail',
                 'cf_guidance/lab/commands.py',
             ),
             'cf_guidance.lab.commands._gallery': (
@@ -1439,8 +1459,20 @@ d = {
                 'lab/commands.html#_grid',
                 'cf_guidance/lab/commands.py',
             ),
+            'cf_guidance.lab.commands._guidance_axis': (
+                'lab/commands.html#_guidance_axis',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._interrupted': (
+                'lab/commands.html#_interrupted',
+                'cf_guidance/lab/commands.py',
+            ),
             'cf_guidance.lab.commands._lacks_pictures': (
                 'lab/commands.html#_lacks_pictures',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._locked': (
+                'lab/commands.html#_locked',
                 'cf_guidance/lab/commands.py',
             ),
             'cf_guidance.lab.commands._merge': (
@@ -1451,12 +1483,36 @@ d = {
                 'lab/commands.html#_numbers',
                 'cf_guidance/lab/commands.py',
             ),
+            'cf_guidance.lab.commands._parse_fixed': (
+                'lab/commands.html#_parse_fixed',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._parse_seeds': (
+                'lab/commands.html#_parse_seeds',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._parse_values': (
+                'lab/commands.html#_parse_values',
+                'cf_guidance/lab/commands.py',
+            ),
             'cf_guidance.lab.commands._parser': (
                 'lab/commands.html#_parser',
                 'cf_guidance/lab/commands.py',
             ),
             'cf_guidance.lab.commands._pictures': (
                 'lab/commands.html#_pictures',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._plan_of': (
+                'lab/commands.html#_plan_of',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._report': (
+                'lab/commands.html#_report',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._results_folder': (
+                'lab/commands.html#_results_folder',
                 'cf_guidance/lab/commands.py',
             ),
             'cf_guidance.lab.commands._resume': (
@@ -1475,6 +1531,30 @@ d = {
                 'lab/commands.html#_run',
                 'cf_guidance/lab/commands.py',
             ),
+            'cf_guidance.lab.commands._save_figure': (
+                'lab/commands.html#_save_figure',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._settings': (
+                'lab/commands.html#_settings',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._sheet': (
+                'lab/commands.html#_sheet',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._sheet_results': (
+                'lab/commands.html#_sheet_results',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._sheet_table': (
+                'lab/commands.html#_sheet_table',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands._split': (
+                'lab/commands.html#_split',
+                'cf_guidance/lab/commands.py',
+            ),
             'cf_guidance.lab.commands._status': (
                 'lab/commands.html#_status',
                 'cf_guidance/lab/commands.py',
@@ -1487,12 +1567,24 @@ d = {
                 'lab/commands.html#_table',
                 'cf_guidance/lab/commands.py',
             ),
+            'cf_guidance.lab.commands._values': (
+                'lab/commands.html#_values',
+                'cf_guidance/lab/commands.py',
+            ),
             'cf_guidance.lab.commands._values_of_text': (
                 'lab/commands.html#_values_of_text',
                 'cf_guidance/lab/commands.py',
             ),
+            'cf_guidance.lab.commands.cf_sweep': (
+                'lab/commands.html#cf_sweep',
+                'cf_guidance/lab/commands.py',
+            ),
             'cf_guidance.lab.commands.run_command': (
                 'lab/commands.html#run_command',
+                'cf_guidance/lab/commands.py',
+            ),
+            'cf_guidance.lab.commands.sweep': (
+                'lab/commands.html#sweep',
                 'cf_guidance/lab/commands.py',
             ),
         },
@@ -2867,24 +2959,8 @@ d = {
                 'lab/sweeps.html#_as_list',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._check_labels': (
-                'lab/sweeps.html#_check_labels',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._check_model': (
-                'lab/sweeps.html#_check_model',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._check_names': (
                 'lab/sweeps.html#_check_names',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._check_old': (
-                'lab/sweeps.html#_check_old',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._check_pipeline': (
-                'lab/sweeps.html#_check_pipeline',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps._checked_expts': (
@@ -2903,11 +2979,6 @@ d = {
                 'lab/sweeps.html#_distinct',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._errors_in_one_line': (
-                'lab/sweeps.html#_errors_in_one_line',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._fail': ('lab/sweeps.html#_fail', 'cf_guidance/lab/sweeps.py'),
             'cf_guidance.lab.sweeps._first_line': (
                 'lab/sweeps.html#_first_line',
                 'cf_guidance/lab/sweeps.py',
@@ -2920,44 +2991,12 @@ d = {
                 'lab/sweeps.html#_guidance',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._interrupted': (
-                'lab/sweeps.html#_interrupted',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._listed': (
                 'lab/sweeps.html#_listed',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._locked': (
-                'lab/sweeps.html#_locked',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._make_expts': (
-                'lab/sweeps.html#_make_expts',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._number': (
                 'lab/sweeps.html#_number',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._parse_fixed': (
-                'lab/sweeps.html#_parse_fixed',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._parse_seeds': (
-                'lab/sweeps.html#_parse_seeds',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._parse_values': (
-                'lab/sweeps.html#_parse_values',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._report': (
-                'lab/sweeps.html#_report',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._results_folder': (
-                'lab/sweeps.html#_results_folder',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps._rows': ('lab/sweeps.html#_rows', 'cf_guidance/lab/sweeps.py'),
@@ -2965,16 +3004,8 @@ d = {
                 'lab/sweeps.html#_sample',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._save_figure': (
-                'lab/sweeps.html#_save_figure',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._save_table': (
                 'lab/sweeps.html#_save_table',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._settings': (
-                'lab/sweeps.html#_settings',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps._short': (
@@ -2982,24 +3013,8 @@ d = {
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps._show': ('lab/sweeps.html#_show', 'cf_guidance/lab/sweeps.py'),
-            'cf_guidance.lab.sweeps._split': (
-                'lab/sweeps.html#_split',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._sweep_grid': (
-                'lab/sweeps.html#_sweep_grid',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._table': (
-                'lab/sweeps.html#_table',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._to_pil': (
                 'lab/sweeps.html#_to_pil',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._values': (
-                'lab/sweeps.html#_values',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps._weights': (
@@ -3008,10 +3023,6 @@ d = {
             ),
             'cf_guidance.lab.sweeps._whole': (
                 'lab/sweeps.html#_whole',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps.cf_sweep': (
-                'lab/sweeps.html#cf_sweep',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps.cos_harness': (
@@ -3043,7 +3054,6 @@ d = {
                 'lab/sweeps.html#summarise',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps.sweep': ('lab/sweeps.html#sweep', 'cf_guidance/lab/sweeps.py'),
         },
         'cf_guidance.lab.training': {
             'cf_guidance.lab.training._Loss': (
