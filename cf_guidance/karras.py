@@ -25,6 +25,11 @@ __all__ = [
     'sample_dpmpp_3m_sde',
     'sample_ddim',
     'sample_ddpm',
+    'sample_deis',
+    'sample_ipndm',
+    'sample_gradient_estimation',
+    'sample_res_multistep',
+    'sample_unipc',
     'sample_euler_cfg_pp',
     'get_sigmas_karras',
     'get_sigmas_exponential',
@@ -44,6 +49,11 @@ __all__ = [
     'lms',
     'dpmpp_2s',
     'dpmpp_2m',
+    'deis',
+    'ipndm',
+    'gradient_estimation',
+    'res_multistep',
+    'unipc',
     'brownian_noise',
     'dpmpp_sde',
     'dpmpp_2m_sde',
@@ -531,6 +541,7 @@ _OPTION_RANGES = dict(
     s_tmin=('a number from 0 up', lambda v: v >= 0),
     s_tmax=('a number from 0 up', lambda v: v >= 0),
     r=('a number above 0, at most 1', lambda v: 0 < v <= 1),
+    gamma=('a finite number', math.isfinite),
 )
 _OPTION_CHOICES = dict(variance=('fixed_small', 'fixed_large'), solver_type=('midpoint', 'heun'))
 
@@ -758,23 +769,34 @@ def lms(
 
     One evaluation per step.
     """
+
+    def coefficients(levels):
+        return _lms_coefficients(levels, sigma, sigma_next)
+
+    return _along_slopes(D, x, sigma, state, order, coefficients)
+
+
+def _along_slopes(D, x, sigma, state, order, coefficients):
+    "A step along the slopes at the latest `order` levels, as `coefficients(levels)` says."
     state = state.evaluate(D, x, sigma)
     slopes = ((sigma, (x - state.x0).div_(sigma)), *state.past)[:order]
-    coefficients = _lms_coefficients([s for s, _ in slopes], sigma, sigma_next)
     x = x.clone()
-    for c, (_, slope) in zip(coefficients, slopes, strict=True):
+    for c, (_, slope) in zip(coefficients([s for s, _ in slopes]), slopes, strict=True):
         x.add_(slope, alpha=c)
     return x, state._replace(past=slopes[: order - 1])
 
 
 # %% ../nbs/04_karras.ipynb #d469913f
-def _lms_coefficients(levels, sigma, sigma_next):
-    """Integrals from `sigma` to `sigma_next` of the Lagrange polynomials at `levels`.
+def _lms_coefficients(levels, start, end, density=None):
+    """Integrals from `start` to `end` of the Lagrange polynomials at `levels`.
 
-    Gauss-Legendre quadrature is exact for them.
+    Gauss-Legendre quadrature is exact for them; times a smooth `density` it is to rounding.
     """
-    half = (sigma_next - sigma) / 2
-    points = [(sigma + half * (o + 1), half * w) for o, w in _leggauss(len(levels) // 2 + 1)]
+    half = (end - start) / 2
+    nodes = _leggauss(16 if density else len(levels) // 2 + 1)
+    points = [(start + half * (o + 1), half * w) for o, w in nodes]
+    if density:
+        points = [(at, w * density(at)) for at, w in points]
 
     def lagrange(k, at):
         others = [o for o in levels if o != levels[k]]
@@ -814,6 +836,135 @@ def dpmpp_2m(D, x, sigma, sigma_next, state):
 
 # %% ../nbs/04_karras.ipynb #75
 dpmpp_2s_ancestral = ancestral(dpmpp_2s)
+
+
+# %% ../nbs/04_karras.ipynb #7a3be0f1
+def deis(
+    D,
+    x,
+    sigma,
+    sigma_next,
+    state,
+    order: int = 3,  # slopes that are used, the new one included
+):
+    """DEIS (arXiv:2204.13902, eq. 15 for polynomials in the logarithm of sigma).
+
+    One evaluation per step. The step to 0 is Euler's.
+    """
+    if sigma_next == 0:
+        return _euler(D, x, sigma, sigma_next, state)
+
+    def coefficients(levels):
+        logs = [math.log(o) for o in levels]
+        return _lms_coefficients(logs, math.log(sigma), math.log(sigma_next), math.exp)
+
+    return _along_slopes(D, x, sigma, state, order, coefficients)
+
+
+# %% ../nbs/04_karras.ipynb #7a3be0f6
+def ipndm(
+    D,
+    x,
+    sigma,
+    sigma_next,
+    state,
+    order: int = 4,  # slopes that are used, the new one included
+):
+    """iPNDM (arXiv:2204.13902, section 4): the Adams-Bashforth weights of even levels.
+
+    One evaluation per step, order 2 on uneven levels. The step to 0 is Euler's.
+    """
+    if sigma_next == 0:
+        return _euler(D, x, sigma, sigma_next, state)
+
+    def coefficients(levels):
+        even = _lms_coefficients(range(0, -len(levels), -1), 0.0, 1.0)
+        return [(sigma_next - sigma) * c for c in even]
+
+    return _along_slopes(D, x, sigma, state, order, coefficients)
+
+
+# %% ../nbs/04_karras.ipynb #7a3be0f2
+def gradient_estimation(
+    D,
+    x,
+    sigma,
+    sigma_next,
+    state,
+    gamma: float = 2.0,  # weight of the new slope; that of the old one is `1 - gamma`
+):
+    """Gradient estimation (arXiv:2306.04848, algorithm 2).
+
+    One evaluation per step, order 1. The step to 0 is Euler's.
+    """
+    if sigma_next == 0:
+        return _euler(D, x, sigma, sigma_next, state)
+
+    def coefficients(levels):
+        h = sigma_next - sigma
+        return [h * gamma, h * (1 - gamma)] if len(levels) == 2 else [h]
+
+    return _along_slopes(D, x, sigma, state, 2, coefficients)
+
+
+def res_multistep(D, x, sigma, sigma_next, state):
+    """RES in its multistep form (arXiv:2308.02157), an exponential Adams-Bashforth method.
+
+    One evaluation per step, order 2. It is `dpmpp_2m_sde` of the kind 'heun', without noise.
+    """
+    state = state.evaluate(D, x, sigma)
+    x0 = state.x0
+    if state.past and sigma_next > 0:
+        ((before, old),), h = state.past, math.log(sigma / sigma_next)
+        x0 = torch.lerp(old, x0, 1 - (h / math.expm1(-h) + 1) / math.log(before / sigma))
+    return _toward(x, x0, sigma, sigma_next), state._replace(past=((sigma, state.x0),))
+
+
+# %% ../nbs/04_karras.ipynb #7a3be0f3
+def unipc(
+    D,
+    x,
+    sigma,
+    sigma_next,
+    state,
+    order: int = 3,  # estimates that the prediction uses, the new one included
+):
+    """UniPC with B(h) = exp(h) - 1 (arXiv:2302.04867, algorithms 5 to 8, data prediction).
+
+    One evaluation per step. The last steps have lower orders, as in the authors' code.
+    """
+    state = state.evaluate(D, x, sigma)
+    here, past = (sigma, state.x0), state.past
+    if past:  # the step that led here, with the estimate that it led to
+        used = past[: state.steps - state.step + 1]
+        x = x + _unipc_change(used, sigma, here) - _unipc_change(used, sigma)
+    past = (here, *past)[:order]
+    x_next = _toward(x, state.x0, sigma, sigma_next)
+    if sigma_next > 0:
+        x_next = x_next + _unipc_change(past[: state.steps - state.step], sigma_next)
+    return x_next, state._replace(past=past)
+
+
+# %% ../nbs/04_karras.ipynb #7a3be0f7
+def _unipc_change(known, sigma_next, *new):
+    "What UniPC adds to Euler's step to `sigma_next`; `known` and `new` are (sigma, estimate)."
+    (sigma, x0), *others = known
+    h, others = math.log(sigma / sigma_next), [*others, *new]
+    r = [math.log(sigma / o) / h for o, _ in others]
+    weights, total = _unipc_weights(r, h), -math.expm1(-h)
+    return sum(total * w / k * (o - x0) for w, k, (_, o) in zip(weights, r, others, strict=True))
+
+
+def _unipc_weights(r, h):
+    "Weights of the differences at the places `r` of a step, in units of its length `h`."
+    if len(r) < 2:
+        return [0.5] * len(r)
+    phi, values = -math.expm1(-h) / h, []
+    for k in range(1, len(r) + 1):  # phi_{k+1}(-h) from phi_k(-h)
+        phi = (1 / math.factorial(k) - phi) / h
+        values.append(math.factorial(k) * phi * h / -math.expm1(-h))
+    powers = [[o**k for o in r] for k in range(len(r))]
+    return np.linalg.solve(powers, values).tolist()
 
 
 # %% ../nbs/04_karras.ipynb #78
@@ -988,6 +1139,7 @@ _PARAMETER_DOCS = dict(
     noise_sampler='function of two noise levels that gives noise (B, ...) of variance 1',
     generator='a seed or torch.Generator for the batch, or a list with one per sample',
     order='slopes that are used, the new one included',
+    gamma='weight of the new slope; that of the old one is `1 - gamma`',
     r='where the second evaluation is, as a share of the step in the logarithm',
     solver_type="'midpoint' or 'heun'",
     variance="that of the posterior ('fixed_small') or of the forward step ('fixed_large')",
@@ -1056,4 +1208,9 @@ sample_dpmpp_2m_sde = _as_k_diffusion(dpmpp_2m_sde, 'sample_dpmpp_2m_sde')
 sample_dpmpp_3m_sde = _as_k_diffusion(dpmpp_3m_sde, 'sample_dpmpp_3m_sde')
 sample_ddim = _as_k_diffusion(ddim_step, 'sample_ddim')
 sample_ddpm = _as_k_diffusion(ddpm_step, 'sample_ddpm')
+sample_deis = _as_k_diffusion(deis, 'sample_deis')
+sample_ipndm = _as_k_diffusion(ipndm, 'sample_ipndm')
+sample_gradient_estimation = _as_k_diffusion(gradient_estimation, 'sample_gradient_estimation')
+sample_res_multistep = _as_k_diffusion(res_multistep, 'sample_res_multistep')
+sample_unipc = _as_k_diffusion(unipc, 'sample_unipc')
 sample_euler_cfg_pp = _as_k_diffusion(euler_cfg_pp, 'sample_euler_cfg_pp')

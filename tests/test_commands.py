@@ -156,3 +156,14 @@ def test_without_pictures(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run_command([name, 'sweep'])
         assert 'has no picture' in capsys.readouterr().err
+
+
+def test_samplers_and_whole_numbers_on_the_command_line():
+    options = '--prompt --sampler --sigmas --every'.split()
+    values = ['a red bag', 'heun(s_churn=2, s_noise=1),unipc', 'karras,linear', '1,2']
+    words = [o for pair in zip(options, values, strict=True) for o in pair]
+    args = commands._parser().parse_args(['draw', '--steps', '3', *words])
+    sweep = commands._sweep_of(args)
+    assert len(sweep) == 8
+    assert sweep.labels[-1]['sampler'] == 'unipc'
+    assert sweep.requests[0]['sampler']['s_churn'] == 2

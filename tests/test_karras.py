@@ -8,7 +8,12 @@ import weakref
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    UniPCMultistepScheduler,
+)
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +28,7 @@ from cf_guidance.karras import (
     churned,
     ddim_step,
     ddpm_step,
+    deis,
     dpm2,
     dpm2_ancestral,
     dpmpp_2m,
@@ -40,13 +46,17 @@ from cf_guidance.karras import (
     get_sigmas_karras,
     get_sigmas_polyexponential,
     get_sigmas_vp,
+    gradient_estimation,
     heun,
     heun_ancestral,
+    ipndm,
     lms,
     make_quantizer,
     on_sigmas,
+    res_multistep,
     sample,
     samples,
+    unipc,
 )
 from cf_guidance.noise import randn
 
@@ -465,6 +475,7 @@ class Counter(Denoiser):
 
 
 ONE = euler, lms, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, ddim_step, ddpm_step, euler_ancestral
+ONE += deis, ipndm, gradient_estimation, res_multistep, unipc
 TWO = heun, dpm2, dpmpp_2s, dpmpp_sde, heun_ancestral, dpm2_ancestral, dpmpp_2s_ancestral
 
 
@@ -473,6 +484,74 @@ def test_evaluations(step):
     C = Counter(exact)
     sample(C, X, get_sigmas_karras(10, 0.03, 14.6), step)
     assert C.n == (10 if step in ONE else 19)
+
+
+# multistep methods
+
+ORDERS = [
+    *((deis, 2), (deis, 3), (ipndm, 2), (ipndm, 4), (unipc, 1), (unipc, 2), (unipc, 3)),
+    *((res_multistep, None), (gradient_estimation, None)),
+]
+
+
+def gaussian_error(step, n, **options):
+    "Error at the end for Gaussian data, whose exact path is known."
+    sigmas = torch.linspace(math.log(10), math.log(0.1), n + 1, dtype=torch.float64).exp()
+    x = torch.full((1, 1), 10.0, dtype=torch.float64)
+    x = sample(lambda x, sigma: x * S**2 / (S**2 + sigma[0] ** 2), x, sigmas, step, **options)
+    return abs(x.item() - 10 * ((S**2 + 0.01) / (S**2 + 100)) ** 0.5)
+
+
+@each('step,order', ORDERS)
+def test_order_of_convergence(step, order):
+    options = {} if order is None else dict(order=order)
+    coarse, fine = (gaussian_error(step, n, **options) for n in (160, 320))
+    want = 1 if step is gradient_estimation else 2
+    assert math.log2(coarse / fine) == pytest.approx(want, abs=0.1)
+
+
+def test_what_more_slopes_and_a_correction_gain():
+    simple = gaussian_error(dpmpp_2m, 80)
+    assert gaussian_error(deis, 80) < simple / 20
+    assert gaussian_error(unipc, 80) < simple / 2
+
+
+def test_relatives_of_multistep_methods():
+    def same(a, b):
+        assert_close(sample(D, X, SIGMAS, *a[:1], **a[1]), sample(D, X, SIGMAS, *b[:1], **b[1]))
+
+    for step in deis, ipndm:
+        same((step, dict(order=1)), (euler, {}))
+    same((gradient_estimation, dict(gamma=1)), (euler, {}))
+    same((gradient_estimation, dict(gamma=1.5)), (ipndm, dict(order=2)))
+    same((res_multistep, {}), (dpmpp_2m_sde, dict(eta=0.0, solver_type='heun')))
+
+
+SOLVERS = [
+    (unipc, UniPCMultistepScheduler, 1),
+    (unipc, UniPCMultistepScheduler, 2),
+    (unipc, UniPCMultistepScheduler, 3),
+    (deis, DEISMultistepScheduler, 1),
+    (deis, DEISMultistepScheduler, 2),
+    (deis, DEISMultistepScheduler, 3),
+]
+
+
+@each('step,cls,order', SOLVERS)
+def test_multistep_methods_of_diffusers(step, cls, order):
+    def estimate(x, sigma):
+        return torch.tanh(x / (0.3 + sigma.view(-1, 1) ** 2))
+
+    sched = cls(solver_order=order, prediction_type='sample', beta_schedule='scaled_linear')
+    sched.set_timesteps(16)
+    sigmas = sched.sigmas.double()
+    x = randn((5, 3), 0, dtype=torch.float64) * sigmas[0]
+    z = x / (1 + sigmas[0] ** 2) ** 0.5
+    for t, sigma in zip(sched.timesteps, sigmas, strict=False):
+        x0 = estimate(z * (1 + sigma**2) ** 0.5, sigma)
+        z = sched.step(x0, t, z).prev_sample
+    z = z * (1 + sigmas[-1] ** 2) ** 0.5
+    assert_close(sample(estimate, x, sigmas, step, order=order), z, atol=2e-5, rtol=2e-5)
 
 
 # DDIM and DDPM of diffusers
@@ -727,13 +806,20 @@ SHELLS = {
     'dpmpp_3m_sde': dpmpp_3m_sde,
     'ddim': ddim_step,
     'ddpm': ddpm_step,
+    'deis': deis,
+    'ipndm': ipndm,
+    'unipc': unipc,
+    'gradient_estimation': gradient_estimation,
+    'res_multistep': res_multistep,
 }
 CHURN = ['s_churn', 's_tmin', 's_tmax', 's_noise', 'decorate_sigma_hat', 'generator']
 ANCESTRAL = ['eta', 's_noise', 'noise_sampler', 'generator']
 OPTIONS = {
     **{k: CHURN for k in ('euler', 'heun', 'dpm_2')},
     **{k: ANCESTRAL for k in SHELLS if k.endswith('ancestral')},
-    'lms': ['order'],
+    **{k: ['order'] for k in ('lms', 'deis', 'ipndm', 'unipc')},
+    'gradient_estimation': ['gamma'],
+    'res_multistep': [],
     'dpmpp_2m': [],
     'dpmpp_sde': ['eta', 's_noise', 'noise_sampler', 'r', 'generator'],
     'dpmpp_2m_sde': ['eta', 's_noise', 'noise_sampler', 'solver_type', 'generator'],

@@ -459,7 +459,7 @@ def _values_of_text(name, text):
 
 def _numbers(name, text):
     "The numbers of 'from:to:count', or one number, or the text itself."
-    whole = name in ('seed', 'steps', 'size')
+    whole = name in ('seed', 'steps', 'size', 'every')
     try:
         if text.count(':') == 2:
             low, high, count = text.split(':')
