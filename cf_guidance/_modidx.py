@@ -1133,6 +1133,10 @@ d = {
                 'karras.html#_add_sde_noise',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras._along_slopes': (
+                'karras.html#_along_slopes',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._ancestral_step': (
                 'karras.html#_ancestral_step',
                 'cf_guidance/karras.py',
@@ -1224,6 +1228,14 @@ d = {
             'cf_guidance.karras._start_run': ('karras.html#_start_run', 'cf_guidance/karras.py'),
             'cf_guidance.karras._stochastic': ('karras.html#_stochastic', 'cf_guidance/karras.py'),
             'cf_guidance.karras._toward': ('karras.html#_toward', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._unipc_change': (
+                'karras.html#_unipc_change',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._unipc_weights': (
+                'karras.html#_unipc_weights',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras.ancestral': ('karras.html#ancestral', 'cf_guidance/karras.py'),
             'cf_guidance.karras.brownian_noise': (
                 'karras.html#brownian_noise',
@@ -1232,6 +1244,7 @@ d = {
             'cf_guidance.karras.churned': ('karras.html#churned', 'cf_guidance/karras.py'),
             'cf_guidance.karras.ddim_step': ('karras.html#ddim_step', 'cf_guidance/karras.py'),
             'cf_guidance.karras.ddpm_step': ('karras.html#ddpm_step', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.deis': ('karras.html#deis', 'cf_guidance/karras.py'),
             'cf_guidance.karras.dpmpp_2m': ('karras.html#dpmpp_2m', 'cf_guidance/karras.py'),
             'cf_guidance.karras.dpmpp_2m_sde': (
                 'karras.html#dpmpp_2m_sde',
@@ -1271,10 +1284,20 @@ d = {
                 'karras.html#get_sigmas_vp',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras.gradient_estimation': (
+                'karras.html#gradient_estimation',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras.ipndm': ('karras.html#ipndm', 'cf_guidance/karras.py'),
             'cf_guidance.karras.lms': ('karras.html#lms', 'cf_guidance/karras.py'),
             'cf_guidance.karras.on_sigmas': ('karras.html#on_sigmas', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.res_multistep': (
+                'karras.html#res_multistep',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras.sample': ('karras.html#sample', 'cf_guidance/karras.py'),
             'cf_guidance.karras.samples': ('karras.html#samples', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.unipc': ('karras.html#unipc', 'cf_guidance/karras.py'),
         },
         'cf_guidance.lab.backends': {
             'cf_guidance.lab.backends._ByName': (
