@@ -17,6 +17,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from .._extras import needs
+from ..transforms import _is_number
 from .store import Store
 from .widgets import bundle
 
@@ -26,10 +27,6 @@ with needs('lab', 'cf_guidance.lab.gallery'):
 
 
 # %% ../../nbs/lab/11_gallery.ipynb #1f469b46
-def _is_number(value):
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _text(value):
     "A value of an axis, to read."
     if value is None or (isinstance(value, Real) and math.isnan(value)):

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from .._extras import needs
-from ..schedules import get_cos_sched
+from ..schedules import _short, get_cos_sched
 from ..transforms import (
     BaseNormGuidance,
     FullNormGuidance,
@@ -66,12 +66,6 @@ def _listed(names):
     "Names separated by commas, the first few of many."
     text = ', '.join(names)
     return text if len(text) <= 70 else text[:70].rpartition(',')[0] + ', ...'
-
-
-def _short(value):
-    "`repr(value)`, cut to fit into an error message."
-    text = repr(value)
-    return text if len(text) <= 50 else f'{text[:47]}...'
 
 
 def _first_line(e):
