@@ -36,3 +36,27 @@ def test_part5_is_repeated():
     new, old = part['measure'](res).iloc[-1], stored_rows('part5', [o]).iloc[0]
     for k in ('step', 'saturation'):
         assert new[k] == pytest.approx(old[k], abs=2e-3), (k, o)
+
+
+def test_schedules_are_repeated():
+    "Distances need a thousand steps; whether a picture is right does not."
+    part = part_of('lessons/karras', 'requests', 'drawn', 'many', 'free', 'adherence')
+    o = random.choice([o for o in part['requests'] if o['table'] in ('7 steps', '13 evaluations')])
+    prompts, noise = part['many'](48)
+    z, evaluations = part['drawn'](o, (prompts, noise))
+    right = part['adherence'](part['free'].decode(z).cpu(), prompts).amin(1)
+    old = stored_rows('karras', [o]).iloc[0]
+    assert old['evaluations'] == evaluations, o
+    assert right.mean().item() == pytest.approx(old['right'], abs=0.015), o
+
+
+def test_negatives_are_repeated():
+    "A row of the searches: how many of the pictures are right, and what they cost."
+    part = part_of('lessons/negatives', 'sweep_requests', 'pictures', 'D', 'adherence', 'torch')
+    o = random.choice(part['sweep_requests'])
+    with part['torch'].no_grad():
+        z, prompts, nfe = part['pictures'](o['way'], *o['seeds'], o['n'], **o['settings'])
+        right = part['adherence'](part['D'].decode(z).float().cpu(), prompts).amin(1)
+    old = stored_rows('negatives', [o]).iloc[0]
+    assert old['evaluations'] == nfe.float().mean().item(), o
+    assert right.mean().item() == pytest.approx(old['adherence'], abs=0.011), o

@@ -31,7 +31,6 @@ from cf_guidance.lab.sweeps import (
     measure,
     run,
     seed_everything,
-    stored_table,
     summarise,
 )
 from cf_guidance.pipelines import MinimalDiffusion
@@ -517,22 +516,6 @@ def test_names_of_2022():
     assert {name: getattr(old, name) for name in old.__all__} == {
         name: getattr(commands if name in old._LATE else sweeps, name) for name in old.__all__
     }
-
-
-def test_stored_table_are_written_whole(tmp_path):
-    def broken():
-        raise KeyboardInterrupt
-
-    stored_table('squares', lambda: pd.DataFrame({'square': [1, 4]}), tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        stored_table('squares', broken, tmp_path)
-    assert stored_table('squares', folder=tmp_path).square.tolist() == [1, 4]
-    assert [f.name for f in tmp_path.iterdir()] == ['squares.parquet']
-
-
-def test_stored_table_of_an_unknown_name(tmp_path):
-    with pytest.raises(ValueError, match="name: expected a stored table .* got 'cubes'"):
-        stored_table('cubes', folder=tmp_path)
 
 
 def test_values_from_text_and_lists():

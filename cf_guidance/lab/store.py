@@ -710,7 +710,7 @@ def footnote(
     if 'n' in rows:
         parts.append(f'n = {_listed([f"{o:,.0f}" for o in sorted(set(rows.n.dropna()))])}')
     if seeds := _seeds(rows):
-        parts.append(f'seeds {_ranges(seeds)}')
+        parts.append(f'seed{"s" * (len(seeds) > 1)} {_ranges(seeds)}')
     for name in ('torch', 'diffusers'):
         if name in rows and len(found := set(rows[name].dropna())):
             parts.append(f'{name} {_listed(sorted(found))}')

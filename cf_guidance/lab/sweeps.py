@@ -11,15 +11,12 @@ __all__ = [
     'run',
     'measure',
     'summarise',
-    'stored_table',
 ]
 
 # %% ../../nbs/lab/03_sweeps.ipynb #3
 import inspect
 import time
 from collections.abc import Mapping
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -32,7 +29,7 @@ from ..transforms import (
     Rule,
     TNormGuidance,
 )
-from .fashion import PARTS, _write_whole, adherence
+from .fashion import PARTS, adherence
 from .metrics import saturation, step_distance
 
 with needs('lab', 'cf_guidance.lab.sweeps'):
@@ -360,33 +357,3 @@ def summarise(
     names = [c for c in (*PARTS, 'step', 'saturation', 'nfe') if c in df]
     by = df.groupby('value' if df.param.nunique() == 1 else ['param', 'value'])
     return by[names].mean().assign(n=by.size())
-
-
-# %% ../../nbs/lab/03_sweeps.ipynb #7f7a6e85
-def _save_table(df, file):
-    df.to_parquet(file)
-
-
-# %% ../../nbs/lab/03_sweeps.ipynb #000339f8
-def stored_table(
-    name: str,  # of the table, as in `cf_guidance/data/results`
-    measure=None,  # function that returns the rows as a DataFrame; None: read what is stored
-    folder=None,  # where rows are written, and looked for first; None: Drive, else the package
-):  # the rows, a DataFrame
-    "Rows of a table: measured now and stored, or those stored by an earlier run."
-    import pandas as pd
-
-    package = Path(find_spec('cf_guidance').origin).parent / 'data/results'
-    drive = Path('/content/drive/MyDrive')
-    default = drive / 'cf_guidance' if drive.is_dir() else package
-    file = Path(folder or default) / f'{name}.parquet'
-    if measure is not None:
-        rows = measure()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(_save_table, rows, file)
-        return rows
-    for place in (file, package / file.name):
-        if place.exists():
-            return pd.read_parquet(place)
-    known = _listed(sorted(f.stem for f in package.glob('*.parquet')))
-    raise ValueError(f'name: expected a stored table ({known}), got {name!r}')
