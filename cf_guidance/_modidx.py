@@ -2131,10 +2131,6 @@ d = {
                 'lab/gallery.html#_fields',
                 'cf_guidance/lab/gallery.py',
             ),
-            'cf_guidance.lab.gallery._is_number': (
-                'lab/gallery.html#_is_number',
-                'cf_guidance/lab/gallery.py',
-            ),
             'cf_guidance.lab.gallery._line': (
                 'lab/gallery.html#_line',
                 'cf_guidance/lab/gallery.py',
@@ -3027,14 +3023,6 @@ d = {
                 'lab/sweeps.html#_sample',
                 'cf_guidance/lab/sweeps.py',
             ),
-            'cf_guidance.lab.sweeps._save_table': (
-                'lab/sweeps.html#_save_table',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps._short': (
-                'lab/sweeps.html#_short',
-                'cf_guidance/lab/sweeps.py',
-            ),
             'cf_guidance.lab.sweeps._show': ('lab/sweeps.html#_show', 'cf_guidance/lab/sweeps.py'),
             'cf_guidance.lab.sweeps._to_pil': (
                 'lab/sweeps.html#_to_pil',
@@ -3067,10 +3055,6 @@ d = {
             'cf_guidance.lab.sweeps.run': ('lab/sweeps.html#run', 'cf_guidance/lab/sweeps.py'),
             'cf_guidance.lab.sweeps.seed_everything': (
                 'lab/sweeps.html#seed_everything',
-                'cf_guidance/lab/sweeps.py',
-            ),
-            'cf_guidance.lab.sweeps.stored_table': (
-                'lab/sweeps.html#stored_table',
                 'cf_guidance/lab/sweeps.py',
             ),
             'cf_guidance.lab.sweeps.summarise': (
@@ -3503,6 +3487,11 @@ d = {
                 'negatives.html#mg.remember',
                 'cf_guidance/negatives.py',
             ),
+            'cf_guidance.negatives.MSWG': ('negatives.html#mswg', 'cf_guidance/negatives.py'),
+            'cf_guidance.negatives.MSWG.combine': (
+                'negatives.html#mswg.combine',
+                'cf_guidance/negatives.py',
+            ),
             'cf_guidance.negatives.PerpNeg': ('negatives.html#perpneg', 'cf_guidance/negatives.py'),
             'cf_guidance.negatives.PerpNeg.__init__': (
                 'negatives.html#perpneg.__init__',
@@ -3544,6 +3533,31 @@ d = {
             'cf_guidance.negatives.SGPrev': ('negatives.html#sgprev', 'cf_guidance/negatives.py'),
             'cf_guidance.negatives.SGPrev.__init__': (
                 'negatives.html#sgprev.__init__',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SWG': ('negatives.html#swg', 'cf_guidance/negatives.py'),
+            'cf_guidance.negatives.SWG.__init__': (
+                'negatives.html#swg.__init__',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SWG._count': (
+                'negatives.html#swg._count',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SWG._windows': (
+                'negatives.html#swg._windows',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SWG.check': (
+                'negatives.html#swg.check',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SWG.combine': (
+                'negatives.html#swg.combine',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SWG.queries': (
+                'negatives.html#swg.queries',
                 'cf_guidance/negatives.py',
             ),
             'cf_guidance.negatives.TSG': ('negatives.html#tsg', 'cf_guidance/negatives.py'),

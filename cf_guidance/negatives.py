@@ -13,6 +13,8 @@ __all__ = [
     'ICG',
     'TSG',
     'SG',
+    'SWG',
+    'MSWG',
     'MG',
     'SGPrev',
     'HiGS',
@@ -428,6 +430,58 @@ class SG(Queries):
         told = torch.maximum((self.noisier * sigma).clamp(max=self.sigma_max), sigma)
         c_in = [self.scalings(_broadcast_mask(o, x))[2] for o in (sigma, told)]
         return told, c_in[0] / c_in[1]
+
+
+# %% ../nbs/07_negatives.ipynb #5e1f0031
+class SWG(Queries):
+    "The same network on four overlapping windows (SWG, arXiv:2411.10257)."
+
+    w, nfe = 1.2, 4
+
+    def __init__(
+        self,
+        share: float = 0.625,  # side of a window, as a share of that of the picture
+    ):
+        what = 'a number from 0.5 up to below 1'
+        self.share = _check_number('share', share, what, lambda v: 0.5 <= v < 1)
+
+    def queries(self, x, sigma, cond, generators=None):
+        return [Query(x[..., rows, cols], sigma, cond) for rows, cols in self._windows(x)]
+
+    def combine(self, outputs, x, sigma, pos):
+        "The mean of the windows at each pixel."
+        total, count = torch.zeros_like(x), self._count(x)
+        for y, (rows, cols) in zip(outputs, self._windows(x), strict=True):
+            total[..., rows, cols] += y
+        return total / count
+
+    def check(self, D, x, cond):
+        if x.ndim < 3 or min(x.shape[-2:]) < 2:
+            name = type(self).__name__
+            raise ValueError(f'x: {name} expects images (B, ..., H, W), got shape {tuple(x.shape)}')
+
+    def _windows(self, x):
+        "Rows and columns of each window."
+        sizes = [(n, min(n - 1, -(-round(1e6 * self.share * n) // 10**6))) for n in x.shape[-2:]]
+        rows, cols = ([slice(0, k), slice(n - k, n)] for n, k in sizes)
+        return [(a, b) for a in rows for b in cols]
+
+    def _count(self, x):
+        "How many windows show a pixel, (H, W)."
+        count = torch.zeros(x.shape[-2:], dtype=x.dtype, device=x.device)
+        for rows, cols in self._windows(x):
+            count[rows, cols] += 1
+        return count
+
+
+class MSWG(SWG):
+    "The same, but only where windows overlap (M-SWG, arXiv:2411.10257)."
+
+    needs_pos = True
+
+    def combine(self, outputs, x, sigma, pos):
+        "The mean of the windows where there are several, else the positive."
+        return torch.where(self._count(x) > 1, super().combine(outputs, x, sigma, pos), pos)
 
 
 # %% ../nbs/07_negatives.ipynb #5e1f0006

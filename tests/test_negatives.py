@@ -32,7 +32,9 @@ from cf_guidance.negatives import (
     CADS,
     ICG,
     MG,
+    MSWG,
     SG,
+    SWG,
     TSG,
     Autoguidance,
     HiGS,
@@ -135,6 +137,8 @@ NEGATIVES = {
     'ICG, Gaussian': lambda g: ICG(draw_gaussian(POOL), g),
     'TSG': lambda g: TSG(D, 1.0, 0.5, generator=g),
     'SG': lambda g: SG(D, 2.0),
+    'SWG': lambda g: SWG(),
+    'M-SWG': lambda g: MSWG(0.75),
 }
 FREE = {
     'MG': lambda g: MG(),
@@ -407,6 +411,43 @@ def test_the_network_gets_the_same_input_and_another_time():
 def test_no_more_noise_is_the_positive():
     p = GuidedDenoiser(D, SG(D, 1.0), w=3.0).parts(X, 5.0, **COND)
     close(p.neg, p.pos, 1e-4)
+
+
+# sliding windows
+
+
+def test_windows_that_a_model_cannot_tell_from_the_picture():
+    def local(x, sigma):
+        return 0.5 * x
+
+    for neg in (SWG(), MSWG(), SWG(0.5)):
+        parts = GuidedDenoiser(local, neg, w=3.0).parts(X, 5.0)
+        close(parts.neg, parts.pos)
+
+
+def test_windows_are_averaged_where_they_overlap():
+    def mean(x, sigma):
+        return x.mean((2, 3), keepdim=True).expand_as(x)
+
+    def window(rows, cols):
+        return X[..., rows, cols].mean((2, 3))
+
+    first, last = slice(0, 5), slice(3, 8)
+    parts = GuidedDenoiser(mean, SWG(), w=3.0).parts(X, 5.0)
+    close(parts.neg[..., 0, 0], window(first, first))
+    close(parts.neg[..., 7, 4], (window(last, first) + window(last, last)) / 2)
+    close(parts.neg[..., 3, 3], sum(window(a, b) for a in (first, last) for b in (first, last)) / 4)
+    masked = GuidedDenoiser(mean, MSWG(), w=3.0).parts(X, 5.0)
+    close(masked.neg[..., :3, :3], masked.pos[..., :3, :3])
+    close(masked.neg[..., 3:5, :], parts.neg[..., 3:5, :])
+
+
+def test_bad_windows_are_refused():
+    for share in (0.4, 1.0, NAN):
+        with pytest.raises(ValueError, match='share: expected'):
+            SWG(share)
+    with pytest.raises(ValueError, match='x: SWG expects images'):
+        GuidedDenoiser(lambda x, sigma: x, SWG())(torch.ones(2, 3), 1.0)
 
 
 # noise on the condition

@@ -779,7 +779,8 @@ def _cost(negative):
     "Network evaluations of a negative, where it is not reused."
     if negative['name'] == 'perpneg':  # the empty prompt, and each of its own
         return 1 + len(negative['prompts'])
-    return 0 if issubclass(NEGATIVES[negative['name']], History) else 1
+    nfe = NEGATIVES[negative['name']].nfe
+    return nfe if isinstance(nfe, int) else 1  # of another model it is known in a run only
 
 
 def _prompts_of(negative):
