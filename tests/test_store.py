@@ -404,10 +404,39 @@ def test_a_store_reads_each_part_once_and_sees_those_of_others(tmp_path, monkeyp
     assert mine.missing(wanted) == wanted[3:]
     assert mine.missing(wanted, retry=True) == wanted[3:]
     assert read == [second]
+    assert len(mine.table()) == 3
+    third = other.add([row(3)])
+    assert len(mine.table()) == 4
+    assert read.count(second) == 2  # once for the outcomes, once for the table
+    assert read.count(third) == 1
     (tmp_path / 'set_aside').mkdir()
     first.rename(tmp_path / 'set_aside' / first.name)
-    assert mine.missing(wanted) == [wanted[0], wanted[3]]
-    assert mine.status()['done'] == 2
+    assert mine.missing(wanted) == wanted[:1]
+    assert mine.status()['done'] == 3
+
+
+def test_unfinished_files_are_cleaned_when_they_are_old(tmp_path):
+    store = Store(tmp_path)
+    part = store.add([row(0)])
+    old, new, other = (
+        tmp_path / o for o in ('a.parquet.7-0123abcd.tmp', 'b.7-4567cdef.tmp', 'c.tmp')
+    )
+    for o in (old, new, other):
+        o.touch()
+    for o in (old, other):
+        os.utime(o, (0, 0))
+    assert store.clean() == [old.name]
+    assert sorted(tmp_path.iterdir()) == sorted([new, other, part])
+
+
+def test_names_are_on_the_disk_too(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, 'fsync', lambda o: synced.append(os.readlink(f'/proc/self/fd/{o}')) or fsync(o)
+    )
+    part = Store(tmp_path).add([row(0)])
+    assert synced[0].startswith(str(part))
+    assert synced[1] == str(tmp_path)
 
 
 # several stores

@@ -525,9 +525,10 @@ def _run(plan, store, args, **more):
 
 # %% ../../nbs/lab/14_commands.ipynb #6e0c1422
 def _status(args):
-    for name, value in _existing(args.folder).status().items():
+    store = _existing(args.folder)
+    for name, value in store.status().items():
         print(f'{name.replace("_", " "):10} {value:,}')
-    if _lacks_pictures(_existing(args.folder)):
+    if _lacks_pictures(store):
         print('no pictures are kept, only what was measured (drawn with --no-pictures)')
 
 
@@ -542,6 +543,7 @@ def _lacks_pictures(store):
     return False
 
 
+# %% ../../nbs/lab/14_commands.ipynb #6e0c1423
 def _table(args):
     table = _existing(args.folder).table()
     if args.out is None:

@@ -159,7 +159,12 @@ class Painter:
 def _is_failure(e):
     "Is it an error of single pictures: numbers that are not finite, or too little memory?"
     kinds = (FloatingPointError, torch.OutOfMemoryError, MemoryError, torch.linalg.LinAlgError)
-    return isinstance(e, kinds) or 'DefaultCPUAllocator' in str(e)
+    memory = (
+        'DefaultCPUAllocator',
+        'bad_alloc',
+        'Failed to allocate memory',
+    )  # PyTorch, ONNX Runtime
+    return isinstance(e, kinds) or any(o in str(e) for o in memory)
 
 
 def _device(name):
@@ -283,7 +288,9 @@ def _checked(store, shard, batch_size, measure, keep_pictures=True):
     _check_whole('batch_size', batch_size, 'a whole number from 1', 1)
     shard = shard_of_environment() if shard is None else _checked_shard(shard)
     painter = Painter(measure, 2 * batch_size, keep_pictures)
-    return store if isinstance(store, Store) else Store(store), shard, painter
+    store = store if isinstance(store, Store) else Store(store)
+    store.clean()
+    return store, shard, painter
 
 
 def _planned(plan, store):

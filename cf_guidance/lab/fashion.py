@@ -36,6 +36,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -121,6 +122,7 @@ def _write_whole(save, o, file):
         with open(tmp, 'rb+') as f:
             os.fsync(f.fileno())
         os.replace(tmp, file)
+        _sync_folder(file.parent)
     except OSError as e:
         if e.errno != errno.ENOSPC:
             raise
@@ -128,6 +130,16 @@ def _write_whole(save, o, file):
         raise OSError(e.errno, message, str(file)) from None
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def _sync_folder(folder):
+    "Have the disk keep the names in a folder too, where a system can do that."
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 # %% ../../nbs/lab/00_fashion.ipynb #16

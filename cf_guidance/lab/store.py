@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 import warnings
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -121,7 +122,7 @@ class Store:
             raise ValueError(f'folder: cannot make {str(folder)!r} ({e.strerror})') from None
         if write and not os.access(self.folder, os.W_OK):
             raise ValueError(f'folder: expected one that can be written, got {str(folder)!r}')
-        self._known, self._good = set(), {}  # parts that were read; by key: is a result good?
+        self._kept = {}  # by kind of columns: tables of parts that were read, by name
 
     def _files(self, kind):
         "The files of a kind, 'part' or 'requests', oldest part first."
@@ -153,6 +154,22 @@ class Store:
         except FileNotFoundError:
             return
         warnings.warn(f'moved {file.name} to {aside}: cannot read it ({reason})', stacklevel=4)
+
+
+# %% ../../nbs/lab/08_store.ipynb #15a00001
+@patch
+def clean(
+    self: Store,
+    hours: float = 1,  # files that changed since then may still be written
+) -> list:  # names of the files
+    "Delete what killed processes left of unfinished files."
+    cleaned = []
+    for file in self.folder.glob(f'*-{"[0-9a-f]" * 8}.tmp'):
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - file.stat().st_mtime > 3600 * hours:
+                file.unlink()
+                cleaned.append(file.name)
+    return cleaned
 
 
 # %% ../../nbs/lab/08_store.ipynb #5a8e1b31
@@ -243,28 +260,36 @@ def missing(
 
 @patch
 def _outcomes(self: Store):
-    "By key: is there a good result? Parts never change, so each is read once."
-    parts = {o.name: o for o in self._files('part')}
-    if self._known - parts.keys():  # some were set aside
-        self._known, self._good = set(), {}
-    for name in parts.keys() - self._known:
-        table = self._read(parts[name], _FIXED, {'key', 'error'}.__contains__)
-        if table is not None:
-            self._known.add(name)
-            for key, error in zip(*(table[o].to_pylist() for o in ('key', 'error')), strict=True):
-                self._good[key] = error is None or self._good.get(key, False)
-    return self._good
+    "By key: is there a good result?"
+    results = self._results()
+    return dict(zip(results.key, (~results._failed).tolist(), strict=True))
 
 
 # %% ../../nbs/lab/08_store.ipynb #5a8e1b34
+def _is_outcome(column):
+    return column in ('key', 'error')
+
+
+def _is_light(column):
+    return column not in _HEAVY
+
+
 @patch
-def _results(self: Store, keep={'key', 'error'}.__contains__):
+def _tables(self: Store, keep):
+    "Columns `keep` of each part, by its name. Parts never change: light columns are read once."
+    known = self._kept.setdefault(keep, {}) if keep in (_is_outcome, _is_light) else {}
+    files = self._files('part')
+    for part in files:
+        if part.name not in known and (table := self._read(part, _FIXED, keep)) is not None:
+            known[part.name] = table
+    return {o.name: known[o.name] for o in files if o.name in known}
+
+
+@patch
+def _results(self: Store, keep=_is_outcome):
     "Columns `keep` with one row per key: a good result if there is one, else the first."
-    parts, tables = [], []
-    for part in self._files('part'):
-        if (table := self._read(part, _FIXED, keep)) is not None:
-            parts.append(part.name)
-            tables.append(table)
+    found = self._tables(keep)
+    parts, tables = list(found), list(found.values())
     empty = pa.schema([o for o in _FIXED if keep(o.name)]).empty_table()
     df = pa.concat_tables([empty, *tables], promote_options='default').to_pandas()
     sizes = [len(o) for o in tables]
@@ -409,7 +434,7 @@ def table(
     self: Store,
 ) -> pd.DataFrame:  # index `key`; columns: the labels, then the results
     "One row per result, in the order of the plan, without the pictures."
-    results = self._results(keep=lambda o: o not in _HEAVY).set_index('key')
+    results = self._results(_is_light).set_index('key')
     results = results.drop(columns=[o for o in results if o.startswith('_')])
     labels = self._labels()
     results = results.rename(columns={o: f'{o}_measured' for o in labels})
