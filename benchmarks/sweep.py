@@ -5,8 +5,9 @@ turn. A ratio is the median of the ratios of single turns, so it holds on a busy
 
     python benchmarks/sweep.py            # the embedded model on the CPU
     python benchmarks/sweep.py --compile  # torch.compile as well: a minute, and a C++ compiler
+    python benchmarks/sweep.py --job      # the pictures of `cf_sweep` without arguments, no more
 
-The table is printed and kept as JSON beside this file. `gpu.py` is for a GPU.
+The table is printed and, without `--job`, kept as JSON beside this file. `gpu.py` is for a GPU.
 """
 
 import argparse
@@ -248,12 +249,16 @@ def cold_start():
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
+def show(rows):
+    for k, (v, goal) in rows.items():
+        print(f'  {k:58} {v:8.4f}   {goal}')
+
+
 def report(rows, name, about):
     "Print the table and keep it."
     for k, v in about.items():
         print(f'{k}: {v}')
-    for k, (v, goal) in rows.items():
-        print(f'  {k:58} {v:8.3f}   {goal}')
+    show(rows)
     kept = dict(about, rows={k: v for k, (v, _) in rows.items()})
     (HERE / f'{name}.json').write_text(json.dumps(kept, indent=1) + '\n')
 
@@ -268,6 +273,7 @@ def parsed():
     p.add_argument('--batches', type=int, nargs='+', default=[1, 2, 16, 96], help='rows at once')
     p.add_argument('--repeats', type=int, default=5, help='turns, of which the median is taken')
     p.add_argument('--threads', type=int, help="of PyTorch and ONNX Runtime; default: PyTorch's")
+    p.add_argument('--job', action='store_true', help='the default job only; nothing is kept')
     p.add_argument('--compile', action='store_true', help='torch.compile as well')
     return p.parse_args()
 
@@ -278,6 +284,8 @@ def main():
     torch.set_num_threads(args.threads or torch.get_num_threads())
     pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
     ours = MinimalDiffusion(pipe, progress=False).load()
+    if args.job:
+        return show(default_job(ours, args.steps, min(args.values, 10), args.repeats))
     load = os.getloadavg()[0]
     rows = evaluations(networks(pipe, args.compile), args.batches, 3 * args.repeats)
     rows |= default_job(ours, args.steps, min(args.values, 10), args.repeats)

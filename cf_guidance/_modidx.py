@@ -1432,6 +1432,10 @@ d = {
                 'lab/backends.html#_recorded_call',
                 'cf_guidance/lab/backends.py',
             ),
+            'cf_guidance.lab.backends._suits_onnx': (
+                'lab/backends.html#_suits_onnx',
+                'cf_guidance/lab/backends.py',
+            ),
             'cf_guidance.lab.backends._tensors': (
                 'lab/backends.html#_tensors',
                 'cf_guidance/lab/backends.py',
@@ -2051,6 +2055,10 @@ d = {
             ),
             'cf_guidance.lab.fashion._read_weights': (
                 'lab/fashion.html#_read_weights',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._sync_folder': (
+                'lab/fashion.html#_sync_folder',
                 'cf_guidance/lab/fashion.py',
             ),
             'cf_guidance.lab.fashion._with_weights': (
@@ -2848,12 +2856,20 @@ d = {
                 'lab/store.html#store._set_aside',
                 'cf_guidance/lab/store.py',
             ),
+            'cf_guidance.lab.store.Store._tables': (
+                'lab/store.html#store._tables',
+                'cf_guidance/lab/store.py',
+            ),
             'cf_guidance.lab.store.Store._write_part': (
                 'lab/store.html#store._write_part',
                 'cf_guidance/lab/store.py',
             ),
             'cf_guidance.lab.store.Store.add': (
                 'lab/store.html#store.add',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store.Store.clean': (
+                'lab/store.html#store.clean',
                 'cf_guidance/lab/store.py',
             ),
             'cf_guidance.lab.store.Store.drop': (
@@ -2924,6 +2940,14 @@ d = {
             'cf_guidance.lab.store._half': ('lab/store.html#_half', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store._huggingface': (
                 'lab/store.html#_huggingface',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store._is_light': (
+                'lab/store.html#_is_light',
+                'cf_guidance/lab/store.py',
+            ),
+            'cf_guidance.lab.store._is_outcome': (
+                'lab/store.html#_is_outcome',
                 'cf_guidance/lab/store.py',
             ),
             'cf_guidance.lab.store._joined': ('lab/store.html#_joined', 'cf_guidance/lab/store.py'),

@@ -167,13 +167,17 @@ def _kept_onnx(net, args, kwargs):
 
 
 # %% ../../nbs/lab/12_backends.ipynb #f1a0b00d
+def _suits_onnx(net):
+    return net.device.type == 'cpu' and net.dtype == torch.float32
+
+
 class _Onnx:
     "A network that runs by ONNX Runtime."
 
     tolerance = 1e-4
 
     def __init__(self, net, args, kwargs):
-        if net.device.type != 'cpu' or net.dtype != torch.float32:
+        if not _suits_onnx(net):
             raise _Unfit(f'it runs float32 on the CPU, got {net.dtype} on {net.device}')
         self.net, tensors = net, _tensors(net, args, kwargs)
         axes = _free_axes(net, tensors)
@@ -341,8 +345,8 @@ _NAMES = ('auto', 'torch', *_BACKENDS)
 
 def with_backend(
     pipe,  # a pipeline of diffusers, or a `MinimalDiffusion`; it is not changed
-    # 'onnx' (ONNX Runtime), 'compile' (torch.compile), 'bf16', or 'torch'; 'auto' is 'onnx' where
-    # its output is that of PyTorch, else 'torch'
+    # 'onnx' (ONNX Runtime), 'compile' (torch.compile), 'bf16', or 'torch'; 'auto' is 'onnx' for a
+    # float32 network on the CPU if its output is that of PyTorch, else 'torch'
     backend: str = 'auto',
 ):  # a copy of `pipe` that shares all weights with it
     "The same pipeline with a network that runs faster. Guide it as any other."
@@ -358,13 +362,15 @@ def with_backend(
     new, name = copy(pipe), _network_name(pipe)
     net = _plain_network(pipe)
     vars(new)[name] = net
-    if backend != 'torch':
-        try:
-            fast = _fast_way(new, net, 'onnx' if backend == 'auto' else backend)
-            vars(new)[name] = _fast_network(net, fast)
-        except (_Unfit, ValueError) as e:
-            if backend != 'auto':
-                raise RuntimeError(f'backend: {backend!r} cannot be used: {e}') from e
+    if backend == 'torch' or backend == 'auto' and not _suits_onnx(net):
+        return new
+    try:
+        fast = _fast_way(new, net, 'onnx' if backend == 'auto' else backend)
+        vars(new)[name] = _fast_network(net, fast)
+    except Exception as e:  # runtimes and compilers raise all kinds
+        if backend != 'auto':
+            raise RuntimeError(f'backend: {backend!r} cannot be used: {e}') from e
+        warnings.warn(f"backend: 'auto' takes PyTorch: {str(e)[:200]}", stacklevel=2)
     return new
 
 
