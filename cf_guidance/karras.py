@@ -30,6 +30,7 @@ __all__ = [
     'sample_gradient_estimation',
     'sample_res_multistep',
     'sample_unipc',
+    'sample_er_sde',
     'sample_euler_cfg_pp',
     'get_sigmas_karras',
     'get_sigmas_exponential',
@@ -58,6 +59,7 @@ __all__ = [
     'dpmpp_sde',
     'dpmpp_2m_sde',
     'dpmpp_3m_sde',
+    'er_sde',
     'euler_cfg_pp',
     'make_quantizer',
 ]
@@ -1103,6 +1105,53 @@ def dpmpp_3m_sde(
     return x, state._replace(past=past[:2])
 
 
+# %% ../nbs/04_karras.ipynb #7a3be0f9
+@_stochastic
+def er_sde(
+    D,
+    x,
+    sigma,
+    sigma_next,
+    state,
+    s_noise: float = 1.0,  # factor on the noise
+    order: int = 3,  # estimates that are used, the new one included; at most 3
+):
+    """ER-SDE-Solver (arXiv:2309.06169, in terms of sigma, for the noise of their ER-SDE 5).
+
+    One evaluation per step. How the estimate changes with sigma is told by finite differences.
+    """
+    state = state.evaluate(D, x, sigma)
+    if sigma_next == 0:
+        return state.x0.clone(), state
+    past = ((sigma, state.x0), *state.past)[: min(order, 3)]
+    scale, keep = _er_scale(sigma_next), _er_scale(sigma_next) / _er_scale(sigma)
+    x, h = torch.lerp(state.x0, x, keep), sigma_next - sigma
+    for k, change in enumerate(_derivatives(past), 1):
+        x.add_(change, alpha=h**k / k + scale * _er_integral(sigma, sigma_next, k - 1))
+    up = s_noise * max(sigma_next**2 - (sigma * keep) ** 2, 0.0) ** 0.5
+    return _renoised(x, up, sigma, sigma_next, state), state._replace(past=past[:2])
+
+
+# %% ../nbs/04_karras.ipynb #7a3be0fa
+def _er_scale(sigma):
+    return sigma * (math.exp(sigma**0.3) + 10)
+
+
+def _er_integral(sigma, sigma_next, power):
+    "Integral from `sigma_next` to `sigma` of (s - sigma)**power / scale(s), in the logarithm of s."
+    start, half = math.log(sigma_next), math.log(sigma / sigma_next) / 2
+    levels = [(math.exp(start + half * (o + 1)), half * w) for o, w in _leggauss(16)]
+    return sum(w * s * (s - sigma) ** power / _er_scale(s) for s, w in levels)
+
+
+def _derivatives(past):
+    "Finite differences for the first and second derivative of the estimate by sigma."
+    slopes = [((a[1] - b[1]) / (a[0] - b[0])) for a, b in pairwise(past)]
+    if len(slopes) == 2:
+        slopes[1] = (slopes[0] - slopes[1]) * 2 / (past[0][0] - past[2][0])
+    return slopes
+
+
 # %% ../nbs/04_karras.ipynb #87
 def euler_cfg_pp(D, x, sigma, sigma_next, state):
     """CFG++ (arXiv:2406.08070, algorithm 2) in terms of sigma.
@@ -1213,4 +1262,5 @@ sample_ipndm = _as_k_diffusion(ipndm, 'sample_ipndm')
 sample_gradient_estimation = _as_k_diffusion(gradient_estimation, 'sample_gradient_estimation')
 sample_res_multistep = _as_k_diffusion(res_multistep, 'sample_res_multistep')
 sample_unipc = _as_k_diffusion(unipc, 'sample_unipc')
+sample_er_sde = _as_k_diffusion(er_sde, 'sample_er_sde')
 sample_euler_cfg_pp = _as_k_diffusion(euler_cfg_pp, 'sample_euler_cfg_pp')

@@ -37,6 +37,7 @@ from cf_guidance.karras import (
     dpmpp_2s_ancestral,
     dpmpp_3m_sde,
     dpmpp_sde,
+    er_sde,
     euler,
     euler_ancestral,
     euler_cfg_pp,
@@ -457,6 +458,7 @@ SPREAD = {
     dpmpp_sde: 0.03,
     dpmpp_2m_sde: 0.03,
     dpmpp_3m_sde: 0.03,
+    er_sde: 0.03,
 }
 
 
@@ -475,7 +477,7 @@ class Counter(Denoiser):
 
 
 ONE = euler, lms, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, ddim_step, ddpm_step, euler_ancestral
-ONE += deis, ipndm, gradient_estimation, res_multistep, unipc
+ONE += er_sde, deis, ipndm, gradient_estimation, res_multistep, unipc
 TWO = heun, dpm2, dpmpp_2s, dpmpp_sde, heun_ancestral, dpm2_ancestral, dpmpp_2s_ancestral
 
 
@@ -525,6 +527,29 @@ def test_relatives_of_multistep_methods():
     same((gradient_estimation, dict(gamma=1)), (euler, {}))
     same((gradient_estimation, dict(gamma=1.5)), (ipndm, dict(order=2)))
     same((res_multistep, {}), (dpmpp_2m_sde, dict(eta=0.0, solver_type='heun')))
+
+
+@each('order', [1, 2, 3])
+def test_er_sde_without_noise(order, monkeypatch):
+    monkeypatch.setattr(karras, '_er_scale', lambda sigma: sigma)
+    coarse, fine = (gaussian_error(er_sde, n, order=order) for n in (160, 320))
+    assert math.log2(coarse / fine) == pytest.approx(min(order, 2), abs=0.15)
+    if order == 1:
+        assert_close(sample(D, X, SIGMAS, er_sde, order=1), sample(D, X, SIGMAS, euler))
+
+
+@each('order', [2, 3])
+def test_er_sde_integrates_a_line_exactly(order):
+    past = tuple((s, torch.tensor([[s]], dtype=torch.float64)) for s in (4.0, 5.0))
+    x = torch.full((1, 1), 7.0, dtype=torch.float64)
+    state = State(9, 2, lambda *o: torch.zeros_like(x), past=past)
+    got, _ = er_sde(torch.full_like, x, 3.0, 2.0, state, order=order)
+    s = torch.linspace(2.0, 3.0, 100001, dtype=torch.float64)
+    scale = s * (torch.exp(s**0.3) + 10)
+    # x' = scale'/scale x + scale' * integral of estimate d(1/scale)
+    parts = (s[1:] + s[:-1]) / 2 * (1 / scale[:-1] - 1 / scale[1:])
+    want = scale[0] / scale[-1] * 7 + scale[0] * parts.sum()
+    assert got.item() == pytest.approx(want.item(), rel=1e-8)
 
 
 SOLVERS = [
@@ -606,6 +631,7 @@ NOISY = {
     'ancestral': (euler_ancestral, {}),
     'sde': (dpmpp_sde, {}),
     '3m sde': (dpmpp_3m_sde, {}),
+    'er sde': (er_sde, {}),
 }
 noisy = pytest.mark.parametrize('step,options', NOISY.values(), ids=NOISY)
 
@@ -807,6 +833,7 @@ SHELLS = {
     'ddim': ddim_step,
     'ddpm': ddpm_step,
     'deis': deis,
+    'er_sde': er_sde,
     'ipndm': ipndm,
     'unipc': unipc,
     'gradient_estimation': gradient_estimation,
@@ -819,6 +846,7 @@ OPTIONS = {
     **{k: ANCESTRAL for k in SHELLS if k.endswith('ancestral')},
     **{k: ['order'] for k in ('lms', 'deis', 'ipndm', 'unipc')},
     'gradient_estimation': ['gamma'],
+    'er_sde': ['s_noise', 'noise_sampler', 'order', 'generator'],
     'res_multistep': [],
     'dpmpp_2m': [],
     'dpmpp_sde': ['eta', 's_noise', 'noise_sampler', 'r', 'generator'],
