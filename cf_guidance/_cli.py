@@ -20,8 +20,24 @@ def _is_command(args):
     return axis or bool(args) and (args[0] in COMMANDS or args[0].endswith('.toml'))
 
 
+def _leaderboard_of(args):
+    "The TOML file with a table of methods, if that is asked for; the package has one, too."
+    file = args[0] if args and args[0].endswith('.toml') else ''
+    if file == 'leaderboard.toml' and not os.path.exists(file):
+        file = os.path.join(os.path.dirname(__file__), 'data', file)
+    try:
+        with open(file, encoding='utf-8') as f:
+            return file if any(o.startswith('[methods') for o in f) else None
+    except (OSError, ValueError):
+        return None
+
+
 def _parsed():
     "The function of the command, and its arguments from the command line."
+    if file := _leaderboard_of(sys.argv[1:]):
+        from cf_guidance.lab.leaderboard import run_leaderboard
+
+        return run_leaderboard, {'args': [file, *sys.argv[2:]]}
     from fastcore.script import anno_parser
 
     from cf_guidance.lab.commands import cf_sweep, run_command

@@ -1777,10 +1777,6 @@ d = {
                 'lab/compare.html#pareto',
                 'cf_guidance/lab/compare.py',
             ),
-            'cf_guidance.lab.compare.photographs': (
-                'lab/compare.html#photographs',
-                'cf_guidance/lab/compare.py',
-            ),
             'cf_guidance.lab.compare.set_measures': (
                 'lab/compare.html#set_measures',
                 'cf_guidance/lab/compare.py',
@@ -2045,6 +2041,10 @@ d = {
                 'lab/fashion.html#_full_prompts',
                 'cf_guidance/lab/fashion.py',
             ),
+            'cf_guidance.lab.fashion._painted': (
+                'lab/fashion.html#_painted',
+                'cf_guidance/lab/fashion.py',
+            ),
             'cf_guidance.lab.fashion._parse_prompt': (
                 'lab/fashion.html#_parse_prompt',
                 'cf_guidance/lab/fashion.py',
@@ -2099,6 +2099,10 @@ d = {
             ),
             'cf_guidance.lab.fashion.load_weak': (
                 'lab/fashion.html#load_weak',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion.photographs': (
+                'lab/fashion.html#photographs',
                 'cf_guidance/lab/fashion.py',
             ),
             'cf_guidance.lab.fashion.quiet': (
@@ -2182,6 +2186,112 @@ d = {
             'cf_guidance.lab.gallery.repeat_line': (
                 'lab/gallery.html#repeat_line',
                 'cf_guidance/lab/gallery.py',
+            ),
+        },
+        'cf_guidance.lab.leaderboard': {
+            'cf_guidance.lab.leaderboard.Leaderboard': (
+                'lab/leaderboard.html#leaderboard',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.__init__': (
+                'lab/leaderboard.html#leaderboard.__init__',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.__repr__': (
+                'lab/leaderboard.html#leaderboard.__repr__',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard._drawn': (
+                'lab/leaderboard.html#leaderboard._drawn',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard._goal_of': (
+                'lab/leaderboard.html#leaderboard._goal_of',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard._measured': (
+                'lab/leaderboard.html#leaderboard._measured',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard._measurements': (
+                'lab/leaderboard.html#leaderboard._measurements',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard._reference': (
+                'lab/leaderboard.html#leaderboard._reference',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard._sweep': (
+                'lab/leaderboard.html#leaderboard._sweep',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard._twin': (
+                'lab/leaderboard.html#leaderboard._twin',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.choose': (
+                'lab/leaderboard.html#leaderboard.choose',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.choosing': (
+                'lab/leaderboard.html#leaderboard.choosing',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.compare': (
+                'lab/leaderboard.html#leaderboard.compare',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.comparing': (
+                'lab/leaderboard.html#leaderboard.comparing',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.from_toml': (
+                'lab/leaderboard.html#leaderboard.from_toml',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.results': (
+                'lab/leaderboard.html#leaderboard.results',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._check_methods': (
+                'lab/leaderboard.html#_check_methods',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._differences': (
+                'lab/leaderboard.html#_differences',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._for_each': (
+                'lab/leaderboard.html#_for_each',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._judge': (
+                'lab/leaderboard.html#_judge',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._numbers': (
+                'lab/leaderboard.html#_numbers',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._parser': (
+                'lab/leaderboard.html#_parser',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._shuffled': (
+                'lab/leaderboard.html#_shuffled',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.clip_judge': (
+                'lab/leaderboard.html#clip_judge',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.leaderboard': (
+                'lab/leaderboard.html#leaderboard',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.run_leaderboard': (
+                'lab/leaderboard.html#run_leaderboard',
+                'cf_guidance/lab/leaderboard.py',
             ),
         },
         'cf_guidance.lab.metrics': {

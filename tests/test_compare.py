@@ -14,12 +14,12 @@ from cf_guidance.lab.compare import (
     paired_difference,
     paired_differences,
     pareto,
-    photographs,
     set_measures,
     verdict,
     verdict_table,
 )
 from cf_guidance.lab.draw import draw
+from cf_guidance.lab.fashion import photographs
 from cf_guidance.lab.metrics import fid, mmd2, precision_recall
 from cf_guidance.lab.plan import Sweep, evaluations_of
 from cf_guidance.lab.plots import plot_pareto

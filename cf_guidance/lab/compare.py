@@ -11,7 +11,6 @@ __all__ = [
     'verdict',
     'verdict_table',
     'diversity',
-    'photographs',
     'set_measures',
     'pareto',
     'cfg_twin',
@@ -31,8 +30,7 @@ import torch
 
 from .._extras import needs
 from ..guided import Conditions, Term, _active
-from ..noise import _as_generator, _check_whole
-from .fashion import _parse_prompt, colourise, fashion_mnist, random_colours
+from ..noise import _check_whole
 from .metrics import Stats, _features, _pair, _radii, _sqdist, _within
 
 # %% ../../nbs/lab/16_compare.ipynb #c16a0005
@@ -442,31 +440,6 @@ def diversity(
     if len(x) != len(prompts):
         raise ValueError(f'prompts: expected {len(x)}, one per picture, got {len(prompts)}')
     return _diversity_values(x, prompts).mean().item()
-
-
-# %% ../../nbs/lab/16_compare.ipynb #c16a0047
-def photographs(
-    prompts: list,  # texts that name a garment
-    each: int = 1,  # photographs per prompt, each with another garment
-    split: str = 'subset',  # of `fashion_mnist`
-    seed: int = 0,  # which photographs, and the colours that a prompt leaves open
-):  # images (N, 3, 32, 32) in [-1, 1], and their N prompts
-    "Photographs as prompts describe them."
-    grey, kinds = fashion_mnist(split)
-    g, chosen, paint = _as_generator(seed), [], []
-    for prompt in prompts:
-        kind, *wanted = _parse_prompt(prompt)
-        found = torch.arange(len(kinds)) if kind is None else (kinds == kind).nonzero()[:, 0]
-        _check_whole('each', each, f'a whole number from 1 to {len(found)}', 1)
-        if each > len(found):
-            raise ValueError(f'each: expected a whole number to {len(found)}, got {each}')
-        chosen.append(found[torch.randperm(len(found), generator=g)[:each]])
-        free = torch.stack(random_colours(each, g), 1)
-        fixed = [torch.full((each,), -1 if o is None else o) for o in wanted]
-        fixed = torch.stack(fixed, 1)
-        paint.append(torch.where(fixed < 0, free, fixed))
-    images = colourise(grey[torch.cat(chosen)], *torch.cat(paint).T)
-    return images, [o for o in prompts for _ in range(each)]
 
 
 # %% ../../nbs/lab/16_compare.ipynb #c16a0049

@@ -22,6 +22,7 @@ __all__ = [
     'adherence',
     'World',
     'world_of',
+    'photographs',
     'wilson',
     'shares',
 ]
@@ -369,8 +370,7 @@ class FashionNet(nn.Module):
 
 
 # %% ../../nbs/lab/00_fashion.ipynb #87
-_EMBEDDED = ('fashion-sd',)
-_MODELS = (*_EMBEDDED, 'fashion-sd-weak', 'fashion-ddpm', 'fashion-net')
+_MODELS = ('fashion-sd', 'fashion-sd-weak', 'fashion-ddpm', 'fashion-net')
 
 
 def fashion_path(
@@ -510,6 +510,7 @@ class World:
     adherence: Callable  # pictures (N, *shape) in [0, 1], N prompts -> (N, parts): 1, 0 or nan
     features: Callable  # pictures (N, *shape) in [0, 1] -> (N, F), for FID and its relatives
     prompts: Callable  # () -> a list of prompts, such as ICG draws from
+    photographs: Callable  # (prompts, each) -> real pictures in [0, 1], `each` of every prompt
 
 
 _WORLDS = {'fashion-sd': 'fashion'}  # model -> the module beside this one that has its `WORLD`
@@ -525,6 +526,31 @@ def world_of(
     return None
 
 
+# %% ../../nbs/lab/00_fashion.ipynb #05b73e24
+def photographs(
+    prompts: list,  # texts that name a garment
+    each: int = 1,  # photographs per prompt, each with another garment
+    split: str = 'subset',  # of `fashion_mnist`
+    seed: int = 0,  # which photographs, and the colours that a prompt leaves open
+):  # images (N, 3, 32, 32) in [-1, 1], and their N prompts
+    "Photographs as prompts describe them."
+    grey, kinds = fashion_mnist(split)
+    g, chosen, paint = _as_generator(seed), [], []
+    for prompt in prompts:
+        kind, *wanted = _parse_prompt(prompt)
+        found = torch.arange(len(kinds)) if kind is None else (kinds == kind).nonzero()[:, 0]
+        _check_whole('each', each, f'a whole number from 1 to {len(found)}', 1)
+        if each > len(found):
+            raise ValueError(f'each: expected a whole number to {len(found)}, got {each}')
+        chosen.append(found[torch.randperm(len(found), generator=g)[:each]])
+        free = torch.stack(random_colours(each, g), 1)
+        fixed = [torch.full((each,), -1 if o is None else o) for o in wanted]
+        fixed = torch.stack(fixed, 1)
+        paint.append(torch.where(fixed < 0, free, fixed))
+    images = colourise(grey[torch.cat(chosen)], *torch.cat(paint).T)
+    return images, [o for o in prompts for _ in range(each)]
+
+
 # %% ../../nbs/lab/00_fashion.ipynb #9dec35c6
 def _features(x):
     "Features (N, 128) of pictures in [0, 1]."
@@ -537,7 +563,11 @@ def _full_prompts():
     return [caption(g, c, b) for c, b in pairs for g in GARMENTS]
 
 
-WORLD = World((3, 32, 32), PARTS, adherence, _features, _full_prompts)
+def _painted(prompts, each):
+    return (photographs(prompts, each)[0] + 1) / 2
+
+
+WORLD = World((3, 32, 32), PARTS, adherence, _features, _full_prompts, _painted)
 
 
 # %% ../../nbs/lab/00_fashion.ipynb #101
@@ -560,15 +590,16 @@ def wilson(
 
 # %% ../../nbs/lab/00_fashion.ipynb #103
 def shares(
-    right: torch.Tensor,  # (N, 3) from `adherence`
+    right: torch.Tensor,  # (N, parts) from `adherence`
+    parts: tuple = PARTS,  # their names
 ) -> dict:  # part -> (share, lower, upper, n), and 'all': images with no part wrong
     "Share of right parts, with its 95 % interval."
-    known = torch.is_tensor(right) and right.ndim == 2 and right.shape[1] == len(PARTS)
+    known = torch.is_tensor(right) and right.ndim == 2 and right.shape[1] == len(parts)
     if not known or not (right.isnan() | (right == 0) | (right == 1)).all():
-        raise ValueError(f'right: expected (N, 3) from adherence, got {_got(right)}')
+        raise ValueError(f'right: expected (N, {len(parts)}) from adherence, got {_got(right)}')
     out = {}
     every = torch.where(right.isnan(), 1, right).amin(1)
-    for name, o in [*zip(PARTS, right.T, strict=True), ('all', every)]:
+    for name, o in [*zip(parts, right.T, strict=True), ('all', every)]:
         o = o[~o.isnan()]
         k, n = int(o.sum()), len(o)
         if n:

@@ -1,0 +1,298 @@
+"Leaderboards: settings are chosen on other pictures; rivals have the same effect or the same cost."
+
+import shutil
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+from cf_guidance import _cli
+from cf_guidance.lab.fashion import fashion_path, world_of
+from cf_guidance.lab.leaderboard import Leaderboard, clip_judge, leaderboard
+from cf_guidance.lab.plan import NEGATIVES, POST_RULES, RULES
+from cf_guidance.lab.store import Store
+
+METHODS = {
+    'cfg': dict(w=[1.5, 4]),
+    'interval': dict(w=[3, 6], interval=(0.3, 5)),
+    'pag': dict(negative='pag', w=2.5),
+    'cfg + pag': dict(guidance=[[dict(w=3), dict(negative='pag', w=1.5)]]),
+}
+SMALL = dict(goal='right', choose_on=(3, 2), compare_on=(4, 3), steps=3)
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    "A board, its store, chosen settings, tables and results."
+    board, store = Leaderboard(METHODS, **SMALL), Store(tmp_path_factory.mktemp('board'))
+    chosen = board.choose(store, progress=False)
+    tables = board.compare(store, chosen, progress=False)
+    return board, store, chosen, tables, board.results(store, chosen, tables)
+
+
+def test_prompts_and_seeds_of_the_choice_are_not_compared_on():
+    board = Leaderboard(METHODS, **SMALL)
+    (prompts, seeds), (others, more) = board.choosing, board.comparing
+    assert [len(o) for o in (prompts, seeds, others, more)] == [3, 2, 4, 3]
+    assert not set(prompts) & set(others)
+    assert not set(seeds) & set(more)
+
+
+def test_each_method_has_one_best_setting(drawn):
+    _, _, chosen, _, _ = drawn
+    assert chosen.groupby('method').best.sum().to_dict() == dict.fromkeys(METHODS, 1)
+    for _, some in chosen.groupby('method'):
+        assert some.goal[some.best].item() == some.goal.max()
+
+
+def test_rows_share_prompts_and_seeds(drawn):
+    board, _, _, tables, _ = drawn
+    prompts, seeds = board.comparing
+    wanted = [(p, s) for p in prompts for s in seeds]
+    for table in tables.values():
+        assert list(zip(table.prompt, table.seed, strict=True)) == wanted
+
+
+def test_plain_guidance_has_no_rivals_and_every_other_method_two(drawn):
+    _, _, _, tables, _ = drawn
+    assert [m for m, _ in tables].count('cfg') == 1
+    assert all([m for m, _ in tables].count(o) == 3 for o in METHODS if o != 'cfg')
+
+
+def test_the_rival_at_the_same_cost_spends_what_the_method_spends(drawn):
+    _, _, _, tables, _ = drawn
+    for method in METHODS.keys() - {'cfg'}:
+        own, rival = (tables[method, o].nfe.mean() for o in ('best', 'CFG, same cost'))
+        assert own <= rival < own + 2
+
+
+def test_the_rival_with_the_same_effect_has_it(drawn):
+    _, _, _, tables, _ = drawn
+    for method in ('pag', 'cfg + pag'):
+        effect = tables[method, 'best'].effect.iloc[0]
+        rival = tables[method, 'CFG, same effect'].effective_scale.mean()
+        assert rival == pytest.approx(effect, abs=1e-3)
+
+
+def test_the_probe_changes_no_picture(drawn):
+    _, store, chosen, tables, _ = drawn
+    requests = store.requests().request
+    probes = [o for o in requests if o['terms'][0]['weights'][0] == 1 + 1e-6]
+    assert probes
+    results = store.table()
+    pag = tables['pag', 'best'].set_index(['prompt', 'seed']).saturation
+    probed = results[[len(o['terms']) == 2 and o in probes for o in requests.loc[results.index]]]
+    for row in probed.itertuples():
+        assert row.saturation == pytest.approx(pag[row.prompt, row.seed], abs=1e-3)
+
+
+def test_a_second_run_draws_nothing(drawn):
+    board, store, chosen, tables, _ = drawn
+    before = store.status()
+    again = board.compare(store, board.choose(store, progress=False), progress=False)
+    assert store.status() == before
+    assert all(again[k].right.equals(o.right) for k, o in tables.items())
+
+
+def test_results_have_intervals_and_verdicts(drawn):
+    _, _, _, _, results = drawn
+    assert (results.low <= results['mean']).all()
+    assert (results['mean'] <= results.high).all()
+    rivals = results[results.index.get_level_values('row') != 'best']
+    assert set(rivals.verdict) <= {'better', 'worse', 'cannot be told apart'}
+    own = results['mean'].xs('best', level='row').reindex(rivals.index.droplevel('row'))
+    assert (own.values - rivals['mean'].values) == pytest.approx(rivals.difference.values)
+
+
+def test_the_table_has_a_row_per_method_the_best_first(drawn):
+    _, _, _, tables, results = drawn
+    table = leaderboard(results, 'right')
+    means = [tables[o, 'best'].right.mean() for o in table.index]
+    assert sorted(table.index) == sorted(METHODS)
+    assert means == sorted(means, reverse=True)
+    with pytest.raises(ValueError, match='value: expected one of right'):
+        leaderboard(results, 'beauty')
+
+
+def test_another_measurement_can_be_the_goal(tmp_path):
+    def redness(pixels, requests):
+        return dict(red=pixels[:, 0].mean((1, 2)).tolist())
+
+    board = Leaderboard(dict(cfg=dict(w=[1, 5]), apg=dict(rule='apg')), **SMALL | dict(goal='red'))
+    chosen = board.choose(tmp_path, measure=redness, progress=False)
+    assert chosen.goal['cfg'].idxmax() == chosen.best['cfg'].idxmax()
+
+
+def test_kid_is_lower_for_the_better_setting(tmp_path):
+    board = Leaderboard(
+        dict(cfg=dict(w=[1.5, 60]), apg=dict(rule='apg', w=2)), **SMALL | dict(goal='kid')
+    )
+    chosen = board.choose(tmp_path, progress=False)
+    assert chosen.best['cfg'].idxmax() == 'w=1.5'
+
+
+def test_an_unknown_goal_is_refused(tmp_path):
+    board = Leaderboard(dict(cfg=dict(w=2), apg=dict(rule='apg')), **SMALL | dict(goal='beauty'))
+    with pytest.raises(ValueError, match='goal: expected kid or one of .*right'):
+        board.choose(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ('change', 'match'),
+    [
+        (dict(methods=[1]), 'methods: expected a dict'),
+        (dict(methods=dict(apg=dict(rule='apg'))), 'methods: expected cfg and at least one more'),
+        (dict(methods=dict(cfg=dict(w=2), apg='apg')), 'methods: apg: expected a dict of axes'),
+        (dict(methods=dict(cfg=dict(w=2), b=dict(seed=2))), 'methods: b: seed is the same'),
+        (dict(methods=dict(cfg=dict(w=2), b=dict(rule='no'))), 'rule: expected one of'),
+        (dict(choose_on=3), 'choose_on: expected numbers of prompts and seeds'),
+        (dict(compare_on=(1, 3)), 'compare_on: expected two whole numbers from 2'),
+        (dict(compare_on=(600, 3)), 'prompts: expected 603 different ones'),
+        (dict(prompts='a red bag'), 'prompts: expected a list of texts'),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_drawn(change, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        Leaderboard(**dict(methods=METHODS, **SMALL) | change)
+
+
+def test_a_model_without_a_world_needs_prompts(tmp_path):
+    with pytest.raises(ValueError, match='prompts: expected a list of texts for the model'):
+        Leaderboard(METHODS, str(tmp_path), **SMALL)
+
+
+def test_a_file_says_the_same(tmp_path):
+    file = tmp_path / 'board.toml'
+    file.write_text(
+        'goal = "right"\nchoose_on = [3, 2]\ncompare_on = [4, 3]\n[common]\nsteps = 3\n'
+        '[methods.cfg]\nw = [1.5, 4]\n[methods.interval]\nw = [3, 6]\ninterval = "0.3:5"\n'
+    )
+    board = Leaderboard.from_toml(file)
+    by_hand = Leaderboard({k: METHODS[k] for k in ('cfg', 'interval')}, **SMALL)
+    for name, sweep in by_hand.choices.items():
+        assert board.choices[name].requests == sweep.requests
+    assert Leaderboard.from_toml(file, goal='kid').goal == 'kid'
+
+
+@pytest.mark.parametrize(
+    ('text', 'match'),
+    [('x = ', 'is not TOML'), ('method = 3', "plan: expected one of methods.*got 'method'")],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, match):
+    (tmp_path / 'board.toml').write_text(text)
+    with pytest.raises(ValueError, match=match):
+        Leaderboard.from_toml(tmp_path / 'board.toml')
+    with pytest.raises(ValueError, match='plan: cannot read'):
+        Leaderboard.from_toml(tmp_path / 'none.toml')
+
+
+def test_photographs_show_what_the_prompts_say():
+    world = world_of('fashion-sd')
+    prompts = world.prompts()[:20]
+    x = world.photographs(prompts, 5)
+    right = world.adherence(x, [p for p in prompts for _ in range(5)])
+    assert x.shape == (100, *world.shape)
+    assert right.min(1).values.mean() > 0.7
+
+
+BOARD = """
+goal = "right"
+choose_on = [2, 2]
+compare_on = [3, 2]
+[common]
+steps = 2
+[methods.cfg]
+w = [1.5, 4]
+[methods.interval]
+w = 3
+interval = "0.3:5"
+"""
+
+
+def test_the_command_writes_its_tables_and_goes_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'board.toml').write_text(BOARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['cf_sweep', 'board.toml', '--out', 'made'])
+    _cli.cf_sweep()
+    out = capsys.readouterr().out
+    assert '2 methods with 3 settings' in out
+    assert 'CFG, same cost' in out
+    parts = set((tmp_path / 'made').glob('part-*'))
+    assert set(pd.read_csv('made/results.csv').method) == {'cfg', 'interval'}
+    _cli.cf_sweep()
+    assert set((tmp_path / 'made').glob('part-*')) == parts
+
+
+def test_the_command_takes_another_model_prompts_and_a_judge(tmp_path, monkeypatch, capsys):
+    shutil.copytree(fashion_path(), tmp_path / 'mine')
+    (tmp_path / 'board.toml').write_text(BOARD)
+    (tmp_path / 'prompts.txt').write_text('a red bag\na blue bag\na red coat\na bag\na coat')
+    (tmp_path / 'my_judge.py').write_text(
+        'def red(pixels, requests):\n    return dict(red=pixels[:, 0].mean((1, 2)).tolist())\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    args = '--model mine --prompts prompts.txt --judge my_judge:red --goal red --out made'
+    monkeypatch.setattr(sys, 'argv', ['cf_sweep', 'board.toml', *args.split()])
+    _cli.cf_sweep()
+    results = pd.read_csv('made/results.csv')
+    assert set(results.value) == {'red'}
+
+
+@pytest.mark.parametrize(
+    ('args', 'match'),
+    [
+        ('--judge nobody:knows', "judge: expected clip or 'module:function'"),
+        ('--model nobody', "model: expected 'fashion-sd'"),
+        ('--goal beauty', 'goal: expected kid or one of'),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys, args, match):
+    (tmp_path / 'board.toml').write_text(BOARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['cf_sweep', 'board.toml', *args.split()])
+    with pytest.raises(SystemExit) as e:
+        _cli.cf_sweep()
+    assert e.value.code == 2
+    assert match in capsys.readouterr().err
+
+
+def test_the_leaderboard_of_the_package_names_only_what_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = _cli._leaderboard_of(['leaderboard.toml'])
+    board = Leaderboard.from_toml(file, choose_on=(2, 2), compare_on=(2, 2))
+    assert len(board.methods) > 50
+    tried = {k for sweep in board.choices.values() for r in sweep.requests for k in _named(r)}
+    assert tried >= {*RULES, *POST_RULES, *NEGATIVES} - {'perpneg'}
+
+
+def _named(request):
+    "Rules, post-rules and negatives of a request."
+    for term in request['terms']:
+        yield from (term['rule']['name'], term['negative']['name'])
+    yield from (o['name'] for o in request['post'])
+
+
+def test_clip_judge_gives_the_cosine_of_both_embeddings(tmp_path):
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    tokenizer = CLIPTokenizer.from_pretrained(fashion_path() / 'tokenizer')
+    words = dict(small, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    eyes = dict(small, image_size=32, patch_size=8)
+    net = CLIPModel(CLIPConfig(text_config=words, vision_config=eyes))
+    net.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / 'preprocessor_config.json').write_text(
+        '{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32},'
+        ' "crop_size": {"height": 32, "width": 32}}'
+    )
+    judge = clip_judge(str(tmp_path))
+    x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    requests = [dict(prompt=o) for o in ('a red bag', 'a blue coat', 'a red bag')]
+    each = [judge(x[i : i + 1], requests[i : i + 1])['clip'][0] for i in range(3)]
+    assert judge(x, requests)['clip'] == pytest.approx(each, abs=1e-5)
+    assert len(set(each)) == 3
+    assert all(-1 <= o <= 1 for o in each)
