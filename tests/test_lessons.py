@@ -27,6 +27,11 @@ def test_rules_are_repeated():
     repeated('pipelines', 'rules', lambda o: o['w'] is None, dict(fid=0.01, fid_sd=0.01))
 
 
+def test_photographs_of_continuous_time_are_repeated():
+    tolerance = dict(fid=2e-3, kid=2e-4, precision=2e-3, recall=2e-3, accuracy=2e-3)
+    repeated('continuous', 'continuous', lambda o: o['row'] == 'photographs', tolerance)
+
+
 def test_part5_is_repeated():
     part = part_of('lessons/part5', 'requests', 'SWEEPS', 'run', 'measure', 'pipeline')
     o = random.choice([o for o in part['requests'] if o['before'] is not None])
