@@ -1174,7 +1174,16 @@ d = {
                 'karras.html#_checked_sigmas',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras._derivatives': (
+                'karras.html#_derivatives',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._dpm2': ('karras.html#_dpm2', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._er_integral': (
+                'karras.html#_er_integral',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._er_scale': ('karras.html#_er_scale', 'cf_guidance/karras.py'),
             'cf_guidance.karras._euler': ('karras.html#_euler', 'cf_guidance/karras.py'),
             'cf_guidance.karras._fresh_noise': (
                 'karras.html#_fresh_noise',
@@ -1256,6 +1265,7 @@ d = {
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras.dpmpp_sde': ('karras.html#dpmpp_sde', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.er_sde': ('karras.html#er_sde', 'cf_guidance/karras.py'),
             'cf_guidance.karras.euler_cfg_pp': (
                 'karras.html#euler_cfg_pp',
                 'cf_guidance/karras.py',
