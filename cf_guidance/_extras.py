@@ -8,7 +8,7 @@ _PACKAGES = {
     'lab': {
         *('diffusers', 'transformers', 'accelerate', 'torchsde', 'PIL', 'tqdm'),
         *('matplotlib', 'pandas', 'pyarrow', 'IPython', 'ipywidgets', 'anywidget', 'traitlets'),
-        *('onnx', 'onnxruntime'),
+        *('onnx', 'onnxruntime', 'optuna', 'scipy'),
     },
     'ray': {'ray'},
 }

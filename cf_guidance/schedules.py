@@ -21,6 +21,7 @@ __all__ = [
     'beta_sched',
     'exp_sched',
     'points_sched',
+    'knots_sched',
     'interval_sched',
     'interval_of_steps',
     'interval_of_fractions',
@@ -428,6 +429,32 @@ def points_sched(
     pairs = _points(points)
     slopes = _slopes(pairs) if kind == 'pchip' and len(pairs) > 1 else None
     return make_sched(_through(pairs, slopes), num_steps)
+
+
+# %% ../nbs/00_schedules.ipynb #6e0c1602
+def knots_sched(
+    sigmas,  # noise levels, one per step
+    at,  # noise levels of the knots, above 0 and different, in any order
+    ws,  # weight at each knot
+    low: float = None,  # no weight below this, such as 1: unguided; None: no limit
+) -> list:  # `len(sigmas)` floats
+    "Lines through knots, straight in the logarithm of `sigma`, and constant beyond the outer ones."
+    sigmas, at, ws = (_numbers(k, v) for k, v in dict(sigmas=sigmas, at=at, ws=ws).items())
+    if min(at) <= 0 or len(set(at)) < len(at):
+        raise ValueError(f'at: expected different noise levels above 0, got {_short(at)}')
+    if len(ws) != len(at):
+        raise ValueError(f'ws: expected {len(at)}, one per knot, got {len(ws)}')
+    line = _through(sorted((math.log(x), w) for x, w in zip(at, ws, strict=True)), None)
+    values = [line(math.log(max(x, min(at)))) for x in sigmas]
+    return values if low is None else clamp_sched(values, low)
+
+
+def _numbers(name, values):
+    "A list of floats, one per step or knot."
+    values = _sched(name, values)
+    if isinstance(values[0], list):
+        raise ValueError(f'{name}: expected a list of numbers, got rows of {len(values[0])}')
+    return [float(o) for o in values]
 
 
 # %% ../nbs/00_schedules.ipynb #9fdf7ca0

@@ -15,7 +15,7 @@ EXTRA |= {
     f'lab.{m}': 'lab'
     for m in (
         *('backends', 'commands', 'compare', 'draw', 'export'),
-        *('gallery', 'leaderboard', 'plan', 'store', 'widgets'),
+        *('gallery', 'leaderboard', 'plan', 'search', 'store', 'widgets'),
     )
 }
 

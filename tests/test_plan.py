@@ -313,12 +313,17 @@ def test_requests_are_json_and_do_not_change():
 
 def test_each_schedule_makes_weights():
     points = {'name': 'points', 'points': [[0, 1], [1, 3]]}
-    families = [points if o == 'points' else o for o in SCHEDULES]
+    knots = {'name': 'knots', 'at': [0.1, 10], 'ws': [0, 4], 'low': 1}
+    families = [dict(points=points, knots=knots).get(o, o) for o in SCHEDULES]
     for r in Sweep(prompt=PROMPT, schedule=families, steps=6).requests:
         assert len(r['terms'][0]['weights']) == 6
     a, b = Sweep(prompt=PROMPT, schedule=['linear', 'get_cos'], w=4, steps=6).requests
     assert sum(a['terms'][0]['weights']) == pytest.approx(24)
     assert b['terms'][0]['weights'][0] == 4
+    (at,) = Sweep(prompt=PROMPT, schedule=knots, steps=6).requests
+    assert at['terms'][0]['weights'] == schedules.knots_sched(
+        at['sigmas'][:6], [0.1, 10], [0, 4], 1
+    )
     (pag,) = Sweep(prompt=PROMPT, negative='pag', steps=2).requests
     assert pag['terms'][0]['weights'] == [4.0, 4.0]
 

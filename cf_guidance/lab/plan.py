@@ -96,12 +96,17 @@ def _negatives():
     return found
 
 
+# %% ../../nbs/lab/09_plan.ipynb #6e0c1610
+_OF_SAMPLER = ('num_steps', 'sigmas')  # arguments of schedules that follow from the sampler
+
+
 def _schedules():
     "The families of schedules whose values follow from numbers."
     found = {}
     for name in schedules.__all__:
         f = getattr(schedules, name)
-        if name.endswith('_sched') and 'num_steps' in _parameters(f) and 'f' not in _parameters(f):
+        known = _parameters(f) if name.endswith('_sched') else {}
+        if 'f' not in known and known.keys() & set(_OF_SAMPLER):
             found[name.removesuffix('_sched')] = f
     return found
 
@@ -292,7 +297,7 @@ def _of_schedule(value):
     if isinstance(value, (list, tuple)):
         return _weights('schedule', list(value))
     name, settings = _name_and_settings('schedule', value, SCHEDULES)
-    known = _parameters(SCHEDULES[name], ('num_steps',))
+    known = _parameters(SCHEDULES[name], _OF_SAMPLER)
     for k in settings:
         if k not in known:
             raise ValueError(f'schedule: {name}: expected {_listed(known)}, got {_short(k)}')
@@ -310,8 +315,9 @@ def _weights(what, values):
 
 
 # %% ../../nbs/lab/09_plan.ipynb #15b7ffb7
-def _schedule_values(schedule, w, usual, steps):
-    "The weight at each step."
+def _schedule_values(schedule, w, usual, sigmas):
+    "The weight at each step; `sigmas` are where they begin."
+    steps = len(sigmas)
     if isinstance(schedule, list):
         if w is not None:
             raise ValueError(f'w: expected none beside a schedule of values, got {w:g}')
@@ -329,7 +335,8 @@ def _schedule_values(schedule, w, usual, steps):
     if main and main not in settings:
         settings[main] = usual if w is None else w
     try:
-        return _weights('schedule', f(num_steps=steps, **settings))
+        sampler = dict(num_steps=steps, sigmas=sigmas)
+        return _weights('schedule', f(**_some(sampler, sampler.keys() & known), **settings))
     except (TypeError, ValueError) as e:
         raise ValueError(f'schedule: {schedule["name"]}: {e}'[:150]) from None
 
@@ -733,14 +740,14 @@ SAMPLING_VERSION = 1  # goes up when the same request gives another picture
 
 
 # %% ../../nbs/lab/09_plan.ipynb #0915aa35
-def _term(given, steps):
+def _term(given, sigmas):
     "A term of a request; None: no guidance."
     negative = given.get('negative') or dict(name='prompt', prompt='')
     if negative['name'] == 'none':
         return None
     negative = _with_prompts(negative, given.get('negative_prompt', ''))
     usual = NEGATIVES[negative['name']].w
-    weights = _schedule_values(given.get('schedule'), given.get('w'), usual, steps)
+    weights = _schedule_values(given.get('schedule'), given.get('w'), usual, sigmas)
     every = given.get('every', 1)
     if not _cost(negative) and (every > 1 or given.get('stop') is not None):
         name = 'every' if every > 1 else 'stop'
@@ -813,7 +820,7 @@ def _request(values):
         model=model,
         prompt=values['prompt'],
         seed=values.get('seed', 0),
-        terms=[t for t in (_term(o, steps) for o in given) if t],
+        terms=[],
         post=values.get('post') or [],
         scheduler=_resolved(model, values.get('scheduler')),
         sigmas=None,
@@ -825,10 +832,12 @@ def _request(values):
         backend=values.get('backend', 'torch'),
         code=SAMPLING_VERSION,
     )
-    _check_sampler(values, request['terms'])
     if values.get('sampler'):
         sigmas = _sigmas_for(request, values.get('sigmas'))
         request |= dict(sampler=values['sampler'], sigmas=sigmas)
+    begins = _levels_of(request).sigmas[:steps]
+    request['terms'] = [t for t in (_term(o, begins) for o in given) if t]
+    _check_sampler(values, request['terms'])
     return _checked_request(request)
 
 
