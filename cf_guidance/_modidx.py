@@ -2934,6 +2934,199 @@ d = {
                 'cf_guidance/lab/plots.py',
             ),
         },
+        'cf_guidance.lab.search': {
+            'cf_guidance.lab.search.Found': ('lab/search.html#found', 'cf_guidance/lab/search.py'),
+            'cf_guidance.lab.search.Found.__repr__': (
+                'lab/search.html#found.__repr__',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Found.weights': (
+                'lab/search.html#found.weights',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.KnownAnswer': (
+                'lab/search.html#knownanswer',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.KnownAnswer.__init__': (
+                'lab/search.html#knownanswer.__init__',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.KnownAnswer.damaged': (
+                'lab/search.html#knownanswer.damaged',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.KnownAnswer.facts': (
+                'lab/search.html#knownanswer.facts',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.KnownAnswer.measure': (
+                'lab/search.html#knownanswer.measure',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Pictures': (
+                'lab/search.html#pictures',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Pictures.__init__': (
+                'lab/search.html#pictures.__init__',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Pictures._measured': (
+                'lab/search.html#pictures._measured',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Pictures.facts': (
+                'lab/search.html#pictures.facts',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Pictures.measure': (
+                'lab/search.html#pictures.measure',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Pictures.request': (
+                'lab/search.html#pictures.request',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Pictures.summary': (
+                'lab/search.html#pictures.summary',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Problem': (
+                'lab/search.html#problem',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Problem.facts': (
+                'lab/search.html#problem.facts',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Problem.instances': (
+                'lab/search.html#problem.instances',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Problem.measure': (
+                'lab/search.html#problem.measure',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Problem.on': (
+                'lab/search.html#problem.on',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Problem.steps_for': (
+                'lab/search.html#problem.steps_for',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Problem.summary': (
+                'lab/search.html#problem.summary',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.Shape': ('lab/search.html#shape', 'cf_guidance/lab/search.py'),
+            'cf_guidance.lab.search._Goals': (
+                'lab/search.html#_goals',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._Goals.signs': (
+                'lab/search.html#_goals.signs',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._Goals.single': (
+                'lab/search.html#_goals.single',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._ask': ('lab/search.html#_ask', 'cf_guidance/lab/search.py'),
+            'cf_guidance.lab.search._batches': (
+                'lab/search.html#_batches',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._check_founds': (
+                'lab/search.html#_check_founds',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._checked_names': (
+                'lab/search.html#_checked_names',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._cost': ('lab/search.html#_cost', 'cf_guidance/lab/search.py'),
+            'cf_guidance.lab.search._found': (
+                'lab/search.html#_found',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._gains': (
+                'lab/search.html#_gains',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._goals': (
+                'lab/search.html#_goals',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._inside': (
+                'lab/search.html#_inside',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._is_alive': (
+                'lab/search.html#_is_alive',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._is_done': (
+                'lab/search.html#_is_done',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._is_void': (
+                'lab/search.html#_is_void',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._levels': (
+                'lab/search.html#_levels',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._lock': ('lab/search.html#_lock', 'cf_guidance/lab/search.py'),
+            'cf_guidance.lab.search._opened': (
+                'lab/search.html#_opened',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._requeue': (
+                'lab/search.html#_requeue',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._row': ('lab/search.html#_row', 'cf_guidance/lab/search.py'),
+            'cf_guidance.lab.search._run': ('lab/search.html#_run', 'cf_guidance/lab/search.py'),
+            'cf_guidance.lab.search._sampler': (
+                'lab/search.html#_sampler',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._stored': (
+                'lab/search.html#_stored',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._study': (
+                'lab/search.html#_study',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._suggest': (
+                'lab/search.html#_suggest',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search._weights': (
+                'lab/search.html#_weights',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.search': (
+                'lab/search.html#search',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.shape_of': (
+                'lab/search.html#shape_of',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.steps_within': (
+                'lab/search.html#steps_within',
+                'cf_guidance/lab/search.py',
+            ),
+            'cf_guidance.lab.search.validate': (
+                'lab/search.html#validate',
+                'cf_guidance/lab/search.py',
+            ),
+        },
         'cf_guidance.lab.store': {
             'cf_guidance.lab.store.Store': ('lab/store.html#store', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store.Store.__init__': (
@@ -4636,6 +4829,10 @@ d = {
                 'schedules.html#_log_power',
                 'cf_guidance/schedules.py',
             ),
+            'cf_guidance.schedules._numbers': (
+                'schedules.html#_numbers',
+                'cf_guidance/schedules.py',
+            ),
             'cf_guidance.schedules._points': ('schedules.html#_points', 'cf_guidance/schedules.py'),
             'cf_guidance.schedules._ramp': ('schedules.html#_ramp', 'cf_guidance/schedules.py'),
             'cf_guidance.schedules._real': ('schedules.html#_real', 'cf_guidance/schedules.py'),
@@ -4695,6 +4892,10 @@ d = {
             ),
             'cf_guidance.schedules.invlinear_sched': (
                 'schedules.html#invlinear_sched',
+                'cf_guidance/schedules.py',
+            ),
+            'cf_guidance.schedules.knots_sched': (
+                'schedules.html#knots_sched',
                 'cf_guidance/schedules.py',
             ),
             'cf_guidance.schedules.linear_sched': (
