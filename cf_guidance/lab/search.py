@@ -462,7 +462,8 @@ def _found(study, problem, shape, goals):
     table = pd.DataFrame(rows, index=pd.Index([o.number for o in trials], name='trial'))
     good = table[table.allowed & (table.state == 'complete')]
     signs = [goals.signs[k] for k in goals.directions]
-    values = good.reindex(columns=list(goals.directions)).to_numpy() * signs
+    good = good.reindex(columns=list(goals.directions)).drop_duplicates()  # the first of equals
+    values = good.to_numpy() * signs
     beaten = [((values >= v).all(1) & (values > v).any(1)).any() for v in values]
     best = good.index[~np.array(beaten, dtype=bool)]
     best = best[:1] if goals.single else best
