@@ -594,7 +594,8 @@ def _guided_at(term, levels):
 def _cfg(request, w, steps):
     "The request with plain guidance at `w`, and its own negative prompt if it has one."
     negatives = [t['negative'] for t in request['terms'] if t['negative']['name'] == 'prompt']
-    term = _term(dict(negative=(negatives or [None])[0], w=float(w)), steps)
+    values = dict(negative=(negatives or [None])[0], w=float(w))
+    term = _term(values, range(steps))  # a constant weight needs no noise levels
     return _checked_request({**request, 'terms': [term], 'post': [], 'steps': steps})
 
 

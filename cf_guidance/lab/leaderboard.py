@@ -77,19 +77,6 @@ class Leaderboard:
         self.seed = seed
         self.choices = {k: self._sweep(o, self.choosing) for k, o in self.methods.items()}
 
-    @property
-    def choosing(self):
-        "Prompts and seeds on which settings are chosen."
-        n, seeds = self.choose_on
-        return self.prompts[:n], list(range(self.seed, self.seed + seeds))
-
-    @property
-    def comparing(self):
-        "Prompts and seeds on which methods are compared; none of them is among the others."
-        (n, used), (m, seeds) = self.choose_on, self.compare_on
-        first = self.seed + used
-        return self.prompts[n : n + m], list(range(first, first + seeds))
-
     def _sweep(self, axes, where):
         prompts, seeds = where
         return Sweep(self.model, prompt=prompts, seed=seeds, **self.common, **axes)
@@ -103,6 +90,22 @@ class Leaderboard:
             f'to choose: {pictures:,} pictures, {evaluations:,} network evaluations; '
             f'to compare: at most {most:,} pictures'
         )
+
+
+# %% ../../nbs/lab/17_leaderboard.ipynb #11d7d7e0
+@patch(as_prop=True)
+def choosing(self: Leaderboard):
+    "Prompts and seeds on which settings are chosen."
+    n, seeds = self.choose_on
+    return self.prompts[:n], list(range(self.seed, self.seed + seeds))
+
+
+@patch(as_prop=True)
+def comparing(self: Leaderboard):
+    "Prompts and seeds on which methods are compared; none of them is among the others."
+    (n, used), (m, seeds) = self.choose_on, self.compare_on
+    first = self.seed + used
+    return self.prompts[n : n + m], list(range(first, first + seeds))
 
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #339f7b17
@@ -220,7 +223,7 @@ def _twin(self: Leaderboard, store, request, table, options):
     if first['negative']['name'] == 'prompt' and first['stop'] is None:
         scale = table.effective_scale.mean()
         return cfg_twin(request, scale), scale
-    probe = _term(dict(w=_NO_WEIGHT), request['steps'])
+    probe = _term(dict(w=_NO_WEIGHT), range(request['steps']))
     request = _checked_request({**request, 'terms': [probe, *request['terms']]})
     prompts, seeds = self.comparing
     some = _for_each(request, (prompts[:20], seeds[:5]))
