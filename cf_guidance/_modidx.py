@@ -2662,6 +2662,10 @@ d = {
                 'lab/plan.html#_prompts_of',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._read_toml': (
+                'lab/plan.html#_read_toml',
+                'cf_guidance/lab/plan.py',
+            ),
             'cf_guidance.lab.plan._request': ('lab/plan.html#_request', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._resolved': (
                 'lab/plan.html#_resolved',

@@ -7,7 +7,6 @@ __all__ = ['Leaderboard', 'leaderboard', 'clip_judge', 'run_leaderboard']
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #2b364e4d
 import math
-import tomllib
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from importlib import import_module
@@ -33,7 +32,7 @@ with needs('lab', 'cf_guidance.lab.leaderboard'):
         set_measures,
     )
     from cf_guidance.lab.draw import draw
-    from cf_guidance.lab.plan import Sweep, _checked_request, _folder_of, _term
+    from cf_guidance.lab.plan import Sweep, _checked_request, _folder_of, _read_toml, _term
     from cf_guidance.lab.store import Store, key_of
     from cf_guidance.lab.sweeps import _short, _to_pil
 
@@ -348,12 +347,7 @@ def from_toml(
     **changes,  # what is different, such as `model`
 ) -> Leaderboard:
     "A leaderboard from a file: the arguments by name, with tables `methods` and `common`."
-    try:
-        settings = tomllib.loads(Path(file).read_text(encoding='utf-8'))
-    except OSError as e:
-        raise ValueError(f'plan: cannot read {_short(str(file))} ({e.strerror})') from None
-    except ValueError as e:
-        raise ValueError(f'plan: {_short(str(file))} is not TOML ({str(e)[:60]})') from None
+    settings = _read_toml(file)
     known = 'methods', 'common', 'model', 'goal', 'prompts', 'choose_on', 'compare_on', 'seed'
     for name in settings:
         if name not in known:

@@ -1269,16 +1269,20 @@ def to_toml(
     return text
 
 
+def _read_toml(file):
+    "The settings in a TOML file."
+    try:
+        return tomllib.loads(Path(file).read_text(encoding='utf-8'))
+    except OSError as e:
+        raise ValueError(f'plan: cannot read {_short(str(file))} ({e.strerror})') from None
+    except ValueError as e:
+        raise ValueError(f'plan: {_short(str(file))} is not TOML ({str(e)[:60]})') from None
+
+
 @patch(cls_method=True)
 def from_toml(
     cls: Sweep,
     file,  # the name of a TOML file
 ) -> Sweep:
     "A plan from a file."
-    try:
-        settings = tomllib.loads(Path(file).read_text(encoding='utf-8'))
-    except OSError as e:
-        raise ValueError(f'plan: cannot read {_short(str(file))} ({e.strerror})') from None
-    except ValueError as e:
-        raise ValueError(f'plan: {_short(str(file))} is not TOML ({str(e)[:60]})') from None
-    return cls.from_dict(settings)
+    return cls.from_dict(_read_toml(file))
