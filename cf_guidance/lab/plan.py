@@ -119,6 +119,10 @@ def _listed(names):
     return ', '.join(map(str, names))
 
 
+def _some(values, names):
+    return {k: values.get(k) for k in names}
+
+
 def _literal(node):
     "A value in the text of a setting: a Python literal, or `inf`."
     if isinstance(node, ast.Name) and node.id == 'inf':
@@ -995,10 +999,6 @@ _COMPARISONS = (
     *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn),
     *(ast.Name, ast.Load, ast.Constant, ast.Tuple, ast.List, ast.Is, ast.IsNot),
 )
-
-
-def _some(values, names):
-    return {k: values.get(k) for k in names}
 
 
 def _check_where_names(names):
