@@ -367,3 +367,14 @@ def test_plain_guidance_at_the_same_cost():
         cfg_with_evaluations(request(w=3.0, sampler='dpmpp_2m'), 30)
     with pytest.raises(ValueError, match='n: expected a whole number from 1'):
         cfg_with_evaluations(request(w=3.0), 0)
+
+
+def test_intervals_of_many_differences_hold_at_once_and_so_are_wider():
+    "Thirty settings that differ by chance alone cannot be told apart from a thirty-first."
+    base = grid(value=noise(0, PROMPTS * SEEDS))
+    pairs = {i: (grid(value=noise(i, PROMPTS * SEEDS)), base) for i in range(1, 31)}
+    together = paired_differences(pairs, 'value')
+    alone = [paired_difference(*o, 'value') for o in pairs.values()]
+    widths = np.array([o.high - o.low for o in alone])
+    assert ((together.high - together.low).to_numpy() > 1.2 * widths).all()
+    assert set(together.word) == {'cannot be told apart'}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cf_guidance import _cli
+from cf_guidance.lab.compare import paired_differences
 from cf_guidance.lab.fashion import fashion_path, world_of
 from cf_guidance.lab.leaderboard import Leaderboard, clip_judge, leaderboard
 from cf_guidance.lab.plan import NEGATIVES, POST_RULES, RULES
@@ -103,6 +104,16 @@ def test_results_have_intervals_and_verdicts(drawn):
     assert set(rivals.verdict) <= {'better', 'worse', 'cannot be told apart'}
     own = results['mean'].xs('best', level='row').reindex(rivals.index.droplevel('row'))
     assert (own.values - rivals['mean'].values) == pytest.approx(rivals.difference.values)
+
+
+def test_differences_in_the_goal_are_a_family_of_their_own(drawn):
+    _, _, _, tables, results = drawn
+    pairs = {k: (tables[k[0], 'best'], o) for k, o in tables.items() if k[1] != 'best'}
+    alone = paired_differences(pairs, 'right')
+    found = results.xs('right', level='value')
+    for (name, _), row in alone.iterrows():
+        assert found.difference_low[name] == pytest.approx(row.low)
+        assert found.difference_high[name] == pytest.approx(row.high)
 
 
 def test_the_table_has_a_row_per_method_the_best_first(drawn):
