@@ -9,7 +9,15 @@ import clear_errors
 import numpy as np
 import pytest
 
-from cf_guidance.lab.search import Found, KnownAnswer, Pictures, search, steps_within, validate
+from cf_guidance.lab.search import (
+    Found,
+    KnownAnswer,
+    Pictures,
+    search,
+    shape_of,
+    steps_within,
+    validate,
+)
 from cf_guidance.schedules import knots_sched
 
 PROMPTS = ['a red sneaker on a blue background', 'a green bag']
@@ -150,3 +158,10 @@ def test_errors_are_clear(known, options, name):
     clear_errors.check(lambda: search(known, **options), name)
     clear_errors.check(lambda: search('fashion-sd', minimize='distance'), 'problem')
     clear_errors.check(lambda: KnownAnswer(answer, evaluations=1), 'evaluations')
+
+
+def test_an_interval_is_the_same_whichever_end_comes_first():
+    weights = shape_of('interval', (0.1, 10)).weights
+    levels = [10.0, 3.0, 1.0, 0.1]
+    assert weights(levels, w=4, end1=5, end2=0.5) == [1, 4, 4, 1]
+    assert weights(levels, w=4, end1=0.5, end2=5) == [1, 4, 4, 1]

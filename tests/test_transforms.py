@@ -627,6 +627,11 @@ def test_mahiro_is_the_node_for_one_picture():
     same(mahiro(neg, pos, 5.0), (share * guided + (4 - share) * leap) / 4)
 
 
+def test_skimmed_by_hand_also_where_only_the_negative_changes():
+    neg, pos = torch.ones(1, 3), torch.tensor([[2.0, -1.0, 0.5]])
+    same(skimmed(neg, pos, 10.0, skim=4.0), torch.tensor([[5.0, -3.4, -1.3]]))
+
+
 def test_skimmed_lowers_the_weight_where_values_only_grow():
     neg, pos = pair(2, 4, 8, 8).abs()
     neg, pos = torch.minimum(neg, pos), torch.maximum(neg, pos)  # the positive is farther out
