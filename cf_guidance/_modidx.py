@@ -3132,6 +3132,10 @@ d = {
             ),
         },
         'cf_guidance.lab.store': {
+            'cf_guidance.lab.store.NoPicture': (
+                'lab/store.html#nopicture',
+                'cf_guidance/lab/store.py',
+            ),
             'cf_guidance.lab.store.Store': ('lab/store.html#store', 'cf_guidance/lab/store.py'),
             'cf_guidance.lab.store.Store.__init__': (
                 'lab/store.html#store.__init__',

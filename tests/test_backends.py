@@ -200,7 +200,7 @@ def test_other_families(family):
 
 def test_what_cannot_be_written_stays_torch():
     pipe = tiny.flux(FlowMatchEulerDiscreteScheduler())
-    with pytest.warns(UserWarning, match="'auto' takes PyTorch: the network could not"):
+    with pytest.warns(UserWarning, match="'auto' falls back to PyTorch: the network could not"):
         assert backend_of(with_backend(pipe)) == 'torch'
     with pytest.raises(RuntimeError, match='the network could not be written as ONNX'):
         with_backend(pipe, 'onnx')
@@ -272,7 +272,9 @@ def test_what_onnx_cannot_do_stays_torch():
 
 def test_another_output_is_refused(small, monkeypatch):
     monkeypatch.setattr(backends._Onnx, 'tolerance', 1e-9)
-    with pytest.warns(UserWarning, match="backend: 'auto' takes PyTorch: its output differs"):
+    with pytest.warns(
+        UserWarning, match="backend: 'auto' falls back to PyTorch: its output differs"
+    ):
         assert backend_of(with_backend(small)) == 'torch'
     with pytest.raises(RuntimeError, match='its output differs from that of PyTorch by'):
         with_backend(small, 'onnx')
@@ -283,7 +285,7 @@ def test_auto_is_safe_where_the_runtime_fails(small, monkeypatch):
         raise SystemError('no such processor')
 
     monkeypatch.setattr(backends.onnxruntime, 'InferenceSession', broken)
-    with pytest.warns(UserWarning, match="'auto' takes PyTorch: no such processor"):
+    with pytest.warns(UserWarning, match="'auto' falls back to PyTorch: no such processor"):
         assert backend_of(with_backend(small)) == 'torch'
     with pytest.raises(RuntimeError, match="backend: 'onnx' cannot be used: no such processor"):
         with_backend(small, 'onnx')

@@ -167,3 +167,27 @@ def test_samplers_and_whole_numbers_on_the_command_line():
     assert len(sweep) == 8
     assert sweep.labels[-1]['sampler'] == 'unipc'
     assert sweep.requests[0]['sampler']['s_churn'] == 2
+
+
+def test_an_axis_of_no_values_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_command(['draw', '--w', '1:2:0', '--prompt', 'a red bag', '--out', str(tmp_path / 'a')])
+    assert 'w: expected a count from 1 in from:to:count' in capsys.readouterr().err
+
+
+def test_an_error_of_the_work_is_not_called_a_lock(tmp_path):
+    with pytest.raises(BlockingIOError), commands._locked(tmp_path):
+        raise BlockingIOError
+    with (
+        commands._locked(tmp_path),
+        pytest.raises(ValueError, match='out: another sweep is writing'),
+        commands._locked(tmp_path),
+    ):
+        pass
+
+
+def test_a_sheet_of_one_parameter_may_fix_the_highest_weight():
+    settings = dict(schedule='cosine', param='min_val', values=[0.1, 0.2], fixed=dict(max_val=0.25))
+    axis = commands._guidance_axis(settings)['schedule']
+    assert [o['max_val'] for o in axis] == [0.25, 0.25]
+    assert [o['min_val'] for o in axis] == [0.1, 0.2]

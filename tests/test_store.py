@@ -636,3 +636,42 @@ def test_footnote_says_when_and_what():
     text = 'Measured on 2026-11-21 and 2026-11-28; seeds 0, 1, 5; torch 2.13.0'
     assert footnote(rows).data == f'<small>{text}.</small>'
     assert footnote(rows.assign(written=pd.NaT)).data == 'Not measured yet.'
+
+
+def test_a_store_that_is_only_read_is_not_changed(tmp_path):
+    with pytest.raises(ValueError, match='folder: expected one that exists'):
+        Store(tmp_path / 'none', write=False)
+    assert not (tmp_path / 'none').exists()
+    own, other = Store(tmp_path / 'own'), tmp_path / 'other'
+    other.mkdir()
+    (other / 'part-damaged.parquet').write_bytes(b'no parquet')
+    with pytest.warns(UserWarning, match='left out part-damaged.parquet'):
+        own.merge(other)
+    assert [o.name for o in other.iterdir()] == ['part-damaged.parquet']
+
+
+def test_too_little_memory_does_not_set_a_good_part_aside(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.add([dict(request=dict(a=1), score=1.0)])
+
+    def fail(*args, **kwargs):
+        raise pa.ArrowMemoryError('malloc of size 64 failed')
+
+    monkeypatch.setattr(pq.ParquetFile, 'read', fail)
+    with pytest.raises(pa.ArrowMemoryError):
+        Store(tmp_path).table()
+    assert not (tmp_path / 'set_aside').exists()
+
+
+def test_drop_deletes_nothing_if_a_part_cannot_be_read(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.add([dict(request=dict(a=1), score=1.0)])
+    before, read = sorted(tmp_path.glob('part-*')), Store._read
+
+    def without_pictures(self, file, fixed, keep):
+        return None if keep('picture') else read(self, file, fixed, keep)
+
+    monkeypatch.setattr(Store, '_read', without_pictures)
+    with pytest.raises(ValueError, match='cannot be read; nothing was deleted'):
+        store.drop()
+    assert sorted(tmp_path.glob('part-*')) == before

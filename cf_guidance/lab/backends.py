@@ -370,7 +370,7 @@ def with_backend(
     except Exception as e:  # runtimes and compilers raise all kinds
         if backend != 'auto':
             raise RuntimeError(f'backend: {backend!r} cannot be used: {e}') from e
-        warnings.warn(f"backend: 'auto' takes PyTorch: {str(e)[:200]}", stacklevel=2)
+        warnings.warn(f"backend: 'auto' falls back to PyTorch: {str(e)[:200]}", stacklevel=2)
     return new
 
 

@@ -46,7 +46,7 @@ with needs('lab', 'cf_guidance.lab.commands'):
     from cf_guidance.lab.draw import draw
     from cf_guidance.lab.plan import _VALUES, Sweep
     from cf_guidance.lab.plots import plot_grid
-    from cf_guidance.lab.store import Store, key_of
+    from cf_guidance.lab.store import NoPicture, Store, key_of
 
 # %% ../../nbs/lab/14_commands.ipynb #3f1c0039
 _PROMPTS = (
@@ -99,7 +99,7 @@ def _guidance_axis(settings):
     _check_names('param', [param], known)
     _check_names('fixed', fixed, [o for o in known if o != param])
     highest = inspect.signature(get_cos_sched).parameters['max_val'].default
-    usual = dict(name='get_cos', max_val=highest, **fixed)
+    usual = dict(name='get_cos', max_val=highest) | fixed
     return dict(schedule=[{**usual, param: v} for v in values])
 
 
@@ -198,7 +198,7 @@ def _check_old(out, settings):
 # %% ../../nbs/lab/14_commands.ipynb #3f1c1509
 @contextmanager
 def _locked(folder):
-    "Hold a lock on a folder; it ends with the process, also if that is killed."
+    "Lock a folder. The lock ends with the process, even if it is killed."
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -206,10 +206,11 @@ def _locked(folder):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'out: another sweep is writing to {str(folder)!r}') from None
         yield
-    except BlockingIOError:
-        raise ValueError(f'out: another sweep is writing to {str(folder)!r}') from None
     finally:
         os.close(handle)
 
@@ -232,13 +233,16 @@ def _results_folder(out, settings, overwrite):
         raise ValueError(f'out: cannot write to {_short(str(out))} ({reason})') from None
     try:
         with _locked(out):
-            if not overwrite:
-                _check_old(out, settings)
-            yield out
+            try:
+                if not overwrite:
+                    _check_old(out, settings)
+                yield out
+            except BaseException:
+                if out in new and not any(out.glob('part-*')):
+                    for planned in out.glob('requests-*'):
+                        planned.unlink()
+                raise
     except BaseException:
-        if out in new and not any(out.glob('part-*')):
-            for planned in out.glob('requests-*'):
-                planned.unlink()
         for folder in new:
             with suppress(OSError):
                 folder.rmdir()
@@ -372,7 +376,7 @@ def _report(df, out):
 
 
 # %% ../../nbs/lab/14_commands.ipynb #3f1c1519
-_STOPPED = 'stopped; nothing was written'
+_STOPPED = 'stopped; the same command goes on'
 
 
 @contextmanager
@@ -454,6 +458,8 @@ def _values_of_text(name, text):
     mark = ';' if name in ('prompt', 'negative_prompt') else ','
     pieces = re.split(mark + r'(?![^(]*\))', text)  # not inside of brackets
     values = [v for o in pieces for v in _numbers(name, o.strip())]
+    if not values:
+        raise ValueError(f'{name}: expected a count from 1 in from:to:count, got {text!r:.60}')
     return values if len(values) > 1 else values[0]
 
 
@@ -538,7 +544,7 @@ def _lacks_pictures(store):
     try:
         for key in table.index[table.error.isna()][:1]:
             store.picture(key)
-    except ValueError:
+    except NoPicture:
         return True
     return False
 

@@ -156,15 +156,14 @@ class Painter:
 
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11e2
+# texts of errors of PyTorch and ONNX Runtime
+_MEMORY_ERRORS = ('DefaultCPUAllocator', 'bad_alloc', 'Failed to allocate memory')
+
+
 def _is_failure(e):
     "Is it an error of single pictures: numbers that are not finite, or too little memory?"
     kinds = (FloatingPointError, torch.OutOfMemoryError, MemoryError, torch.linalg.LinAlgError)
-    memory = (
-        'DefaultCPUAllocator',
-        'bad_alloc',
-        'Failed to allocate memory',
-    )  # PyTorch, ONNX Runtime
-    return isinstance(e, kinds) or any(o in str(e) for o in memory)
+    return isinstance(e, kinds) or any(o in str(e) for o in _MEMORY_ERRORS)
 
 
 def _device(name):
