@@ -378,3 +378,14 @@ def test_intervals_of_many_differences_hold_at_once_and_so_are_wider():
     widths = np.array([o.high - o.low for o in alone])
     assert ((together.high - together.low).to_numpy() > 1.2 * widths).all()
     assert set(together.word) == {'cannot be told apart'}
+
+
+def test_a_tie_whose_interval_is_wide_beats_nobody():
+    x, y = noise(0, PROMPTS * SEEDS).argsort() % 2, noise(1, PROMPTS * SEEDS)
+    a = grid(x=x, y=y + 3, setting='a')
+    b = grid(x=np.roll(x, 1), y=y, setting='b')
+    assert a.x.mean() == b.x.mean()
+    states = pareto(pd.concat([a, b]), 'x', 'y', 'setting').state
+    assert states.to_dict() == {'a': 'front', 'b': 'open'}
+    same = pareto(pd.concat([a, b.assign(x=a.x)]), 'x', 'y', 'setting').state
+    assert same['b'] == 'beaten'

@@ -88,6 +88,20 @@ def test_the_probe_changes_no_picture(drawn):
         assert row.saturation == pytest.approx(pag[row.prompt, row.seed], abs=1e-3)
 
 
+def test_no_more_pictures_are_drawn_than_it_said(drawn):
+    board, store, _, tables, _ = drawn
+    most = int(repr(board).rpartition('at most ')[2].split()[0].replace(',', ''))
+    compared = store.status()['done'] - sum(map(len, board.choices.values()))
+    assert sum(len(o) for k, o in tables.items() if k[1] == 'best') < compared <= most
+
+
+def test_terms_with_intervals_of_their_own_have_rivals(tmp_path):
+    terms = [dict(w=3, interval=(0.3, 5)), dict(negative='pag', w=2)]
+    board = Leaderboard(dict(cfg=dict(w=2), both=dict(guidance=[terms])), **SMALL)
+    tables = board.compare(tmp_path, board.choose(tmp_path, progress=False), progress=False)
+    assert len(tables) == 4
+
+
 def test_a_second_run_draws_nothing(drawn):
     board, store, chosen, tables, _ = drawn
     before = store.status()

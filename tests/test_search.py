@@ -165,3 +165,9 @@ def test_an_interval_is_the_same_whichever_end_comes_first():
     levels = [10.0, 3.0, 1.0, 0.1]
     assert weights(levels, w=4, end1=5, end2=0.5) == [1, 4, 4, 1]
     assert weights(levels, w=4, end1=0.5, end2=5) == [1, 4, 4, 1]
+
+
+def test_a_price_below_one_step_is_refused():
+    assert steps_within(7, lambda n: 3 * n) == 2
+    with pytest.raises(ValueError, match='evaluations: expected at least 3 for one step, got 2'):
+        steps_within(2, lambda n: 3 * n)

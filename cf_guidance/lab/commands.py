@@ -24,6 +24,7 @@ from fastcore.script import store_true
 from .._extras import needs
 from ..lab.sweeps import (
     _COS_PARAMS,
+    _TRANSFORMS,
     _check_names,
     _distinct,
     _first_line,
@@ -115,12 +116,9 @@ def _check_labels(prompts):
 
 
 # %% ../../nbs/lab/14_commands.ipynb #3f1c1504
-_DRAWS = ('cfg', 'base-norm', 't-norm', 'full-norm')
-
-
 def _settings(prompts, values, seeds, transform, schedule, steps, fixed, **others):
     "All settings, as they stand in the table; what a plan cannot check is checked here."
-    _check_names('transform', [transform], _DRAWS)
+    _check_names('transform', [transform], _TRANSFORMS)
     _check_names('schedule', [schedule], ('constant', 'cosine'))
     if not isinstance(fixed, dict):
         raise TypeError(f'fixed: expected a dict of names and numbers, got {_short(fixed)}')

@@ -523,7 +523,7 @@ def _check_settings(settings, d):
 
 # %% ../../nbs/lab/16_compare.ipynb #c16a0061
 def _beaten(settings, x, y, lower, options):
-    "Which settings beat which: by their means, and for sure; (settings, settings)."
+    "Which settings beat which: by their means, and by their intervals; (settings, settings)."
     for other in settings[1:]:
         _check_same_pictures(settings[0], other)
     n, pairs = len(settings), list(itertools.combinations(range(len(settings)), 2))
@@ -536,7 +536,8 @@ def _beaten(settings, x, y, lower, options):
     ):
         mean = -row.mean if (x, y)[value] in lower else row.mean
         worse[value, i, j], worse[value, j, i] = mean < 0, mean > 0
-        sure[value, i, j] = sure[value, j, i] = mean == 0 or not row.low <= 0 <= row.high
+        known = row.low == row.high or not row.low <= 0 <= row.high
+        sure[value, i, j] = sure[value, j, i] = known
     beats = ~worse.any(0) & worse.any(0).T
     return beats, beats & sure.all(0)
 

@@ -38,6 +38,7 @@ with needs('lab', 'cf_guidance.lab.leaderboard'):
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #60514ebf
 _LOWER = ['fid', 'kid']  # better if lower
+_PROBES = 20, 5  # prompts and seeds at most, on which the effect of a method is measured
 
 
 class Leaderboard:
@@ -83,7 +84,9 @@ class Leaderboard:
     def __repr__(self):
         pictures, methods = sum(map(len, self.choices.values())), len(self.methods)
         evaluations = sum(o.evaluations for o in self.choices.values())
-        most = (3 * methods - 2) * math.prod(self.compare_on)
+        m, n = self.compare_on
+        probes = min(m, _PROBES[0]) * min(n, _PROBES[1])
+        most = (3 * methods - 2) * m * n + (methods - 1) * probes
         return (
             f'{methods} methods with {pictures // math.prod(self.choose_on)} settings; '
             f'to choose: {pictures:,} pictures, {evaluations:,} network evaluations; '
@@ -219,13 +222,14 @@ _NO_WEIGHT = 1 + 1e-6  # of a term that evaluates its negative and changes nothi
 def _twin(self: Leaderboard, store, request, table, options):
     "Plain guidance with the effect of a method, and that effect."
     first = request['terms'][0]
-    if first['negative']['name'] == 'prompt' and first['stop'] is None:
+    alone = len(request['terms']) == 1 and first['stop'] is None
+    if alone and first['negative']['name'] == 'prompt':
         scale = table.effective_scale.mean()
         return cfg_twin(request, scale), scale
     probe = _term(dict(w=_NO_WEIGHT), range(request['steps']))
     request = _checked_request({**request, 'terms': [probe, *request['terms']]})
     prompts, seeds = self.comparing
-    some = _for_each(request, (prompts[:20], seeds[:5]))
+    some = _for_each(request, (prompts[: _PROBES[0]], seeds[: _PROBES[1]]))
     scale = self._drawn(store, some, options).effective_scale.mean()
     return cfg_twin(request, scale, 1.0), scale
 

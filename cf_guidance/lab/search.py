@@ -141,7 +141,10 @@ def steps_within(
     cost,  # `cost(steps)`: network evaluations of so many steps
 ) -> int:
     "The largest number of steps that can be paid for."
-    return next(n for n in range(evaluations, 0, -1) if cost(n) <= evaluations)
+    for n in range(evaluations, 0, -1):
+        if cost(n) <= evaluations:
+            return n
+    raise ValueError(f'evaluations: expected at least {cost(1)} for one step, got {evaluations}')
 
 
 # %% ../../nbs/lab/15_search.ipynb #6e0c1531
@@ -276,7 +279,8 @@ def _run(study, trial, problem, shape, goals, batch):
             seen += len(places)
             for i, value in zip(places, new.get(goals.single, ()), strict=False):
                 trial.report(float(value), i)
-            if goals.single in new and trial.should_prune():
+            per_instance = {goals.single, *goals.limits} <= new.keys()  # FID is not
+            if per_instance and trial.should_prune():
                 break
     except FloatingPointError as e:
         trial.set_user_attr('error', str(e))
@@ -587,7 +591,7 @@ def summary(self: Pictures, columns):
 # %% ../../nbs/lab/15_search.ipynb #6e0c1571
 def validate(
     found: dict,  # name -> `Found`: the first is compared with the others
-    prompts: list,
+    prompts: list,  # best such as the searches have not seen; this is not checked
     seeds: list,  # that the searches have not seen
     *,
     draws: int = 500,  # of the bootstrap
