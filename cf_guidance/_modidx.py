@@ -1157,6 +1157,10 @@ d = {
                 'karras.html#_check_options',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras._check_order': (
+                'karras.html#_check_order',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._check_step': ('karras.html#_check_step', 'cf_guidance/karras.py'),
             'cf_guidance.karras._checked_noise': (
                 'karras.html#_checked_noise',
@@ -1239,6 +1243,10 @@ d = {
             'cf_guidance.karras._toward': ('karras.html#_toward', 'cf_guidance/karras.py'),
             'cf_guidance.karras._unipc_change': (
                 'karras.html#_unipc_change',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._unipc_moments': (
+                'karras.html#_unipc_moments',
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras._unipc_weights': (
@@ -3863,8 +3871,16 @@ d = {
                 'negatives.html#sg.__init__',
                 'cf_guidance/negatives.py',
             ),
+            'cf_guidance.negatives.SG._fits': (
+                'negatives.html#sg._fits',
+                'cf_guidance/negatives.py',
+            ),
             'cf_guidance.negatives.SG._told': (
                 'negatives.html#sg._told',
+                'cf_guidance/negatives.py',
+            ),
+            'cf_guidance.negatives.SG.check': (
+                'negatives.html#sg.check',
                 'cf_guidance/negatives.py',
             ),
             'cf_guidance.negatives.SG.combine': (

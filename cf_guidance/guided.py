@@ -628,9 +628,9 @@ def _evaluate(self: GuidedDenoiser, x, sigma, cond, step, known, off, whole):
                 run.last_nfe += 1
             else:
                 run.last_nfe[e.rows] += 1
-                whole = e.query.x  # which may be a part of `x`
-                known_pos = pos is not None and pos.shape == whole.shape
-                fill = pos if known_pos else torch.zeros_like(whole)
+                asked = e.query.x  # for all samples, though maybe a part of each picture
+                known_pos = pos is not None and pos.shape == asked.shape
+                fill = pos if known_pos else torch.zeros_like(asked)
                 o = fill.index_copy(0, e.rows.to(x.device), o)
             if e.term is None:
                 pos = o

@@ -565,9 +565,19 @@ def _check_options(step, options):
                 f'{name}: expected {" or ".join(_OPTION_CHOICES[name])}, got {value!r}'
             )
         if ours and name == 'order':
-            _check_whole(name, value, 'a whole number from 1 up', 1)
+            _check_order(step, value)
         if ours and name == 'quantize' and value is not None:
             _check_callable(name, value, 'a function of noise levels')
+
+
+# %% ../nbs/04_karras.ipynb #a59cf0ed
+def _check_order(step, order):
+    "An error unless the step has this order; `step.orders` is (lowest, highest)."
+    lo, hi = getattr(step, 'orders', (1, math.inf))
+    what = f'a whole number from {lo} ' + (f'to {hi} for {step.__name__}' if hi < 99 else 'up')
+    _check_whole('order', order, what, lo)
+    if order > hi:
+        raise ValueError(f'order: expected {what}, got {order}')
 
 
 # %% ../nbs/04_karras.ipynb #f5908f00
@@ -765,7 +775,7 @@ def lms(
     sigma,
     sigma_next,
     state,
-    order: int = 4,  # slopes that are used, the new one included
+    order: int = 4,  # slopes that are used, the new one included, from 1 (Euler) up
 ):
     """Linear multistep (Adams-Bashforth on uneven levels), as in k-diffusion.
 
@@ -847,9 +857,9 @@ def deis(
     sigma,
     sigma_next,
     state,
-    order: int = 3,  # slopes that are used, the new one included
+    order: int = 3,  # slopes that are used, the new one included, from 1 (Euler) up
 ):
-    """DEIS (arXiv:2204.13902, eq. 15 for polynomials in the logarithm of sigma).
+    """DEIS (arXiv:2204.13902) with polynomials in the logarithm of sigma.
 
     One evaluation per step. The step to 0 is Euler's.
     """
@@ -870,9 +880,9 @@ def ipndm(
     sigma,
     sigma_next,
     state,
-    order: int = 4,  # slopes that are used, the new one included
+    order: int = 4,  # slopes that are used, the new one included, from 1 (Euler) up
 ):
-    """iPNDM (arXiv:2204.13902, section 4): the Adams-Bashforth weights of even levels.
+    """iPNDM (arXiv:2204.13902): the Adams-Bashforth weights of even levels.
 
     One evaluation per step, order 2 on uneven levels. The step to 0 is Euler's.
     """
@@ -895,7 +905,7 @@ def gradient_estimation(
     state,
     gamma: float = 2.0,  # weight of the new slope; that of the old one is `1 - gamma`
 ):
-    """Gradient estimation (arXiv:2306.04848, algorithm 2).
+    """Gradient estimation (arXiv:2306.04848).
 
     One evaluation per step, order 1. The step to 0 is Euler's.
     """
@@ -929,9 +939,9 @@ def unipc(
     sigma,
     sigma_next,
     state,
-    order: int = 3,  # estimates that the prediction uses, the new one included
+    order: int = 3,  # estimates that the prediction uses, the new one included, from 1 up
 ):
-    """UniPC with B(h) = exp(h) - 1 (arXiv:2302.04867, algorithms 5 to 8, data prediction).
+    """UniPC with B(h) = exp(h) - 1 for estimates of the image (arXiv:2302.04867).
 
     One evaluation per step. The last steps have lower orders, as in the authors' code.
     """
@@ -961,12 +971,19 @@ def _unipc_weights(r, h):
     "Weights of the differences at the places `r` of a step, in units of its length `h`."
     if len(r) < 2:
         return [0.5] * len(r)
-    phi, values = -math.expm1(-h) / h, []
-    for k in range(1, len(r) + 1):  # phi_{k+1}(-h) from phi_k(-h)
-        phi = (1 / math.factorial(k) - phi) / h
-        values.append(math.factorial(k) * phi * h / -math.expm1(-h))
     powers = [[o**k for o in r] for k in range(len(r))]
-    return np.linalg.solve(powers, values).tolist()
+    return np.linalg.solve(powers, _unipc_moments(len(r), h)).tolist()
+
+
+def _unipc_moments(n, h):
+    """Means of at, at^2, ..., at^n for `at` from 0 to 1, weighted by exp((at - 1)*h).
+
+    By quadrature: the closed form takes the difference of almost equal numbers where h is small.
+    """
+    nodes, total = [((o + 1) / 2, w / 2) for o, w in _leggauss(16)], -math.expm1(-h) / h
+    return [
+        sum(w * math.exp((at - 1) * h) * at**k for at, w in nodes) / total for k in range(1, n + 1)
+    ]
 
 
 # %% ../nbs/04_karras.ipynb #78
@@ -1114,22 +1131,25 @@ def er_sde(
     sigma_next,
     state,
     s_noise: float = 1.0,  # factor on the noise
-    order: int = 3,  # estimates that are used, the new one included; at most 3
+    order: int = 3,  # estimates that are used, the new one included: 1, 2 or 3
 ):
-    """ER-SDE-Solver (arXiv:2309.06169, in terms of sigma, for the noise of their ER-SDE 5).
+    """ER-SDE-Solver (arXiv:2309.06169) in terms of sigma.
 
     One evaluation per step. How the estimate changes with sigma is told by finite differences.
     """
     state = state.evaluate(D, x, sigma)
     if sigma_next == 0:
         return state.x0.clone(), state
-    past = ((sigma, state.x0), *state.past)[: min(order, 3)]
+    past = ((sigma, state.x0), *state.past)[:order]
     scale, keep = _er_scale(sigma_next), _er_scale(sigma_next) / _er_scale(sigma)
     x, h = torch.lerp(state.x0, x, keep), sigma_next - sigma
     for k, change in enumerate(_derivatives(past), 1):
         x.add_(change, alpha=h**k / k + scale * _er_integral(sigma, sigma_next, k - 1))
     up = s_noise * max(sigma_next**2 - (sigma * keep) ** 2, 0.0) ** 0.5
     return _renoised(x, up, sigma, sigma_next, state), state._replace(past=past[:2])
+
+
+er_sde.orders = 1, 3
 
 
 # %% ../nbs/04_karras.ipynb #7a3be0fa
@@ -1187,11 +1207,15 @@ _PARAMETER_DOCS = dict(
     eta='share of the fresh noise',
     noise_sampler='function of two noise levels that gives noise (B, ...) of variance 1',
     generator='a seed or torch.Generator for the batch, or a list with one per sample',
-    order='slopes that are used, the new one included',
+    order='slopes that are used, the new one included, from 1 (Euler) up',
     gamma='weight of the new slope; that of the old one is `1 - gamma`',
     r='where the second evaluation is, as a share of the step in the logarithm',
     solver_type="'midpoint' or 'heun'",
     variance="that of the posterior ('fixed_small') or of the forward step ('fixed_large')",
+)
+_ORDER_DOCS = dict(
+    unipc='estimates that the prediction uses, the new one included, from 1 up',
+    er_sde='estimates that are used, the new one included: 1, 2 or 3',
 )
 
 
@@ -1236,7 +1260,9 @@ def _as_k_diffusion(step, name):
         return _run_to_end(*args, **options)
 
     first = step.__doc__.split('\n')[0]
-    lines = [f'{k}: {_PARAMETER_DOCS[k]}' for k in signature.parameters]
+    order = _ORDER_DOCS.get(step.__name__, _PARAMETER_DOCS['order'])
+    docs = _PARAMETER_DOCS | dict(order=order)
+    lines = [f'{k}: {docs[k]}' for k in signature.parameters]
     doc = f"{first}\n\nWith k-diffusion's signature.\n\n" + '\n'.join(lines)
     sampler.__signature__, sampler.__module__, sampler.step = signature, __name__, step
     return _named(sampler, name, doc)

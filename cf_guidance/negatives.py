@@ -421,7 +421,7 @@ class SG(Queries):
         "The network's output as if it were one for `sigma`."
         told, scale = self._told(sigma, x)
         skip, out, _ = self.scalings(_broadcast_mask(told, x))
-        pred = (outputs[0] - skip * scale * x) / out
+        pred = (outputs[0] - skip * scale * x) / out.where(out != 0, 1)  # 0 without noise
         skip, out, _ = self.scalings(_broadcast_mask(sigma, x))
         return (skip * x + out * pred).to(x.dtype)
 
@@ -430,6 +430,24 @@ class SG(Queries):
         told = torch.maximum((self.noisier * sigma).clamp(max=self.sigma_max), sigma)
         c_in = [self.scalings(_broadcast_mask(o, x))[2] for o in (sigma, told)]
         return told, c_in[0] / c_in[1]
+
+    def check(self, D, x, cond):
+        if not self._fits(D):
+            raise ValueError(
+                'neg: SG was made for a denoiser with other scalings or another sigma_max than the '
+                f'guided {type(D).__name__}; expected SG(D) of the denoiser D that is guided'
+            )
+
+    def _fits(self, D):
+        "Has `D` the scalings and the highest noise level of `net`?"
+        try:
+            theirs, highest = D.scalings, float(D.sigma_max)
+        except (AttributeError, NotImplementedError):
+            return False
+        levels = self.sigma_max * torch.tensor([1e-3, 0.03, 1.0])
+        pairs = zip(self.scalings(levels), theirs(levels), strict=True)
+        same = all(torch.allclose(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
+        return same and math.isclose(highest, self.sigma_max, rel_tol=1e-4)
 
 
 # %% ../nbs/07_negatives.ipynb #5e1f0031
@@ -440,7 +458,8 @@ class SWG(Queries):
 
     def __init__(
         self,
-        share: float = 0.625,  # side of a window, as a share of that of the picture
+        # side of a window, as a share of that of the picture, rounded up to whole pixels
+        share: float = 0.625,
     ):
         what = 'a number from 0.5 up to below 1'
         self.share = _check_number('share', share, what, lambda v: 0.5 <= v < 1)
@@ -462,7 +481,8 @@ class SWG(Queries):
 
     def _windows(self, x):
         "Rows and columns of each window."
-        sizes = [(n, min(n - 1, -(-round(1e6 * self.share * n) // 10**6))) for n in x.shape[-2:]]
+        # rounding: 0.6 * 5 is a little more than 3
+        sizes = [(n, min(n - 1, math.ceil(round(self.share * n, 6)))) for n in x.shape[-2:]]
         rows, cols = ([slice(0, k), slice(n - k, n)] for n, k in sizes)
         return [(a, b) for a in rows for b in cols]
 
@@ -585,7 +605,9 @@ class CADS(Denoiser):
 
     def __init__(
         self,
-        inner_model,  # a denoiser, guided or not, with conditions that are embeddings
+        # a denoiser, guided or not, with conditions that are embeddings (B, ...); whole numbers,
+        # such as class labels, and what has the shape (B,) are passed on as they are
+        inner_model,
         tau1: float = 0.6,  # the condition is whole up to this time
         tau2: float = 0.9,  # and all noise from this one on; times are from 0 to 1
         s: float = 0.25,  # standard deviation of the noise
@@ -613,9 +635,10 @@ class CADS(Denoiser):
     def _conditions(self, x, sigma, step, cond):
         "What the denoiser gets: all conditions that are embeddings with their noise, and the step."
         cond, sigma = _expand_rows(cond, len(x), x.device), _per_sample(sigma, x)
-        noisy = sorted(k for k, v in cond.items() if v.is_floating_point())
+        noisy = sorted(k for k, v in cond.items() if v.is_floating_point() and v.ndim > 1)
         if not noisy:
-            raise ValueError(f'cond: CADS expects an embedding among the conditions {sorted(cond)}')
+            got = ', '.join(f'{k} {tuple(v.shape)} of {v.dtype}' for k, v in cond.items())
+            raise ValueError(f'cond: CADS expects an embedding (B, ...), got {got or "none"}')
         clear = ((self.tau2 - self.time(sigma)) / (self.tau2 - self.tau1)).clamp(0, 1)
         generators = self._generators(sigma)
         for k in noisy:

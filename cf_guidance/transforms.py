@@ -668,10 +668,14 @@ def smc(
     w,  # a number or (B,), as in `cfg`
     state: torch.Tensor = None,  # (B, ...) the last corrected delta; None at the beginning of a run
     *,
-    lam: float = 5.0,  # 1 minus the factor by which the delta should shrink at each step
-    k: float = 0.2,  # how much a value is corrected; 0 is `cfg`
-) -> tuple:  # (B, ...) prediction and state
-    "Sliding mode control (SMC-CFG, arXiv:2603.03281; the authors' code). It remembers a delta."
+    # the delta wanted is `1-lam` times the last; above 1 that means the opposite direction
+    lam: float = 5.0,
+    k: float = 0.2,  # added to or taken off each value of the delta; 0 is `cfg`
+) -> tuple:  # (B, ...) prediction, and the corrected delta as the state
+    """Move each value of the delta by `k` towards `(1-lam)` times the last corrected delta.
+
+    Sliding mode control (SMC-CFG, arXiv:2603.03281), as in the authors' code.
+    """
     e = pos - neg
     last = e if state is None else state
     _check_state_shape(last, pos)
@@ -782,9 +786,13 @@ def limit_norm(
     pred: torch.Tensor,  # (B, ...) guided velocity
     pos: torch.Tensor,  # (B, ...) positive velocity
     *,
-    most: float = 1.0,  # longest length of a sample, in lengths of `pos`
+    most: float = 1.0,  # longest length of a sample, in lengths of `pos`; 0 gives 0
 ) -> torch.Tensor:  # (B, ...) no sample is longer than `most` times that in `pos`
-    "Shorten each sample to at most its length in `pos` (`cfg_normalization` of Z-Image)."
+    """Limit the L2 norm of each sample's guided velocity to `most` times that of its positive.
+
+    All values of a sample are shortened by one factor, at most 1: `cfg_normalization` of
+    `ZImagePipeline` in diffusers, where a number stands for `most` and 0 means no limit.
+    """
     return pred * _ratio(most * _norm(pos), _norm(pred)).clamp(max=1)
 
 

@@ -552,6 +552,47 @@ def test_er_sde_integrates_a_line_exactly(order):
     assert got.item() == pytest.approx(want.item(), rel=1e-8)
 
 
+def weighted_mean(k, h):
+    "Mean of at^k for `at` from 0 to 1, weighted by exp((at - 1)*h), by partial integration."
+    total, mean = -math.expm1(-h) / h, 1.0
+    for i in range(1, k + 1):
+        mean = (1 / total - i * mean) / h
+    return mean
+
+
+@each('h', [0.5, 1.0, 2.5, 6.0])
+def test_moments_of_unipc_by_partial_integration(h):
+    want = [weighted_mean(k, h) for k in (1, 2, 3)]
+    assert karras._unipc_moments(3, h) == pytest.approx(want, abs=1e-12)
+
+
+@each('h', [1e-12, 1e-7, 1e-4])
+def test_weights_of_unipc_at_a_tiny_step_are_those_of_polynomials(h):
+    want = torch.linalg.solve(double([[1, 1, 1], [-2, -1, 1], [4, 1, 1]]), double(THIRDS))
+    assert karras._unipc_weights([-2, -1, 1], h) == pytest.approx(want.tolist(), abs=2 * h + 1e-12)
+
+
+THIRDS = [1 / 2, 1 / 3, 1 / 4]
+
+
+def double(o):
+    return torch.tensor(o, dtype=torch.float64)
+
+
+def test_unipc_with_tiny_steps_of_a_rough_network_goes_no_farther_than_its_slopes():
+    sigmas = 5 - 1e-6 * torch.arange(7.0, dtype=torch.float64)
+    start, rough = double([[5.0]]), iter([1.0, -1.0, 0.5, 0.0, -1.0, 1.0])
+    end = sample(lambda x, s: torch.full_like(x, next(rough)), start, sigmas, unipc)
+    slope = 6 / 5  # at most: the estimate is within 1 of 0
+    assert abs(end - start).item() < 5 * slope * 6e-6
+
+
+@each('order', [4, 9])
+def test_er_sde_of_higher_order_is_refused(order):
+    with pytest.raises(ValueError, match=f'order: .* 1 to 3 for er_sde, got {order}'):
+        sample(D, X, SIGMAS, er_sde, order=order)
+
+
 SOLVERS = [
     (unipc, UniPCMultistepScheduler, 1),
     (unipc, UniPCMultistepScheduler, 2),
@@ -577,6 +618,13 @@ def test_multistep_methods_of_diffusers(step, cls, order):
         z = sched.step(x0, t, z).prev_sample
     z = z * (1 + sigmas[-1] ** 2) ** 0.5
     assert_close(sample(estimate, x, sigmas, step, order=order), z, atol=2e-5, rtol=2e-5)
+
+
+@each('name', ['unipc', 'er_sde', 'deis', 'ipndm', 'lms'])
+def test_docs_tell_the_range_of_an_order(name):
+    (line,) = [o for o in shell_of(name).__doc__.split('\n') if o.startswith('order: ')]
+    assert ('estimates' in line) == (name in ('unipc', 'er_sde'))
+    assert line.endswith('1, 2 or 3' if name == 'er_sde' else 'up')
 
 
 # DDIM and DDPM of diffusers

@@ -21,6 +21,7 @@ from cf_guidance.denoisers import (
     CosineDenoiser,
     Denoiser,
     DiscreteDenoiser,
+    FlowDenoiser,
     NetDenoiser,
     from_x0,
     to_x0,
@@ -413,7 +414,73 @@ def test_no_more_noise_is_the_positive():
     close(p.neg, p.pos, 1e-4)
 
 
+def zero(z, t):
+    return torch.zeros_like(z)
+
+
+@pytest.mark.parametrize('kind', ['eps', 'v', 'flow'])
+def test_self_guidance_of_a_network_that_says_zero(kind):
+    E = FlowDenoiser(zero, kind) if kind == 'flow' else CosineDenoiser(zero, kind)
+    sigma = torch.tensor([5.0, 1.0, 0.1, E.sigma_max])
+    close(GuidedDenoiser(E, SG(E, 2.0), w=3.0)(X, sigma), E(X, sigma))
+
+
+@pytest.mark.parametrize('kind', ['eps', 'v'])
+def test_self_guidance_without_noise_is_the_positive(kind):
+    E = CosineDenoiser(zero, kind)
+    sigma = torch.tensor([0.0, 1.0, 0.0, 5.0])
+    got = GuidedDenoiser(E, SG(E, 2.0), w=3.0)(X, sigma)
+    close(got, E(X, sigma))
+
+
+@pytest.mark.parametrize(
+    'guided',
+    [
+        CosineDenoiser(zero, 'v'),
+        FlowDenoiser(zero),
+        CosineDenoiser(zero, t_max=0.9),
+        Denoiser(lambda x, sigma: x),
+        lambda x, sigma: x,
+    ],
+    ids=['v', 'flow', 'less noise', 'without scalings', 'a function'],
+)
+def test_self_guidance_made_for_another_denoiser_is_refused(guided):
+    with pytest.raises(ValueError, match='neg: SG was made for a denoiser with other scalings'):
+        GuidedDenoiser(guided, SG(CosineDenoiser(zero)), w=3.0)(X, 1.0)
+
+
+def test_self_guidance_takes_the_guided_denoiser_in_a_wrapper():
+    E = CosineDenoiser(zero)
+    want = E(X, 1.0)
+    close(GuidedDenoiser(Microbatched(E, 2), SG(E), w=3.0)(X, 1.0), want)
+    close(GuidedDenoiser(E, SG(CosineDenoiser(zero)), w=3.0)(X, 1.0), want)
+
+
 # sliding windows
+
+
+@pytest.mark.parametrize('share', [0.5, 0.51, 0.6, 0.625, 0.7, 0.99])
+def test_windows_show_each_pixel_of_any_picture(share):
+    for h, w in ((2, 3), (5, 7), (9, 8), (13, 31), (64, 65)):
+        count = SWG(share)._count(torch.zeros(1, 1, h, w))
+        assert count.shape == (h, w)
+        assert count.min() == 1
+
+
+def test_windows_are_rounded_up():
+    def sides(share, n):
+        return {q.x.shape[2:] for q in SWG(share).queries(torch.zeros(1, 1, n, n), 1.0, {})}
+
+    assert sides(0.5, 7) == {(4, 4)}
+    assert sides(0.625, 9) == {(6, 6)}
+    assert sides(0.6, 5) == {(3, 3)}  # though 0.6 * 5 is a little more than 3
+    assert sides(0.99, 5) == {(4, 4)}
+
+
+def test_windows_of_a_picture_that_they_do_not_divide():
+    x = randn((2, 4, 9, 7), 3)
+    for neg in (SWG(0.5), MSWG(0.5), SWG()):
+        close(GuidedDenoiser(lambda x, sigma: 0.5 * x, neg, w=3.0)(x, 5.0), 0.5 * x)
 
 
 def test_windows_that_a_model_cannot_tell_from_the_picture():
@@ -519,9 +586,24 @@ def test_bad_settings_of_cads(settings, match):
         cads(**settings)
 
 
-def test_cads_needs_an_embedding():
-    with pytest.raises(ValueError, match='cond: CADS expects an embedding'):
-        cads()(X, 5.0, labels=torch.zeros(4).long())
+@pytest.mark.parametrize('labels', [torch.arange(4), torch.arange(4.0)], ids=['whole', 'real'])
+def test_cads_leaves_one_number_per_sample_alone(labels):
+    seen = {}
+
+    def inside(x, sigma, labels, y):
+        seen.update(labels=labels, y=y)
+        return x
+
+    y = COND['encoder_hidden_states']
+    CADS(Denoiser(inside), time=by_share)(X, 9.5, labels=labels, y=y)
+    assert torch.equal(seen['labels'], labels)
+    assert (seen['y'] - y).abs().max() > 0.1
+
+
+@pytest.mark.parametrize('labels', [torch.arange(4), torch.arange(4.0)], ids=['whole', 'real'])
+def test_cads_needs_an_embedding(labels):
+    with pytest.raises(ValueError, match=r'cond: CADS expects an embedding .* labels \(4,\) of'):
+        cads()(X, 5.0, labels=labels)
 
 
 # random numbers
