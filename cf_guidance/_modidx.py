@@ -2223,6 +2223,10 @@ d = {
                 'lab/leaderboard.html#leaderboard._drawn',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard.Leaderboard._effects': (
+                'lab/leaderboard.html#leaderboard._effects',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard.Leaderboard._goal_of': (
                 'lab/leaderboard.html#leaderboard._goal_of',
                 'cf_guidance/lab/leaderboard.py',
@@ -2235,16 +2239,16 @@ d = {
                 'lab/leaderboard.html#leaderboard._measurements',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard.Leaderboard._probe': (
+                'lab/leaderboard.html#leaderboard._probe',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard.Leaderboard._reference': (
                 'lab/leaderboard.html#leaderboard._reference',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard.Leaderboard._sweep': (
                 'lab/leaderboard.html#leaderboard._sweep',
-                'cf_guidance/lab/leaderboard.py',
-            ),
-            'cf_guidance.lab.leaderboard.Leaderboard._twin': (
-                'lab/leaderboard.html#leaderboard._twin',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard.Leaderboard.choose': (
@@ -2273,6 +2277,10 @@ d = {
             ),
             'cf_guidance.lab.leaderboard._check_methods': (
                 'lab/leaderboard.html#_check_methods',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._clip_columns': (
+                'lab/leaderboard.html#_clip_columns',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard._differences': (

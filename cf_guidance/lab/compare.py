@@ -605,6 +605,7 @@ def cfg_twin(
     request: dict,  # of a plan: a picture of the method
     scale: float,  # the mean of `effective_scale` over the pictures of its setting
     guided: float = None,  # share of evaluations that were guided; None: counted
+    digits: int = 4,  # of the weight, after the point; with few, methods share a twin
 ) -> dict:  # the request of the same prompt and seed
     "Plain guidance with the effective scale of a method (GA-Eval, arXiv:2602.22570)."
     if not request['terms']:
@@ -614,7 +615,8 @@ def cfg_twin(
     guided = _guided_share(request) if guided is None else guided
     if not isinstance(guided, Real) or not 0 <= guided <= 1:
         raise ValueError(f'guided: expected a share from 0 to 1, got {_short(guided)}')
-    return _cfg(request, round(guided * float(scale) + 1 - guided, 4), request['steps'])
+    weight = round(guided * float(scale) + 1 - guided, digits)
+    return _cfg(request, weight, request['steps'])
 
 
 # %% ../../nbs/lab/16_compare.ipynb #c16a0074

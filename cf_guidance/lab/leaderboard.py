@@ -9,6 +9,7 @@ __all__ = ['Leaderboard', 'leaderboard', 'clip_judge', 'run_leaderboard']
 import math
 from argparse import ArgumentParser
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -31,7 +32,7 @@ with needs('lab', 'cf_guidance.lab.leaderboard'):
         paired_differences,
         set_measures,
     )
-    from cf_guidance.lab.draw import draw
+    from cf_guidance.lab.draw import draw, draw_in_processes
     from cf_guidance.lab.plan import Sweep, _checked_request, _folder_of, _read_toml, _term
     from cf_guidance.lab.store import Store, key_of
     from cf_guidance.lab.sweeps import _short, _to_pil
@@ -150,19 +151,24 @@ def _for_each(request, where):
 
 
 @patch
-def _drawn(self: Leaderboard, store, requests, options):
-    "Draw what is missing. One row per request: prompt, seed, and what was measured."
-    labels = [dict(prompt=o['prompt'], seed=o['seed']) for o in requests]
-    keys = store.plan(requests, labels)
-    draw(requests, store, keep_pictures=False, **options)
+def _drawn(self: Leaderboard, store, wanted, options):
+    """Tables of `wanted`, a dict name -> requests: prompt, seed, and what was measured.
+
+    What is missing is drawn in one go.
+    """
+    requests = list({key_of(o): o for some in wanted.values() for o in some}.values())
+    keys = store.plan(requests, [dict(prompt=o['prompt'], seed=o['seed']) for o in requests])
+    work = draw_in_processes if 'processes' in options else draw
+    work(requests, store, keep_pictures=False, **options)
     table = store.table().reindex(keys)
     if bad := int((table.error.notna() | table.nfe.isna()).sum()):
         raise RuntimeError(
             f'{bad} of {len(keys)} pictures failed, or are not drawn yet: draw them with '
             f'cf_sweep retry {store.folder}'
         )
-    parts = [o for o in self.parts if o in table]
-    return table.assign(right=table[parts].min(axis=1)) if parts else table
+    if parts := [o for o in self.parts if o in table]:
+        table = table.assign(right=table[parts].min(axis=1))
+    return {name: table.loc[[key_of(o) for o in some]] for name, some in wanted.items()}
 
 
 @patch
@@ -189,24 +195,20 @@ def _goal_of(self: Leaderboard, store, table, reference):
 def choose(
     self: Leaderboard,
     store,  # a `Store`, or its folder
-    **options,  # of `draw`: `measure`, `batch_size`, `progress`
+    **options,  # of `draw`, such as `measure`; with `processes`, of `draw_in_processes`
 ) -> pd.DataFrame:  # index method and setting; columns goal, nfe, best, request
     "Draw all settings, and find the best one of each method."
     store = store if isinstance(store, Store) else Store(store)
     reference = self._reference(self.choosing[0]) if self.goal == 'kid' else None
-    every = [o for sweep in self.choices.values() for o in sweep.requests]
-    drawn, rows = self._drawn(store, every, options), []
-    drawn = drawn[~drawn.index.duplicated()]
+    settings, rows = {}, []
     for method, sweep in self.choices.items():
-        settings = {}
         for request, label in zip(sweep.requests, sweep.labels, strict=True):
             setting = {k: v for k, v in label.items() if k not in ('prompt', 'seed')}
             text = ', '.join(f'{k}={v}' for k, v in setting.items()) or method
-            settings.setdefault(text, []).append(request)
-        for text, requests in settings.items():
-            table = drawn.loc[[key_of(o) for o in requests]]
-            goal, nfe = self._goal_of(store, table, reference), table.nfe.mean()
-            rows.append((method, text, goal, nfe, requests[0]))
+            settings.setdefault((method, text), []).append(request)
+    for name, table in self._drawn(store, settings, options).items():
+        goal, nfe = self._goal_of(store, table, reference), table.nfe.mean()
+        rows.append((*name, goal, nfe, settings[name][0]))
     out = pd.DataFrame(rows, columns=['method', 'setting', 'goal', 'nfe', 'request'])
     order = -out.goal if self.goal in _LOWER else out.goal
     best = order.groupby(out.method, sort=False).idxmax()
@@ -219,19 +221,29 @@ _NO_WEIGHT = 1 + 1e-6  # of a term that evaluates its negative and changes nothi
 
 
 @patch
-def _twin(self: Leaderboard, store, request, table, options):
-    "Plain guidance with the effect of a method, and that effect."
-    first = request['terms'][0]
-    alone = len(request['terms']) == 1 and first['stop'] is None
-    if alone and first['negative']['name'] == 'prompt':
-        scale = table.effective_scale.mean()
-        return cfg_twin(request, scale), scale
+def _probe(self: Leaderboard, request):
+    "Some pictures of a method, for which plain guidance counts the effect."
     probe = _term(dict(w=_NO_WEIGHT), range(request['steps']))
     request = _checked_request({**request, 'terms': [probe, *request['terms']]})
     prompts, seeds = self.comparing
-    some = _for_each(request, (prompts[: _PROBES[0]], seeds[: _PROBES[1]]))
-    scale = self._drawn(store, some, options).effective_scale.mean()
-    return cfg_twin(request, scale, 1.0), scale
+    return _for_each(request, (prompts[: _PROBES[0]], seeds[: _PROBES[1]]))
+
+
+@patch
+def _effects(self: Leaderboard, store, best, own, options):
+    "The mean effective scale of each method, and the share of evaluations that it holds for."
+    effects, probes = {}, {}
+    for method, request in best.items():
+        first = request['terms'][0] if request['terms'] else None
+        if first is None:
+            continue
+        counted = len(request['terms']) == 1 and first['stop'] is None
+        if counted and first['negative']['name'] == 'prompt':
+            effects[method] = own[method].effective_scale.mean(), None
+        else:
+            probes[method] = self._probe(request)
+    drawn = self._drawn(store, probes, options) if probes else {}
+    return effects | {k: (table.effective_scale.mean(), 1.0) for k, table in drawn.items()}
 
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #5bbeca29
@@ -240,23 +252,22 @@ def compare(
     self: Leaderboard,
     store,  # a `Store`, or its folder
     chosen: pd.DataFrame,  # from `choose`
-    **options,  # of `draw`: `measure`, `batch_size`, `progress`
+    **options,  # of `draw`, such as `measure`; with `processes`, of `draw_in_processes`
 ) -> dict:  # (method, row) -> table; row is 'best', 'CFG, same effect' or 'CFG, same cost'
     "Draw the best setting of each method, and CFG with its effect and at its cost."
     store = store if isinstance(store, Store) else Store(store)
-    best, tables = chosen.request[chosen.best].droplevel('setting'), {}
-    for method, request in best.items():
-        own = self._drawn(store, _for_each(request, self.comparing), options)
-        tables[method, 'best'] = own
-        if method == 'cfg':
-            continue
-        rivals = {_ROWS[2]: cfg_with_evaluations(best['cfg'], round(own.nfe.mean()))}
-        if request['terms']:
-            rivals[_ROWS[1]], effect = self._twin(store, request, own, options)
-            tables[method, 'best'] = own.assign(effect=effect)
-        for row, o in rivals.items():
-            tables[method, row] = self._drawn(store, _for_each(o, self.comparing), options)
-    return tables
+    best = chosen.request[chosen.best].droplevel('setting')
+    every = {k: _for_each(o, self.comparing) for k, o in best.items()}
+    own, rivals = self._drawn(store, every, options), {}
+    effects = self._effects(store, best.drop('cfg'), own, options)
+    for method, request in best.drop('cfg').items():
+        cost = round(own[method].nfe.mean())
+        rivals[method, _ROWS[2]] = cfg_with_evaluations(best['cfg'], cost)
+        if method in effects:
+            rivals[method, _ROWS[1]] = cfg_twin(request, *effects[method], digits=1)
+            own[method] = own[method].assign(effect=effects[method][0])
+    every = {k: _for_each(o, self.comparing) for k, o in rivals.items()}
+    return {(k, 'best'): o for k, o in own.items()} | self._drawn(store, every, options)
 
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #43437567
@@ -371,16 +382,17 @@ def clip_judge(
     net = CLIPModel.from_pretrained(model).to(device).eval()
     prepare = CLIPProcessor.from_pretrained(model)
 
-    @torch.no_grad()
-    def measure(pixels, requests):
-        prompts, images = [o['prompt'] for o in requests], _to_pil(pixels)
-        given = dict(text=prompts, images=images, padding=True, truncation=True)
-        inputs = prepare(**given, return_tensors='pt')
-        out = net(**inputs.to(device))
-        cosine = torch.cosine_similarity(out.text_embeds, out.image_embeds)
-        return dict(clip=cosine.tolist(), saturation=saturation(pixels).tolist())
+    return partial(_clip_columns, net, prepare)
 
-    return measure
+
+@torch.no_grad()
+def _clip_columns(net, prepare, pixels, requests):
+    "The columns of `clip_judge`."
+    prompts, images = [o['prompt'] for o in requests], _to_pil(pixels)
+    given = dict(text=prompts, images=images, padding=True, truncation=True)
+    out = net(**prepare(**given, return_tensors='pt').to(net.device))
+    cosine = torch.cosine_similarity(out.text_embeds, out.image_embeds)
+    return dict(clip=cosine.tolist(), saturation=saturation(pixels).tolist())
 
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #d34ca413
@@ -404,6 +416,7 @@ def _parser():
     parser.add_argument('--judge', help="'clip', or 'module:function': see the docs of draw")
     parser.add_argument('--out', default='leaderboard', help='folder')
     parser.add_argument('--batch_size', type=int, default=64, help='pictures at a time')
+    parser.add_argument('--processes', type=int, help='on this machine; 0: one per GPU')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser
 
@@ -423,6 +436,8 @@ def run_leaderboard(
         board = Leaderboard.from_toml(args.plan, **changes)
         print(board)
         options = dict(batch_size=args.batch_size)
+        if args.processes is not None:
+            options['processes'] = args.processes or None
         if args.judge:
             options['measure'] = _judge(args.judge, board.common.get('device', 'cpu'))
         store = Store(args.out)
