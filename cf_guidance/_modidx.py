@@ -4363,6 +4363,7 @@ d = {
             ),
         },
         'cf_guidance.pipelines': {
+            'cf_guidance.pipelines.Family': ('pipelines.html#family', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines.MinimalDiffusion': (
                 'pipelines.html#minimaldiffusion',
                 'cf_guidance/pipelines.py',
@@ -4432,7 +4433,6 @@ d = {
                 'pipelines.html#_evaluations.num_steps',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._Family': ('pipelines.html#_family', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._Guidance': (
                 'pipelines.html#_guidance',
                 'cf_guidance/pipelines.py',
@@ -4482,8 +4482,16 @@ d = {
                 'pipelines.html#_loop.denoiser',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._Loop.grid': (
+                'pipelines.html#_loop.grid',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._Loop.inputs': (
                 'pipelines.html#_loop.inputs',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.network_time': (
+                'pipelines.html#_loop.network_time',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Loop.output': (
@@ -4588,6 +4596,10 @@ d = {
                 'pipelines.html#_run._first_index',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._Run._posts': (
+                'pipelines.html#_run._posts',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._Run._second_call': (
                 'pipelines.html#_run._second_call',
                 'cf_guidance/pipelines.py',
@@ -4636,6 +4648,14 @@ d = {
                 'pipelines.html#_as_guidance',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._as_pictures': (
+                'pipelines.html#_as_pictures',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._as_tokens': (
+                'pipelines.html#_as_tokens',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._check_prompts': (
                 'pipelines.html#_check_prompts',
                 'cf_guidance/pipelines.py',
@@ -4656,6 +4676,10 @@ d = {
                 'pipelines.html#_checked_terms',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._cogview_levels': (
+                'pipelines.html#_cogview_levels',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._component': (
                 'pipelines.html#_component',
                 'cf_guidance/pipelines.py',
@@ -4673,6 +4697,14 @@ d = {
                 'pipelines.html#_evaluations',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._even_levels': (
+                'pipelines.html#_even_levels',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._family_of': (
+                'pipelines.html#_family_of',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._flatten': (
                 'pipelines.html#_flatten',
                 'cf_guidance/pipelines.py',
@@ -4683,6 +4715,14 @@ d = {
             ),
             'cf_guidance.pipelines._flux_conditions': (
                 'pipelines.html#_flux_conditions',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._grid_of_ids': (
+                'pipelines.html#_grid_of_ids',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._grid_of_positions': (
+                'pipelines.html#_grid_of_positions',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._guide': ('pipelines.html#_guide', 'cf_guidance/pipelines.py'),
@@ -4706,12 +4746,28 @@ d = {
                 'pipelines.html#_load_pipeline',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._lumina_cut': (
+                'pipelines.html#_lumina_cut',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._lumina_norm': (
+                'pipelines.html#_lumina_norm',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._matched': (
+                'pipelines.html#_matched',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._mochi_levels': (
+                'pipelines.html#_mochi_levels',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._negative_arguments': (
                 'pipelines.html#_negative_arguments',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._network_name': (
-                'pipelines.html#_network_name',
+            'cf_guidance.pipelines._networks': (
+                'pipelines.html#_networks',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._noise_levels': (
@@ -4738,6 +4794,10 @@ d = {
                 'pipelines.html#_pixart_conditions',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._qwen_norm': (
+                'pipelines.html#_qwen_norm',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._read_call': (
                 'pipelines.html#_read_call',
                 'cf_guidance/pipelines.py',
@@ -4756,6 +4816,10 @@ d = {
             ),
             'cf_guidance.pipelines._report_of': (
                 'pipelines.html#_report_of',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._samples_first': (
+                'pipelines.html#_samples_first',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._scheduler_denoiser': (
@@ -4805,6 +4869,26 @@ d = {
             ),
             'cf_guidance.pipelines._xl_conditions': (
                 'pipelines.html#_xl_conditions',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._z_image_cut': (
+                'pipelines.html#_z_image_cut',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._z_image_enter': (
+                'pipelines.html#_z_image_enter',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._z_image_leave': (
+                'pipelines.html#_z_image_leave',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._z_image_norm': (
+                'pipelines.html#_z_image_norm',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._z_image_posts': (
+                'pipelines.html#_z_image_posts',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines.embedded_path': (

@@ -34,9 +34,9 @@ from .noise import _check_whole
 from .perturb import _network_of
 from .pipelines import (
     _INFINITE,
+    Family,
     NegativePrompt,
     _evaluations,
-    _Family,
     _Loop,
     _scheduler_denoiser,
     _weight_at_infinity,
@@ -272,7 +272,7 @@ def _own_scheduler(o):
 
 # %% ../nbs/10_guiders.ipynb #290d9be2
 _NETWORKS = dict.fromkeys(
-    ('UNet2DConditionModel', 'SD3Transformer2DModel', 'WanTransformer3DModel'), _Family()
+    ('UNet2DConditionModel', 'SD3Transformer2DModel', 'WanTransformer3DModel'), Family()
 )
 
 
@@ -592,7 +592,8 @@ def forward(self: Guider, pred_cond, pred_uncond=None):
 def _guided(self: Guider, call, pred_cond, pred_uncond):
     "The guided prediction for a call of the network."
     loop, sigma = self._loop, self._sigma
-    x, cond = loop.inputs(call, sigma)
+    x, cond = loop.inputs(call)
+    x = x / loop.scalings(sigma)[2]
     loop.time = loop.D.sigma_to_t(torch.full((1,), sigma, device=x.device))
     known = {'pos': loop.estimate(pred_cond, x, sigma)}
     for i, _ in self._prompt_terms():

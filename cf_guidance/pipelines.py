@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = [
+    'FAMILIES',
     'embedded_path',
+    'Family',
     'pipeline_denoiser',
     'sigmas_of',
     'NegativePrompt',
@@ -21,7 +23,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -66,19 +68,44 @@ def embedded_path(
 
 # %% ../nbs/09_pipelines.ipynb #79
 @dataclass(frozen=True)
-class _Family:
-    "How the pipelines of one architecture encode prompts and call their network."
+class Family:
+    "How the pipelines of one architecture call their network, and how they encode prompts."
 
-    # conditions by name: where `encode_prompt` returns each for a prompt, and for no prompt;
-    # {}: the network is told a class, or nothing
-    text: dict = field(default_factory=dict)
+    # for `pipeline_denoiser`: conditions by name, where `encode_prompt` returns each for a prompt,
+    # and for no prompt; {}: the network is told a class, or nothing; None: not possible
+    text: dict | None = None
     more: Callable | None = None  # further conditions: `more(pipeline_net, cond, guidance)`
     # `call(pipeline_net, x, t, **cond)`; None: the network takes the conditions by their names
     call: Callable | None = None
     pack: int = 1  # latent pixels along the side of a token, beyond the network's own patches
+    # of a network that reads tokens: frames, height and width in tokens, from its arguments
+    grid: Callable | None = None
+    frames_first: bool = False  # are latents (B, frames, channels, height, width)?
     time_unit: float = 1.0  # of the network's time, in that of the scheduler
-    # where the negative prompt is: 'first' or 'last' in the batch, or in a 'second call'
-    negative: str = 'first'
+    rising: bool = False  # does the network's time rise from noise to image,
+    inverted: bool = False  # and the scheduler's too (`invert_sigmas`)?
+    sign: int = 1  # -1: the network predicts the opposite, image minus noise
+    # where the negative prompt is: 'first' or 'last' in the batch, or in a 'second call'; None:
+    # there is none, the weight is told to the network
+    negative: str | None = 'first'
+    unguided: float = 1.0  # value of the pipeline's scale at which there is no guidance
+    masks: dict = field(default_factory=dict)  # masks that may be None, and the text they belong to
+    enter: Callable | None = None  # `enter(args)`: arguments of the network as tensors
+    leave: Callable | None = None  # `leave(args)`: and back again
+    # `post(given)`: post-rules for what the pipeline does to its guided prediction, and the
+    # arguments with which it leaves that to us
+    post: Callable | None = None
+    without: dict = field(default_factory=dict)
+    cut: Callable | None = None  # `cut(run)`: does the pipeline drop the negative in this step?
+    second: str | None = None  # a second network, for the later steps, and its weight
+    refused: dict = field(default_factory=dict)  # arguments that cannot be, and what to use
+    levels: Callable | None = None  # `levels(n)`: flow times of `n` steps; None: the scheduler's
+    since: str = '0.33'  # version of diffusers that has it
+
+
+# %% ../nbs/09_pipelines.ipynb #01f1e6be
+def _even_levels(n):
+    return torch.linspace(1.0, 1 / n, n).tolist()
 
 
 # %% ../nbs/09_pipelines.ipynb #81
@@ -92,7 +119,7 @@ def _weight_embedding(N, cond, guidance):
 
 
 _TEXT = dict(encoder_hidden_states=(0, 1))
-_SD = _Family(_TEXT, _weight_embedding)
+_SD = Family(_TEXT, _weight_embedding)
 
 
 # %% ../nbs/09_pipelines.ipynb #83
@@ -110,7 +137,7 @@ def _xl_call(N, x, t, text_embeds, time_ids, **cond):
     return N.net(x, timestep=t, added_cond_kwargs=added, **cond)
 
 
-_XL = _Family(dict(_TEXT, text_embeds=(2, 3)), _xl_conditions, _xl_call)
+_XL = Family(dict(_TEXT, text_embeds=(2, 3)), _xl_conditions, _xl_call)
 
 
 # %% ../nbs/09_pipelines.ipynb #85
@@ -127,8 +154,8 @@ def _pixart_call(N, x, t, resolution=None, aspect_ratio=None, **cond):
     return N.net(x, timestep=t, added_cond_kwargs=added, **cond)
 
 
-_SD3 = _Family(dict(_TEXT, pooled_projections=(2, 3)))
-_PIXART = _Family(
+_SD3 = Family(dict(_TEXT, pooled_projections=(2, 3)))
+_PIXART = Family(
     dict(encoder_hidden_states=(0, 2), encoder_attention_mask=(1, 3)),
     _pixart_conditions,
     _pixart_call,
@@ -136,6 +163,18 @@ _PIXART = _Family(
 
 
 # %% ../nbs/09_pipelines.ipynb #87
+def _as_tokens(x, patch):
+    "(B, C, H, W) or (B, C, F, H, W) as tokens (B, N, C*patch*patch)."
+    return nn.functional.pixel_unshuffle(x.contiguous(), patch).flatten(2).mT
+
+
+def _as_pictures(z, grid, patch):
+    "Tokens (B, N, C*patch*patch) that form a grid, as pictures or videos."
+    x = z[:, : math.prod(grid)].unflatten(1, grid).movedim(-1, 1)
+    return nn.functional.pixel_shuffle(x.contiguous(), patch)
+
+
+# %% ../nbs/09_pipelines.ipynb #e0a05dcd
 def _flux_conditions(N, cond, guidance):
     text = cond['encoder_hidden_states']
     if not N.net.config.guidance_embeds:
@@ -144,27 +183,169 @@ def _flux_conditions(N, cond, guidance):
 
 
 def _flux_call(N, x, t, encoder_hidden_states, **cond):
-    (b, channels, h, w), pipe, f = x.shape, N.pipe, N.factor
+    (b, _, h, w), pipe = x.shape, N.pipe
     out = N.net(
-        pipe._pack_latents(x, b, channels, h, w),
+        _as_tokens(x, 2),
         timestep=t / N.family.time_unit,
         encoder_hidden_states=encoder_hidden_states,
         txt_ids=x.new_zeros(encoder_hidden_states.shape[1], 3),
         img_ids=pipe._prepare_latent_image_ids(b, h // 2, w // 2, x.device, x.dtype),
         **cond,
     )
-    return pipe._unpack_latents(out.sample, h * f, w * f, f)
+    return _as_pictures(out.sample, (h // 2, w // 2), 2)
 
 
-_FLUX = _Family(
+def _grid_of_ids(args):
+    "The grid of tokens whose positions are the rows (..., height, width) of a table."
+    ids = args['img_ids'].reshape(-1, args['img_ids'].shape[-1])
+    ids = ids[ids[:, 0] == 0]  # others belong to reference pictures
+    return 1, *(int(o) + 1 for o in ids[:, 1:3].amax(0))
+
+
+_FLUX = Family(
     dict(encoder_hidden_states=(0, 0), pooled_projections=(1, 1)),
     _flux_conditions,
     _flux_call,
     pack=2,
+    grid=_grid_of_ids,
     time_unit=1000.0,
     negative='second call',
+    levels=_even_levels,
 )
-_CLASSES = _Family(negative='last')
+_CLASSES = Family({}, negative='last')
+
+
+# %% ../nbs/09_pipelines.ipynb #bb02aec6
+def _matched(pred, pos, norm):
+    "`pred` with the norms that `pos` has."
+    return pred * (norm(pos) / norm(pred).clamp(min=torch.finfo(pred.dtype).tiny))
+
+
+@T.post_rule('flow', axes=3)
+def _qwen_norm(pred, pos):
+    def norm(o):  # of each token: all channels of a patch of 2x2
+        squares = nn.functional.avg_pool2d(o.square().sum(1, keepdim=True), 2)
+        return (4 * squares).sqrt().repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    return _matched(pred, pos, norm)
+
+
+@T.post_rule('flow', axes=3)
+def _lumina_norm(pred, pos):
+    return _matched(pred, pos, lambda o: torch.linalg.vector_norm(o, dim=-1, keepdim=True))
+
+
+@T.post_rule('flow', limit=(0, math.inf))
+def _z_image_norm(pred, pos, *, limit=1.0):
+    most = limit * T._norm(pos)
+    return pred * (most / T._norm(pred).clamp(min=1e-30)).clamp(max=1.0)
+
+
+# %% ../nbs/09_pipelines.ipynb #849113de
+def _z_image_enter(args):
+    text = args['cap_feats']
+    lengths = torch.tensor([len(o) for o in text], device=text[0].device)
+    padded = nn.utils.rnn.pad_sequence(text, batch_first=True)
+    picture = torch.stack(args['x'])[:, :, 0]
+    return args | dict(x=picture, cap_feats=padded, text_lengths=lengths)
+
+
+def _z_image_leave(args):
+    lengths = args.pop('text_lengths').tolist()
+    text = [o[:n] for o, n in zip(args['cap_feats'], lengths, strict=True)]
+    return args | dict(x=list(args['x'].unsqueeze(2)), cap_feats=text)
+
+
+def _samples_first(args):
+    name = 'encoder_hidden_states_llama3'
+    return args | {name: args[name].transpose(0, 1)}
+
+
+# %% ../nbs/09_pipelines.ipynb #b7e43c30
+def _z_image_cut(run):
+    most = run.given.get('cfg_truncation')
+    return most is not None and most <= 1 and run.call.time[0].item() > most
+
+
+def _lumina_cut(run):
+    steps = len(run.clone.scheduler.timesteps)
+    return (run.index + 2) / steps > run.given['cfg_trunc_ratio']
+
+
+def _cogview_levels(n):
+    return (torch.linspace(1000.0, 1.0, n, dtype=torch.float64).long() / 1000).tolist()
+
+
+def _mochi_levels(n):
+    from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+
+    return [float(o) for o in linear_quadratic_schedule(n, 0.025)]
+
+
+def _grid_of_positions(args):
+    "Grid of Krea 2, whose table has the positions of the text first."
+    ids = args['position_ids']
+    return 1, *(int(o) + 1 for o in ids[:, 1:3].amax(0))
+
+
+# %% ../nbs/09_pipelines.ipynb #aa43dd35
+_SPACED = dict(levels=_even_levels)
+_TOKENS = dict(pack=2, time_unit=1000.0, negative='second call', **_SPACED)
+_REVERSED = dict(rising=True, sign=-1)
+_QWEN = Family(
+    grid=lambda args: args['img_shapes'][0][0],
+    masks=dict(encoder_hidden_states_mask='encoder_hidden_states'),
+    post=lambda given: [_qwen_norm],
+    since='0.35',
+    **_TOKENS,
+)
+_Z_IMAGE = Family(
+    time_unit=1000.0,
+    negative='last',
+    unguided=0.0,
+    enter=_z_image_enter,
+    leave=_z_image_leave,
+    post=lambda given: _z_image_posts(given['cfg_normalization']),
+    without=dict(cfg_normalization=False),
+    cut=_z_image_cut,
+    since='0.36',
+    **_REVERSED,
+    **_SPACED,
+)
+_WAN = Family(negative='second call', second='transformer_2')
+_FLUX2 = Family(grid=_grid_of_ids, since='0.36', **{**_TOKENS, 'negative': None})
+_KLEIN = Family(grid=_grid_of_ids, since='0.37', **_TOKENS)
+_CHROMA = Family(grid=_grid_of_ids, since='0.34', **_TOKENS)
+_LTX = Family(grid=lambda args: [args[k] for k in ('num_frames', 'height', 'width')], **_SPACED)
+_LUMINA2 = Family(
+    time_unit=1000.0,
+    negative='second call',
+    post=lambda given: [_lumina_norm] if given['cfg_normalization'] else [],
+    without=dict(cfg_normalization=False),
+    cut=_lumina_cut,
+    **_REVERSED,
+    **_SPACED,
+)
+
+
+# %% ../nbs/09_pipelines.ipynb #6f6721db
+def _z_image_posts(limit):
+    return [_z_image_norm.of(limit=float(limit))] if limit and limit > 0 else []
+
+
+_SANA = Family()
+_COGVIDEO = Family(
+    frames_first=True,
+    refused=dict(use_dynamic_cfg='use guided(pipe, w=[...]) with one value per step instead'),
+)
+_HUNYUAN_VIDEO = Family(negative='second call', **_SPACED)
+_AURA = Family(time_unit=1000.0)
+_COGVIEW4 = Family(negative='second call', levels=_cogview_levels)
+_HUNYUAN_DIT = Family()
+_MOCHI = Family(levels=_mochi_levels, inverted=True, **_REVERSED)
+_SKYREELS = Family(negative='second call', since='0.35')
+_HIDREAM = Family(sign=-1, enter=_samples_first, leave=_samples_first, since='0.34')
+_KREA2 = Family(grid=_grid_of_positions, unguided=0.0, since='0.39', **_TOKENS)
 
 # %% ../nbs/09_pipelines.ipynb #89
 _NAMES = [
@@ -189,8 +370,27 @@ _NAMES = [
     (_PIXART, 'PixArtAlpha PixArtSigma'),
     (_FLUX, 'Flux FluxImg2Img FluxInpaint FluxControlNet'),
     (_CLASSES, 'DiT DDPM DDIM'),
+    (_QWEN, 'QwenImage'),
+    (_Z_IMAGE, 'ZImage'),
+    (_WAN, 'Wan'),
+    (_FLUX2, 'Flux2'),
+    (_KLEIN, 'Flux2Klein'),
+    (_CHROMA, 'Chroma'),
+    (_LTX, 'LTX'),
+    (_LUMINA2, 'Lumina2'),
+    (_SANA, 'Sana'),
+    (_COGVIDEO, 'CogVideoX'),
+    (_HUNYUAN_VIDEO, 'HunyuanVideo'),
+    (_AURA, 'AuraFlow'),
+    (_COGVIEW4, 'CogView4'),
+    (_XL, 'Kolors'),
+    (_HUNYUAN_DIT, 'HunyuanDiT'),
+    (_MOCHI, 'Mochi'),
+    (_SKYREELS, 'SkyReelsV2'),
+    (_HIDREAM, 'HiDreamImage'),
+    (_KREA2, 'Krea2'),
 ]
-_FAMILIES = {f'{name}Pipeline': family for family, names in _NAMES for name in names.split()}
+FAMILIES = {f'{name}Pipeline': family for family, names in _NAMES for name in names.split()}
 
 
 # %% ../nbs/09_pipelines.ipynb #91
@@ -198,7 +398,7 @@ def _stock_class(pipe):
     "The class of diffusers that a pipeline is, or that it inherits from."
     own = getattr(type(pipe), '_plain', None) or type(pipe)
     for cls in own.__mro__:
-        if cls.__name__ in _FAMILIES:
+        if cls.__name__ in FAMILIES:
             return cls
     name = own.__name__
     if name.endswith('PAGPipeline'):
@@ -208,13 +408,18 @@ def _stock_class(pipe):
     else:
         what = 'load one with DiffusionPipeline.from_pretrained'
     raise TypeError(
-        f'pipe: expected a pipeline of a known family (see _FAMILIES), got {name}: {what}'
+        f'pipe: expected a pipeline of a known family (see FAMILIES), got {name}: {what}'
     )
 
 
-def _network_name(pipe):
-    "Name of the component that is guided."
-    return 'unet' if hasattr(pipe, 'unet') else 'transformer'
+def _family_of(pipe):
+    return FAMILIES[_stock_class(pipe).__name__]
+
+
+def _networks(pipe):
+    "The networks that are guided, by the names of their components; the first one comes first."
+    names = 'unet' if hasattr(pipe, 'unet') else 'transformer', _family_of(pipe).second
+    return {k: pipe.components[k] for k in names if pipe.components.get(k) is not None}
 
 
 # %% ../nbs/09_pipelines.ipynb #28
@@ -233,11 +438,11 @@ def _is_flow(scheduler):
     return any(c.__name__.startswith('FlowMatch') for c in type(scheduler).__mro__)
 
 
-def _scheduler_denoiser(scheduler, net, quantize=False):
+def _scheduler_denoiser(scheduler, net, quantize=False, inverted=False):
     "The network as a denoiser with the noise levels of the scheduler."
     c, name = scheduler.config, type(scheduler).__name__
     kind = 'flow_prediction' if _is_flow(scheduler) else c.get('prediction_type')
-    if kind == 'flow_prediction' and not c.get('invert_sigmas'):
+    if kind == 'flow_prediction' and bool(c.get('invert_sigmas')) == inverted:
         n = c.num_train_timesteps
         return FlowDenoiser(net, t_min=1 / n, t_max=1 - 1 / n, scale=n)
     if kind in _EDM and name.startswith('EDM'):
@@ -260,8 +465,13 @@ class _PipelineNet(nn.Module):
 
     def __init__(self, pipe, height=None, width=None):
         super().__init__()
-        self.family = _FAMILIES[_stock_class(pipe).__name__]
-        self.pipe, self.net = pipe, pipe.components[_network_name(pipe)]
+        self.family = _family_of(pipe)
+        if self.family.text is None:
+            raise ValueError(
+                f'pipe: how {_stock_class(pipe).__name__} encodes prompts is not known: use '
+                'guided(pipe, ...)'
+            )
+        self.pipe, self.net = pipe, next(iter(_networks(pipe).values()))
         self.takes = nn.Parameter(torch.empty(0, device=pipe.device), requires_grad=False)
         if self.vae is None and 'vae' in pipe.components:
             raise ValueError('pipe: expected a pipeline with an autoencoder, got vae=None')
@@ -470,7 +680,7 @@ def pipeline_denoiser(
 ) -> Denoiser:  # with `cond(prompts)`, `encode(images)`, `decode(latents)` and `latent_shape`
     "A pipeline of diffusers as a denoiser `D(x, sigma, **cond) -> x0` on its latents."
     net = _PipelineNet(pipe, height, width)
-    D = _scheduler_denoiser(pipe.scheduler, net, quantize)
+    D = _scheduler_denoiser(pipe.scheduler, net, quantize, net.family.inverted)
     if hasattr(D, 'sigmas'):
         D.sigmas = D.sigmas.to(net.net.device)
     return D
@@ -505,6 +715,8 @@ class _Evaluations:
 def _evaluations(scheduler, D):
     "The evaluations of a scheduler whose time steps are set."
     times = scheduler.timesteps.detach().cpu()
+    if scheduler.config.get('invert_sigmas'):  # its times and levels rise from noise to image
+        times = scheduler.config.num_train_timesteps - times
     if not len(times):
         raise ValueError('num_inference_steps: expected at least 1, but the scheduler has no steps')
     return _Evaluations(times.tolist(), _noise_levels(scheduler, D, times), _steps(scheduler))
@@ -535,6 +747,7 @@ def _noise_levels(scheduler, D, times):
     midpoints = getattr(scheduler, 'order', 1) == 2 and len(times) > 2 and times[1] != times[2]
     if own is not None and len(own) == len(times) + 1 and not midpoints:
         own = torch.as_tensor(own).detach().cpu().double()[:-1]
+        own = 1 - own if scheduler.config.get('invert_sigmas') else own
         own = own / (1 - own) if D.prediction == 'flow' else own
         # a scheduler may count its noise in another way
         if (own / levels).log().nan_to_num(0.0).abs().median() < 0.5:
@@ -563,7 +776,7 @@ def sigmas_of(
     "The noise levels at which the steps of a call begin, to choose an interval or make a schedule."
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
-    flux = _FAMILIES[_stock_class(pipe).__name__] is _FLUX
+    family = _family_of(pipe)
     if num_steps is None and not {'timesteps', 'sigmas'} & {*kwargs}:
         raise TypeError('num_steps: expected a whole number, or timesteps=, or sigmas=')
     if num_steps is not None:
@@ -572,18 +785,23 @@ def sigmas_of(
     trained = scheduler.config.get('num_train_timesteps')
     if num_steps is not None and trained and num_steps > trained:
         raise ValueError(f'num_steps: expected at most {trained}, got {num_steps}')
-    if flux and not kwargs.keys() & {'timesteps', 'sigmas'} and _is_flow(scheduler):
-        kwargs['sigmas'] = torch.linspace(1.0, 1 / num_steps, num_steps).numpy()
+    if family.levels and not kwargs.keys() & {'timesteps', 'sigmas'} and _is_flow(scheduler):
+        kwargs['sigmas'] = torch.tensor(family.levels(num_steps)).numpy()
     if scheduler.config.get('use_dynamic_shifting') and 'mu' not in kwargs:
         raise TypeError('mu: expected a number, since this scheduler shifts with the image size')
     retrieve_timesteps(scheduler, num_steps, None, **kwargs)
-    begins = _evaluations(scheduler, _scheduler_denoiser(scheduler, nn.Identity())).begins
+    D = _scheduler_denoiser(scheduler, nn.Identity(), inverted=family.inverted)
+    begins = _evaluations(scheduler, D).begins
     return torch.tensor(begins if begins[0] < begins[-1] else begins + [0.0])
 
 
 # %% ../nbs/09_pipelines.ipynb #43125df5
-_POSITIONS = ('img_ids', 'txt_ids')  # tables with one row per token
-_BESIDE = 'beside_latents'  # name of the extra channels as a condition
+# tables with one row per token
+_POSITIONS = ('img_ids', 'txt_ids', 'image_rotary_emb', 'position_ids')
+_TIMES = ('timestep', 'timesteps', 't')  # names of the time
+_BESIDE = 'beside_latents'  # name of the extra channels as a condition,
+_AFTER = 'after_latents'  # of the extra tokens,
+_PATTERN = 'time_of_tokens'  # and of the time of each token, in shares of the largest
 
 
 def _flatten(o, name):
@@ -617,6 +835,8 @@ class _Call:
     args: dict  # the other arguments, nested
     conditions: dict  # tensors in them with one row per sample, by dotted names
     positional: tuple  # arguments given by position; the first is that of the latents
+    time_name: str  # of the argument
+    family: Family
 
     def halves(self):
         "The two halves of the batch as calls of their own."
@@ -625,7 +845,8 @@ class _Call:
             some = {}
             for k, v in self.conditions.items():
                 some[k] = v[s]
-            halves.append(_Call(self.latents[s], self.time[s], self.args, some, self.positional))
+            half = dict(latents=self.latents[s], time=self.time[s], conditions=some)
+            halves.append(replace(self, **half))
         return halves
 
     def query(self, net, latents, time, conditions):
@@ -636,7 +857,11 @@ class _Call:
             given[k] = _unflatten(v, k, conditions) if nested else conditions.get(k, v)
         if 'txt_ids' in given:
             given['txt_ids'] = _one_per_token(given['txt_ids'], given['encoder_hidden_states'])
-        given[first], given['timestep'] = latents, time
+        pattern = given.pop(_PATTERN, None)
+        given[first] = latents
+        given[self.time_name] = time if pattern is None else time[:, None] * pattern
+        if self.family.leave:
+            given = self.family.leave(given)
         positional = []
         for k in self.positional[1:]:
             positional.append(given.pop(k))
@@ -644,13 +869,21 @@ class _Call:
 
 
 # %% ../nbs/09_pipelines.ipynb #e1bb6c05
-def _read_call(signature, args, kwargs):
+def _read_call(signature, args, kwargs, family):
     "A call of a network."
     given = dict(signature.bind(*args, **kwargs).arguments)
     names = tuple(given)
-    latents, time = given.pop(names[0]), given.pop('timestep')
+    time_name = next(k for k in _TIMES if k in given)
+    if family.enter:
+        given = family.enter(given)
+    latents, time = given.pop(names[0]), given.pop(time_name)
     given |= given.pop('kwargs', {})
+    for mask, text in family.masks.items():
+        if given.get(mask) is None:
+            given[mask] = latents.new_ones(given[text].shape[:2], dtype=torch.bool)
     time = torch.as_tensor(time, device=latents.device)
+    if time.ndim == 2:
+        given[_PATTERN], time = time / time.amax(1, keepdim=True), time.amax(1)
     if time.ndim == 0 or len(time) == 1:
         time = time.expand(len(latents))
     conditions = {}
@@ -660,14 +893,18 @@ def _read_call(signature, args, kwargs):
             # pipelines change dicts that they have passed, so the nesting is copied
             leaves, given[k] = _flatten(v, k), _unflatten(v, k, {})
         for name, o in leaves.items():
-            if torch.is_tensor(o) and o.ndim and len(o) == len(latents) and name not in _POSITIONS:
+            table = name.split('.')[0] in _POSITIONS and torch.is_tensor(o) and o.ndim < 3
+            if torch.is_tensor(o) and o.ndim and len(o) == len(latents) and not table:
                 conditions[name] = o
-    return _Call(latents, time, given, conditions, (names[0], *names[: len(args)]))
+    positional = (names[0], *names[: len(args)])
+    return _Call(latents, time, given, conditions, positional, time_name, family)
 
 
 def _one_per_token(ids, text):
     "Positions for a text of another length: they are all 0."
-    return ids if len(ids) == text.shape[1] else ids[:1].expand(text.shape[1], -1)
+    if ids.ndim > 2 or len(ids) == text.shape[1]:
+        return ids
+    return ids[:1].expand(text.shape[1], -1)
 
 
 def _signature(net):
@@ -686,15 +923,18 @@ class _LoopNet(nn.Module):
         self.loop, self.pipe, self.net = loop, loop.pipe, loop.net
 
     def forward(self, x, t, **cond):
-        loop, beside = self.loop, cond.pop(_BESIDE, None)
-        call, packed = loop.call, loop.family.pack > 1
+        loop, call = self.loop, self.loop.call
+        beside, after = cond.pop(_BESIDE, None), cond.pop(_AFTER, None)
         x = x if beside is None else torch.cat([x, beside.to(x)], 1)
         # at the noise level of the loop, the network is told the loop's own time
-        time = torch.where(t == loop.time, call.time[0], t / loop.family.time_unit)
-        z = (loop.pack(x) if packed else x).to(call.latents.dtype)
-        out = call.query(self.net, z, time.to(call.time.dtype), cond)
+        time = torch.where(t == loop.time, call.time[0], loop.network_time(t))
+        z = loop.pack(x).to(call.latents.dtype)
+        z = z if after is None else torch.cat([z, after.to(z)], 1)
+        net = self.net if loop.second is None else loop.second
+        out = call.query(net, z, time.to(call.time.dtype), cond)
         out = out[0] if isinstance(out, tuple) else getattr(out, 'sample', out)
-        return (loop.unpack(out) if packed else out).float()
+        out = torch.stack(out)[:, :, 0] if isinstance(out, list) else out
+        return loop.family.sign * loop.unpack(out).float()
 
 
 # %% ../nbs/09_pipelines.ipynb #1cf05e35
@@ -703,7 +943,7 @@ class _Loop:
 
     def __init__(self, net, family, device, pipe=None):
         self.net, self.family, self.device, self.pipe = net, family, device, pipe
-        self.signature = _signature(net)
+        self.signature, self.second = _signature(net), None  # another network that is called now
         self.call = None  # the loop's present call of the network
         self.time = None  # the model's time for it, as the denoiser computes it
         self.D, self.known = None, {}
@@ -711,21 +951,25 @@ class _Loop:
     def denoiser(self, scheduler):
         "The network with the noise levels of a scheduler."
         times = scheduler.timesteps
-        D = _scheduler_denoiser(scheduler, _LoopNet(self), not times.is_floating_point())
+        quantize = not times.is_floating_point()
+        D = _scheduler_denoiser(scheduler, _LoopNet(self), quantize, self.family.inverted)
         if hasattr(D, 'sigmas'):
             D.sigmas = D.sigmas.to(self.device)
         return D
 
     def read(self, args, kwargs):
-        return _read_call(self.signature, args, kwargs)
+        return _read_call(self.signature, args, kwargs, self.family)
 
-    def inputs(self, call, sigma):
-        "Noisy images and conditions, from what the network is given."
-        z = self.unpack(call.latents) if self.family.pack > 1 else call.latents
-        c, cond = self.channels(), dict(call.conditions)
+    def inputs(self, call):
+        "Latents as pictures, and conditions, from what the network is given."
+        z, cond = call.latents, dict(call.conditions)
+        n = math.prod(self.grid()) if self.family.grid else 0
+        if n and z.shape[1] > n:
+            z, cond[_AFTER] = z[:, :n], z[:, n:]
+        z, c = self.unpack(z), self.channels()
         if z.shape[1] > c:
             z, cond[_BESIDE] = z[:, :c], z[:, c:]
-        return z.float() / self.scalings(sigma)[2], cond
+        return z.float(), cond
 
     def scalings(self, sigma):
         "The denoiser's c_skip, c_out and c_in, as numbers."
@@ -736,34 +980,50 @@ class _Loop:
 
     def output(self, pred, latents):
         "A prediction as the network would return it; pipelines do not use a variance."
-        if self.family.pack > 1:
-            return self.pack(pred).to(latents.dtype)
-        if _network_of(self.net).config.get('out_channels') == 2 * pred.shape[1]:
+        own = _network_of(self.net).config
+        if own.get('learn_sigma') or own.get('out_channels') == 2 * pred.shape[1]:
             pred = torch.cat([pred, torch.zeros_like(pred)], 1)
-        return pred.to(latents.dtype)
+        return self.pack(self.family.sign * pred).to(latents.dtype)
 
 
 # %% ../nbs/09_pipelines.ipynb #3402450e
 @patch
 def channels(self: _Loop):
     "Channels of the latents."
-    vae = getattr(self.pipe, 'vae', None)
-    return vae.config.latent_channels if vae else _network_of(self.net).config.in_channels
+    vae, own = getattr(self.pipe, 'vae', None), _network_of(self.net).config
+    if vae is None:
+        return own.in_channels // self.family.pack**2
+    return vae.config.get('latent_channels') or vae.config.z_dim
+
+
+@patch
+def grid(self: _Loop):
+    "Frames (if there are several), height and width in tokens."
+    sizes = tuple(self.family.grid(self.call.args))
+    return sizes[1:] if sizes[0] == 1 else sizes
 
 
 @patch
 def unpack(self: _Loop, z):
-    "Tokens as a picture."
-    ids = self.call.args['img_ids'].reshape(-1, 3)
-    h, w = (int(o) + 1 for o in ids[:, 1:].amax(0))
-    f = self.pipe.vae_scale_factor
-    return self.pipe._unpack_latents(z, 2 * h * f, 2 * w * f, f)
+    "The network's latents as pictures (B, C, H, W) or videos (B, C, F, H, W)."
+    if self.family.grid:
+        return _as_pictures(z, self.grid(), self.family.pack)
+    return z.transpose(1, 2) if self.family.frames_first else z
 
 
 @patch
 def pack(self: _Loop, x):
-    "A picture as tokens."
-    return self.pipe._pack_latents(x, *x.shape)
+    "Pictures or videos as the network's latents."
+    if self.family.grid:
+        return _as_tokens(x, self.family.pack)
+    return x.transpose(1, 2) if self.family.frames_first else x
+
+
+@patch
+def network_time(self: _Loop, t):
+    "The time that the network is told at the model's time `t`."
+    t = self.D.scale - t if self.family.rising else t
+    return t * (_network_of(self.net).config.get('timestep_scale') or 1) / self.family.time_unit
 
 
 # %% ../nbs/09_pipelines.ipynb #3a0bae29
@@ -819,15 +1079,14 @@ class _Run(_Loop):
     def __init__(self, sd, args, kwargs):
         self.options, self.stock = sd._guidance, _stock_class(sd)
         self.clone = object.__new__(type(sd))
-        family = _FAMILIES[self.stock.__name__]
-        self.name = _network_name(sd)
-        net = sd.components[self.name]
-        super().__init__(net, family, sd._execution_device, self.clone)
+        self.nets = _networks(sd)
+        net = next(iter(self.nets.values()))
+        super().__init__(net, _family_of(sd), sd._execution_device, self.clone)
         vars(self.clone).update(vars(sd))
-        vars(self.clone).update(
-            {self.name: _stand_in(net, self.forward), '_run': self, '_owner': sd},
-            scheduler=deepcopy(sd.scheduler),
-        )
+        for name, o in self.nets.items():
+            refuse_caches(_network_of(o))
+            vars(self.clone)[name] = _stand_in(o, partial(self.forward, o))
+        vars(self.clone).update(_run=self, _owner=sd, scheduler=deepcopy(sd.scheduler))
         self.given = _checked_arguments(self.stock, sd, args, kwargs)
         if 'guidance_scale' in self.given:  # as the call will do itself
             vars(self.clone)['_guidance_scale'] = self.given['guidance_scale']
@@ -837,13 +1096,15 @@ class _Run(_Loop):
         self.G = self.report = None
         self.waiting = None  # Flux: the prompt's call, and the output that it was given
         self.watching = ExitStack()
-        refuse_caches(_network_of(net))
         _refuse_own_guidance(self)
 
     def result(self, args, kwargs):
         "Run the pipeline's own code."
+        call = type(self.clone)._plain.__call__
+        given = inspect.signature(call).bind(self.clone, *args, **kwargs)
+        given.arguments.update(self.family.without)
         with self.watching:
-            out = type(self.clone)._plain.__call__(self.clone, *args, **kwargs)
+            out = call(*given.args, **given.kwargs)
         if self.waiting is not None:
             raise RuntimeError(
                 'pipe: expected a second call, for the negative prompt, but the pipeline ended'
@@ -851,17 +1112,20 @@ class _Run(_Loop):
         self.report = _report_of(self)
         return out
 
-    def forward(self, *args, **kwargs):
-        "What the pipeline gets when it calls its network."
+    def forward(self, net, /, *args, **kwargs):
+        "What the pipeline gets when it calls one of its networks."
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        call = self.read(args, kwargs)
-        if not self.has_negative():
+        self.second = None if net is self.net else net
+        self.call = call = self.read(args, kwargs)
+        if not self.has_negative() or self.family.cut and self.family.cut(self):
             out = self.guide(call, None)
         elif self.family.negative == 'second call':
             out = self._second_call(call)
         else:
             out = self._both_halves(call)
+        if isinstance(args and args[0], list):
+            out = list(out.unsqueeze(2))
         if call.args.get('return_dict', True):
             return Transformer2DModelOutput(sample=out)
         return (out,)
@@ -894,10 +1158,7 @@ def _both_halves(self: _Run, call):
 def _second_call(self: _Run, call):
     "The prompt comes first, and its output is filled in with the negative prompt."
     if self.waiting is None:
-        z = call.latents
-        if self.family.pack == 1:
-            z = z[:, : self.channels()]
-        output = torch.full_like(z, math.nan)
+        output = self.output(torch.full_like(self.inputs(call)[0], math.nan), call.latents)
         self.waiting = call, output
         return output
     (pos, output), self.waiting = self.waiting, None
@@ -918,14 +1179,16 @@ def guide(self: _Run, call, negative):
     self.index = self.index + 1 if 0 <= self.index < len(at.times) - 1 else self._first_index(call)
     self.call, self.time = call, self.model_times[self.index]
     sigma, step = at.sigmas[self.index], at.steps[self.index]
-    x, cond = self.inputs(call, sigma)
+    (x, cond), (c_skip, c_out, c_in) = self.inputs(call), self.scalings(sigma)
+    x = x / c_in
     if step < self.options.zero_init:
-        return self.output(torch.zeros_like(x), call.latents)
+        # a pipeline that divides by the norm must not get 0
+        still = torch.full_like(x, 1e-12 if self.family.post else 0.0)
+        return self.output(still, call.latents)
     for i in self.prompted:
         self.G.terms[i].neg.cond = cond if negative is None else negative
     off = self.prompted if negative is None else ()
     x0 = self.G(x, sigma, step=step, off=off, **cond)
-    c_skip, c_out, _ = self.scalings(sigma)
     return self.output((x0 - c_skip * x) / c_out, call.latents)
 
 
@@ -942,7 +1205,7 @@ def begin(self: _Run, call):
     self.model_times = self.D.sigma_to_t(sigmas)
     options, begins = self.options, self.evaluations.begins
     D = self.D if options.max_batch is None else Microbatched(self.D, options.max_batch)
-    self.G = GuidedDenoiser(D, *self._terms(len(call.latents)), post=options.posts)
+    self.G = GuidedDenoiser(D, *self._terms(len(call.latents)), post=self._posts())
     if options.zero_init and self.D.prediction != 'flow':
         raise ValueError(f'zero_init: expected a flow model, got prediction {self.D.prediction!r}')
     falls = len(begins) < 2 or begins[0] > begins[-1]
@@ -974,11 +1237,19 @@ def _first_index(self: _Run, call):
     "The number of the first evaluation: the one whose time the call has."
     first = getattr(self.clone.scheduler, 'begin_index', None) or 0
     times = torch.tensor(self.evaluations.times[first:]).to(call.time.dtype)
-    times = (times / self.family.time_unit).to(call.time.dtype)  # rounded as the pipeline did
+    times = self.network_time(times).to(call.time.dtype)  # rounded as the pipeline did
     return first + int((times.double() - call.time[0].item()).abs().argmin())
 
 
 # %% ../nbs/09_pipelines.ipynb #27c0466b
+@patch
+def _posts(self: _Run):
+    "Post-rules: yours, or what the pipeline itself does to its guided prediction."
+    if self.options.posts is None:
+        return self.family.post(self.given) if self.family.post and self.prompted else []
+    return self.options.posts
+
+
 @patch
 def _terms(self: _Run, n):
     "The terms of the call, for `n` images."
@@ -1016,23 +1287,29 @@ def _repeat_rows(o, n, k):
 @patch
 def guidance_scale(self: _Run):
     "The weight of the pipeline at this moment; callbacks can change it."
-    if 'true_cfg_scale' in self.given:
-        return float(self.given['true_cfg_scale'])
-    return float(self.clone._guidance_scale)
+    given = self.given
+    if 'true_cfg_scale' in given:
+        return float(given['true_cfg_scale'])
+    scale = self.clone._guidance_scale
+    if self.second is not None and given.get('guidance_scale_2') is not None:
+        scale = given['guidance_scale_2']
+    return float(scale) + 1 - self.family.unguided
 
 
 @patch
 def has_negative(self: _Run):
-    "Does the pipeline evaluate a negative prompt at this moment?"
+    "Does the pipeline evaluate a negative prompt in this call?"
     given = self.given
-    if self.family.negative == 'second call':
+    if self.family.negative is None:
+        return False
+    if 'true_cfg_scale' in given:
         names = ('negative_prompt_embeds', 'negative_pooled_prompt_embeds')
         named = given.get('negative_prompt') is not None
-        named = named or all(given.get(k) is not None for k in names)
-        return named and given.get('true_cfg_scale', 1.0) > 1
+        named = named or all(given[k] is not None for k in names if k in given)
+        return named and given['true_cfg_scale'] > 1
     if hasattr(type(self.clone), 'do_classifier_free_guidance'):
         return bool(self.clone.do_classifier_free_guidance)
-    return (given.get('guidance_scale') or 0.0) > 1
+    return (given.get('guidance_scale') or 0.0) > self.family.unguided
 
 
 # %% ../nbs/09_pipelines.ipynb #ea5ef128
@@ -1048,12 +1325,23 @@ def _refuse_own_guidance(run):
         raise ValueError(
             'skip_guidance_layers: use the term SLG(pipe.transformer, ...) of attention instead'
         )
+    for name, instead in run.family.refused.items():
+        if given.get(name):
+            raise ValueError(f'{name}: {instead}')
+    if len(run.nets) > 1 and any(t.neg.perturbs for t in run.options.terms):
+        raise ValueError(
+            f'{run.stock.__name__}: expected no perturbed layers, since its steps have two '
+            f'networks, {" and ".join(run.nets)}'
+        )
     if run.prompted and not run.has_negative():
-        if 'true_cfg_scale' in given:
+        if run.family.negative is None:
+            need = 'a network that was not distilled for a weight; give a Term another negative'
+        elif 'true_cfg_scale' in given:
             need = f'true_cfg_scale above 1 (got {given["true_cfg_scale"]}) and a negative prompt'
         else:
             scale = given.get('guidance_scale')
-            need = f'guidance_scale above 1 (got {scale}) and no distilled network'
+            least = f'{run.family.unguided:g}'
+            need = f'guidance_scale above {least} (got {scale}) and no distilled network'
         raise ValueError(f'NegativePrompt: this call evaluates no negative prompt; it needs {need}')
 
 
@@ -1078,7 +1366,8 @@ def _checked_arguments(stock, sd, args, kwargs):
             f'num_inference_steps: expected at most {len(most)}, got {given["num_inference_steps"]}'
         )
     for k in ('guidance_scale', 'true_cfg_scale', 'eta'):
-        if k in given and not T._is_number(given[k]):
+        free = k in known and known[k].default is None
+        if k in given and not T._is_number(given[k]) and not (free and given[k] is None):
             raise TypeError(f'{k}: expected a finite number, got {given[k]!r:.60}')
     _check_types(given)
     return given
@@ -1181,7 +1470,7 @@ class _Guidance:
     "What a pipeline is guided by."
 
     terms: list
-    posts: list
+    posts: list | None  # None: what the pipeline itself does to its guided prediction
     zero_init: int
     max_batch: int | None
     warns: bool = True  # about terms that never guided
@@ -1201,7 +1490,7 @@ class _GuidedPipeline:
         mine = ('_guidance', '_reports', '_run', '_owner')
         plain = object.__new__(self._plain)
         vars(plain).update({k: v for k, v in vars(self).items() if k not in mine})
-        vars(plain)[_network_name(plain)] = self.components[_network_name(plain)]
+        vars(plain).update(_networks(self))
         return _guide, (plain, replace(self._guidance, watched=[]))
 
     def _call(self, *args, **kwargs):
@@ -1215,7 +1504,7 @@ class _GuidedPipeline:
     def components(self):
         "All components; during a call, the real network in place of its stand-in."
         parts, run = super().components, vars(self).get('_run')
-        return parts if run is None else {**parts, run.name: run.net}
+        return parts if run is None else {**parts, **run.nets}
 
     @property
     def interrupt(self):
@@ -1298,7 +1587,8 @@ def guided(
     _check_whole('zero_init', zero_init)
     if max_batch is not None:
         _check_whole('max_batch', max_batch, low=1)
-    return _guide(pipe, _Guidance(checked.terms, checked.posts, zero_init, max_batch))
+    posts = None if post is None else checked.posts
+    return _guide(pipe, _Guidance(checked.terms, posts, zero_init, max_batch))
 
 
 # %% ../nbs/09_pipelines.ipynb #39405b82
@@ -1379,7 +1669,7 @@ def _load_pipeline(md):
     _stock_class(pipe)
     unet = getattr(pipe, 'unet', None)
     told = unet is not None and unet.config.get('addition_embed_type')
-    if told and _FAMILIES[_stock_class(pipe).__name__] is not _XL:
+    if told and _family_of(pipe) is not _XL:
         raise ValueError(
             f'model_name: its U-Net needs {told!r} conditions, but {type(pipe).__name__} does not '
             'pass them'
@@ -1568,7 +1858,8 @@ def sample(
     prompts, negatives, generators = _per_image(terms, prompt, negative_prompt, seeds)
     _check_words('prompt', prompts, self.model_name)
     _check_words('negative_prompt', negatives, self.model_name)
-    sd = _guide(self.pipe, _Guidance(terms, _as_posts(post), 0, self.batch_size, warns=False))
+    posts = None if post is None else _as_posts(post)
+    sd = _guide(self.pipe, _Guidance(terms, posts, 0, self.batch_size, warns=False))
     sd.set_progress_bar_config(disable=not self.progress)
     _seed_noise(sd.scheduler, generators)
     size = dict(output_type='latent', height=self.height, width=self.width)
@@ -1665,7 +1956,7 @@ def _decode(self: MinimalDiffusion, latents):
     "Latents to images, a quarter of `batch_size` at a time."
     D = pipeline_denoiser(self.pipe, height=self.height, width=self.width)
     if D.family.pack > 1 and latents.ndim == 3:
-        latents = self.pipe._unpack_latents(latents, *D.size, D.factor)
+        latents = _as_pictures(latents, [s // (2 * D.factor) for s in D.size], 2)
     pieces = Microbatched(D, max(1, self.batch_size // 4))
     x = torch.cat(pieces.map(lambda s: D.decode(latents[s]), len(latents)))
     if not bool(x.isfinite().all()):

@@ -22,9 +22,9 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def randomized(m):
+def randomized(m, seed=1):
     "Random weights, larger than an initialisation's, so that every condition counts"
-    g = seeded(1)
+    g = seeded(seed)
     with torch.no_grad():
         for p in m.parameters():
             p.copy_(
