@@ -598,6 +598,10 @@ d = {
                 'guided.html#guideddenoiser._generators',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.GuidedDenoiser._inside_changes': (
+                'guided.html#guideddenoiser._inside_changes',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.GuidedDenoiser._leave_history': (
                 'guided.html#guideddenoiser._leave_history',
                 'cf_guidance/guided.py',
@@ -653,6 +657,11 @@ d = {
             ),
             'cf_guidance.guided.History.remember': (
                 'guided.html#history.remember',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided.Inside': ('guided.html#inside', 'cf_guidance/guided.py'),
+            'cf_guidance.guided.Inside.change': (
+                'guided.html#inside.change',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided.Microbatched': (
@@ -861,6 +870,7 @@ d = {
                 'guided.html#_noise_predictions',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided._numbers': ('guided.html#_numbers', 'cf_guidance/guided.py'),
             'cf_guidance.guided._plain_mask': ('guided.html#_plain_mask', 'cf_guidance/guided.py'),
             'cf_guidance.guided._refuse_inner_memory': (
                 'guided.html#_refuse_inner_memory',
@@ -4088,6 +4098,10 @@ d = {
                 'perturb.html#site.image_of',
                 'cf_guidance/perturb.py',
             ),
+            'cf_guidance.perturb.Site.keys_and_values': (
+                'perturb.html#site.keys_and_values',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._Architecture': (
                 'perturb.html#_architecture',
                 'cf_guidance/perturb.py',
@@ -4142,6 +4156,15 @@ d = {
             ),
             'cf_guidance.perturb._Join.__init__': (
                 'perturb.html#_join.__init__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._KeepKeys': ('perturb.html#_keepkeys', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._KeepKeys.__init__': (
+                'perturb.html#_keepkeys.__init__',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._KeepKeys.__torch_function__': (
+                'perturb.html#_keepkeys.__torch_function__',
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb._Layer': ('perturb.html#_layer', 'cf_guidance/perturb.py'),
@@ -5045,6 +5068,87 @@ d = {
             ),
         },
         'cf_guidance.sweeps': {},
+        'cf_guidance.text': {
+            'cf_guidance.text.CDG': ('text.html#cdg', 'cf_guidance/text.py'),
+            'cf_guidance.text.CDG.__init__': ('text.html#cdg.__init__', 'cf_guidance/text.py'),
+            'cf_guidance.text.CDG.check': ('text.html#cdg.check', 'cf_guidance/text.py'),
+            'cf_guidance.text.CDG.queries': ('text.html#cdg.queries', 'cf_guidance/text.py'),
+            'cf_guidance.text.NAG': ('text.html#nag', 'cf_guidance/text.py'),
+            'cf_guidance.text.NAG.__init__': ('text.html#nag.__init__', 'cf_guidance/text.py'),
+            'cf_guidance.text.NAG.change': ('text.html#nag.change', 'cf_guidance/text.py'),
+            'cf_guidance.text.PLADIS': ('text.html#pladis', 'cf_guidance/text.py'),
+            'cf_guidance.text.PLADIS.__init__': (
+                'text.html#pladis.__init__',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text.PLADIS.__repr__': (
+                'text.html#pladis.__repr__',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text.PLADIS.change': ('text.html#pladis.change', 'cf_guidance/text.py'),
+            'cf_guidance.text.PLADIS.check': ('text.html#pladis.check', 'cf_guidance/text.py'),
+            'cf_guidance.text.VSF': ('text.html#vsf', 'cf_guidance/text.py'),
+            'cf_guidance.text.VSF.__init__': ('text.html#vsf.__init__', 'cf_guidance/text.py'),
+            'cf_guidance.text.VSF.change': ('text.html#vsf.change', 'cf_guidance/text.py'),
+            'cf_guidance.text.VSF.check': ('text.html#vsf.check', 'cf_guidance/text.py'),
+            'cf_guidance.text._Normalised': ('text.html#_normalised', 'cf_guidance/text.py'),
+            'cf_guidance.text._Normalised.__call__': (
+                'text.html#_normalised.__call__',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._OtherText': ('text.html#_othertext', 'cf_guidance/text.py'),
+            'cf_guidance.text._OtherText.__init__': (
+                'text.html#_othertext.__init__',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._OtherText.__repr__': (
+                'text.html#_othertext.__repr__',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._OtherText.check': (
+                'text.html#_othertext.check',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._OtherText.texts': (
+                'text.html#_othertext.texts',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._OtherText.wants_prompt': (
+                'text.html#_othertext.wants_prompt',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._SignFlipped': ('text.html#_signflipped', 'cf_guidance/text.py'),
+            'cf_guidance.text._SignFlipped.__call__': (
+                'text.html#_signflipped.__call__',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._Sparse': ('text.html#_sparse', 'cf_guidance/text.py'),
+            'cf_guidance.text._Sparse.__call__': (
+                'text.html#_sparse.__call__',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._as_layers_get_it': (
+                'text.html#_as_layers_get_it',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._check_text': ('text.html#_check_text', 'cf_guidance/text.py'),
+            'cf_guidance.text._check_tokens_fit': (
+                'text.html#_check_tokens_fit',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._checked_tokens': (
+                'text.html#_checked_tokens',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._cross_attentions': (
+                'text.html#_cross_attentions',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._normalised': ('text.html#_normalised', 'cf_guidance/text.py'),
+            'cf_guidance.text._per_row': ('text.html#_per_row', 'cf_guidance/text.py'),
+            'cf_guidance.text.entmax': ('text.html#entmax', 'cf_guidance/text.py'),
+            'cf_guidance.text.word_tokens': ('text.html#word_tokens', 'cf_guidance/text.py'),
+        },
         'cf_guidance.toy': {
             'cf_guidance.toy.GaussianMixture': ('toy.html#gaussianmixture', 'cf_guidance/toy.py'),
             'cf_guidance.toy.GaussianMixture.__init__': (

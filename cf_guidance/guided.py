@@ -10,6 +10,7 @@ __all__ = [
     'Queries',
     'Called',
     'History',
+    'Inside',
     'Conditions',
     'Model',
     'Term',
@@ -207,6 +208,8 @@ class Negative:
     generator = None
     draws = False  # does it draw random numbers?
     perturbs = False  # does it change layers of the network, or observe them?
+    # in a guided pipeline: is its `cond` that of the negative prompt of the call?
+    wants_prompt = False
 
     def check(
         self,
@@ -309,6 +312,23 @@ class History(Negative):
     ) -> torch.Tensor:  # (B, ...)
         "What to keep for the next evaluation, also where the term does not guide."
         raise NotImplementedError(f'{type(self).__name__}.remember')
+
+
+# %% ../nbs/06_guided.ipynb #1d6b0430
+class Inside(Negative):
+    "Guidance inside the network: it changes layers while the prediction is made."
+
+    nfe, perturbs = 0, True
+    everywhere = False  # does it also change the queries of other terms, or the positive alone?
+
+    def change(
+        self,
+        w,  # the weight: a number, or (B,) one per sample; 1 is unguided and never asked for
+        sigma: torch.Tensor,  # (B,) noise levels
+        cond: dict,  # conditions of the positive, tensors with one row per sample
+    ) -> Change:
+        "The change of the network. Its function may find the samples in `site.samples`."
+        raise NotImplementedError(f'{type(self).__name__}.change')
 
 
 # %% ../nbs/06_guided.ipynb #d65befc7
@@ -462,8 +482,11 @@ class Term:
             raise ValueError(f'stop: expected a cosine from -1 to 1, got {self.stop!r}')
         _check_whole('every', self.every, low=1)
         skips = [k for k, v in (('stop', self.stop is None), ('every', self.every == 1)) if not v]
-        if skips and isinstance(neg, History):
+        if skips and isinstance(neg, (History, Inside)):
             raise ValueError(f'{skips[0]}: {type(neg).__name__} costs no evaluation to save')
+        if isinstance(neg, Inside) and self.rule is not cfg:
+            name = getattr(self.rule, '__name__', type(self.rule).__name__)
+            raise ValueError(f'rule: {type(neg).__name__} combines inside the network, got {name}')
 
     @property
     def remembers(self):
@@ -541,7 +564,7 @@ class GuidedDenoiser(Denoiser):
         _refuse_inner_memory(inner_model)
         self.remembers = any(t.remembers for t in self.terms)
         self.perturbs = any(t.neg.perturbs for t in self.terms)
-        self._histories = [i for i, t in enumerate(self.terms) if isinstance(t.neg, History)]
+        self._histories, self._inside = (_numbers(self.terms, k) for k in (History, Inside))
         first, alone = self.terms[0], len(self.terms) - len(self._histories) == 1
         alone = alone and isinstance(first.neg, Queries) and not first.neg.needs_pos
         self._may_skip_pos = alone and first.every == 1 and not self.posts
@@ -579,6 +602,10 @@ def _as_terms(terms, given):
     if given and (len(terms) > 1 or isinstance(terms[0], Term)):
         raise TypeError(f'{", ".join(given)}: expected inside each Term, since there are Terms')
     return [t if isinstance(t, Term) else Term(t, **given) for t in terms]
+
+
+def _numbers(terms, kind):
+    return [i for i, t in enumerate(terms) if isinstance(t.neg, kind)]
 
 
 def _as_posts(post):
@@ -677,6 +704,9 @@ def _check_call(self: GuidedDenoiser, run, x, cond, known, off):
     names = 'pos', *range(len(self.terms))
     if not isinstance(known, Mapping) or not all(k in names for k in known):
         raise ValueError(f'known: expected predictions by name, of {names}, got {known!r:.40}')
+    if 'pos' in known and self._inside:
+        name = type(self.terms[self._inside[0]].neg).__name__
+        raise ValueError(f'known: {name} changes how the positive is made, so it cannot be given')
     for k, v in known.items():
         if not torch.is_tensor(v) or v.shape != x.shape:
             raise _shape_error(f'known[{k!r}]', v, x)
@@ -966,8 +996,10 @@ def _who_is_guided(self: GuidedDenoiser, sigma, levels, step, known, off, whole,
     for i, t in enumerate(self.terms):
         run_of_term = run.weights[i], run.sigma_max, run.stopped.get(i)
         here = dict(whole=whole, off=i in off, may_skip_pos=self._may_skip_pos)
+        if i in self._inside:  # a change for a weight of 1 would change nothing
+            here['whole'] = False
         a = _active(t, sigma, levels, step, *run_of_term, **here)
-        if i in self._histories:
+        if i in self._histories or i in self._inside:
             a = a._replace(ask=False, neg_only=False)
         elif t.every > 1 and i not in known:
             a = _unless_reused(a, run.reused.get(i), t)
@@ -992,7 +1024,7 @@ class _Entry(NamedTuple):
     sigma: torch.Tensor
     cond: dict
     # pairs of a `Change` and samples: a perturbed query has one, for all its samples (None); the
-    # positive has those that observe it
+    # positive has those that observe it, or guide inside the network
     changes: tuple
     query: Query  # for the whole batch
 
@@ -1042,9 +1074,9 @@ def _forward_in_pieces(D, group, run, step):
     def piece(samples):
         some = []
         for e in group:
-            changes = e.changes
-            if e.term is None:  # observers, which have rows of their own
-                changes = tuple((c, _rows_within(own, samples)) for c, own in changes)
+            changes = tuple(  # some have samples of their own
+                (c, own if own is None else _rows_within(own, samples)) for c, own in e.changes
+            )
             some.append(_entry_of_rows(e.term, _rows_within(e.rows, samples), e.query, changes))
         most, outs = min(D.fitting, len(some)), []
         for i in range(0, len(some), most):
@@ -1080,12 +1112,10 @@ def _changed_rows(group):
         rows = range(len(copy_of), len(copy_of) + len(samples))
         if e is first:
             row_of = dict(zip(samples, rows, strict=True))
-        for change, observed in e.changes:
-            if e.term is None:
-                seen = [row_of[sample] for sample in observed.tolist()]
-                applied.append(Applied(change, as_rows(seen), observed))
-            else:
-                applied.append(Applied(change, as_rows(rows), as_rows(samples)))
+        at = dict(zip(samples, rows, strict=True))
+        for change, own in e.changes:
+            some = samples if own is None else [s for s in own.tolist() if s in at]
+            applied.append(Applied(change, as_rows([at[s] for s in some]), as_rows(some)))
         if e.changes and e is not first and _same_inputs(e.query, first.query):
             rows = [row_of.get(s, row) for s, row in zip(samples, rows, strict=True)]
         copy_of += rows
@@ -1131,6 +1161,9 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
         elif 'pos' not in known and (observation := t.neg.observe(sigma, cond)) is not None:
             change, records[i] = observation
             pos_changes.append((change, torch.arange(len(x)) if rows is None else rows))
+    everywhere = self._inside_changes(sigma, cond, active, pos_changes)
+    if everywhere:
+        entries = [(i, rows, q, (*changes, *everywhere)) for i, rows, q, changes in entries]
     if 'pos' not in known and active[0].neg_only is not True:
         not_all = torch.is_tensor(active[0].neg_only)
         rows = (~active[0].neg_only).nonzero().flatten() if not_all else None
@@ -1146,6 +1179,21 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
             form += k, entry.cond[k].shape[1:], entry.cond[k].dtype
         groups.setdefault(tuple(form), []).append(entry)
     return groups.values(), records
+
+
+# %% ../nbs/06_guided.ipynb #753173c3
+@patch
+def _inside_changes(self: GuidedDenoiser, sigma, cond, active, pos_changes):
+    "Add the changes of terms that guide inside the network; return those for all queries."
+    everywhere = []
+    for i in self._inside:
+        neg, on = self.terms[i].neg, active[i].on
+        if on is not False:
+            samples = _as_tensor_mask(on, len(sigma)).nonzero().flatten()
+            change = neg.change(active[i].w, sigma, cond), samples
+            pos_changes.append(change)
+            everywhere += [change] if neg.everywhere else []
+    return everywhere
 
 
 # %% ../nbs/06_guided.ipynb #5b6fde08
@@ -1275,7 +1323,7 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
     if x.dtype != wide:
         x, pos, negs = x.to(wide), pos.to(wide), [o.to(wide) for o in negs]
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
-        if a.on is not False and i not in self._histories:
+        if a.on is not False and i not in (*self._histories, *self._inside):
             preds.append(self._apply_rule(i, neg, pos, a, x, sigma, run))
     pred = preds[0] if len(preds) == 1 else pos
     if len(preds) > 1:
@@ -1286,7 +1334,7 @@ def _combine(self: GuidedDenoiser, x, sigma, pos, negs, active, run):
         starts[i] = pred
         pred, negs[i] = self._leave_history(i, pred, active[i], x, sigma, run)
         given[i] = negs[i].to(given[i].dtype)
-    if self.posts and (preds or self._histories):
+    if self.posts and (preds or self._histories or self._inside):
         pred = self._post(pred, pos, active, x, sigma, run)
     for i, (neg, a) in enumerate(zip(negs, active, strict=True)):
         if a.on is not False:

@@ -320,6 +320,7 @@ class Site:
     memo: dict  # lives for one forward: what a function wants to keep from layer to layer
     attend: Callable = None  # attention: `attend(q, k, v, allowed=None)`, as it would have been
     scale: float = None  # attention: what the products of queries and keys are multiplied by
+    mask: torch.Tensor = None  # attention: its mask, bools or what is added, for these rows
     given: Callable = None  # block: `given()` is the input, in the form of the output
     _call: object = None
     _tokens: Callable = None
@@ -433,13 +434,55 @@ def attend(self: _Attention, query, key, value, attn_mask=None, *args, scale=Non
                 mask = mask[rows]
         site.attend = functools.partial(plain, mask=mask)
         site.scale = query.shape[-1] ** -0.5 if scale is None else scale
-        site._arguments = self.arguments
+        site.mask, site._arguments = mask, self.arguments
         new = fn(q, k, v, site)
         if new is not None:
             if rows is not None and out is None:
                 out = plain(query, key, value)
             out = _replace_rows(out, rows, new, (*q.shape[:-1], value.shape[-1]), value.dtype, site)
     return plain(query, key, value) if out is None else out
+
+
+# %% ../nbs/05_perturb.ipynb #eac39318
+class _KeepKeys(TorchFunctionMode):
+    "While it is active, the keys and values that attention is given are kept."
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            names = dict(zip(('query', 'key', 'value'), args, strict=False), **kwargs)
+            self.kept.append((names['key'], names['value']))
+        return func(*args, **kwargs)
+
+
+@patch
+def keys_and_values(
+    self: Site,
+    text: torch.Tensor,  # (R, L, features) what the layer attends to
+) -> tuple:  # keys and values (R, heads, L, features), as `attend` takes them
+    "What a layer of cross-attention makes of another text."
+    module, args, kwargs = self._arguments
+    given = _named_arguments(module, args, kwargs)
+    name = next((n for n in _SECOND if torch.is_tensor(given.get(n))), None)
+    masks = [k for k, o in given.items() if 'mask' in k and o is not None]
+    if name is None or masks or getattr(module, 'add_k_proj', None) is not None:
+        got = f'with {masks[0]}' if masks else type(module).__name__
+        raise ValueError(f'{self.name}: expected attention to one text alone, got {got}')
+    own = next(k for k, o in given.items() if o is self._own)
+    tokens = self._own[self.rows.to(self._own.device)]
+    given |= {own: tokens[:, :1] if tokens.ndim == 3 else tokens, name: text}
+    with _KeepKeys() as mode:
+        if type(module) in ADAPTERS:
+            ADAPTERS[type(module)](module, F.scaled_dot_product_attention, **given)
+        else:
+            module(**given)
+    if len(mode.kept) != 1:
+        raise ValueError(f'{self.name}: expected one attention, got {len(mode.kept)}')
+    return mode.kept[0]
 
 
 # %% ../nbs/05_perturb.ipynb #42461ab1

@@ -45,7 +45,7 @@ from .guided import (
     _as_posts,
 )
 from .noise import _check_generators, _check_whole, split_generator
-from .perturb import _network_of, refuse_caches
+from .perturb import Layers, _network_of, refuse_caches
 
 # %% ../nbs/09_pipelines.ipynb #45d479fb
 with needs('diffusers', 'cf_guidance.pipelines'):
@@ -1048,6 +1048,8 @@ class NegativePrompt(Conditions):
     Its usual weight is the pipeline's `guidance_scale` (Flux: `true_cfg_scale`).
     """
 
+    wants_prompt = True
+
     def __init__(self):
         super().__init__({})
 
@@ -1090,8 +1092,8 @@ class _Run(_Loop):
         self.given = _checked_arguments(self.stock, sd, args, kwargs)
         if 'guidance_scale' in self.given:  # as the call will do itself
             vars(self.clone)['_guidance_scale'] = self.given['guidance_scale']
-        negatives = enumerate(t.neg for t in self.options.terms)
-        self.prompted = [i for i, neg in negatives if isinstance(neg, NegativePrompt)]
+        terms = enumerate(self.options.terms)
+        self.prompted = [i for i, t in terms if t.neg.wants_prompt]
         self.timesteps, self.evaluations, self.index = None, None, -1
         self.G = self.report = None
         self.waiting = None  # Flux: the prompt's call, and the output that it was given
@@ -1274,7 +1276,7 @@ def _repeat_rows(o, n, k):
             return replace(o, values=o.values.repeat_interleave(k, -1))
     if torch.is_tensor(o) and o.ndim and len(o) == n:
         return o.repeat_interleave(k, 0)
-    if isinstance(o, Mapping):
+    if isinstance(o, Mapping) and not isinstance(o, Layers):
         return {a: _repeat_rows(v, n, k) for a, v in o.items()}
     if isinstance(o, (list, tuple)):
         return [_repeat_rows(v, n, k) for v in o]
@@ -1342,7 +1344,8 @@ def _refuse_own_guidance(run):
             scale = given.get('guidance_scale')
             least = f'{run.family.unguided:g}'
             need = f'guidance_scale above {least} (got {scale}) and no distilled network'
-        raise ValueError(f'NegativePrompt: this call evaluates no negative prompt; it needs {need}')
+        name = type(run.options.terms[run.prompted[0]].neg).__name__
+        raise ValueError(f'{name}: this call evaluates no negative prompt; it needs {need}')
 
 
 # %% ../nbs/09_pipelines.ipynb #d77ed249
@@ -1903,7 +1906,7 @@ def _negative_arguments(sd, terms, negatives):
     "Arguments of the call that make the pipeline evaluate its negative prompt, if a term needs it."
     flux = 'true_cfg_scale' in inspect.signature(sd.__call__).parameters
     scale = 'true_cfg_scale' if flux else 'guidance_scale'
-    if any(isinstance(t.neg, NegativePrompt) for t in terms):
+    if any(t.neg.wants_prompt for t in terms):
         return {scale: Negative.w, 'negative_prompt': negatives}
     if any(negatives):
         raise ValueError('negative_prompt: a Term has its own negative; expected none here')
