@@ -5482,5 +5482,31 @@ d = {
             'cf_guidance.transforms.tcfg': ('transforms.html#tcfg', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.tsr': ('transforms.html#tsr', 'cf_guidance/transforms.py'),
         },
+        'cf_guidance.weak': {
+            'cf_guidance.weak.InSitu': ('weak.html#insitu', 'cf_guidance/weak.py'),
+            'cf_guidance.weak.InSitu.__init__': (
+                'weak.html#insitu.__init__',
+                'cf_guidance/weak.py',
+            ),
+            'cf_guidance.weak.InSitu.__repr__': (
+                'weak.html#insitu.__repr__',
+                'cf_guidance/weak.py',
+            ),
+            'cf_guidance.weak.InSitu.check': ('weak.html#insitu.check', 'cf_guidance/weak.py'),
+            'cf_guidance.weak.InSitu.queries': ('weak.html#insitu.queries', 'cf_guidance/weak.py'),
+            'cf_guidance.weak.S2': ('weak.html#s2', 'cf_guidance/weak.py'),
+            'cf_guidance.weak.S2.__init__': ('weak.html#s2.__init__', 'cf_guidance/weak.py'),
+            'cf_guidance.weak.S2.queries': ('weak.html#s2.queries', 'cf_guidance/weak.py'),
+            'cf_guidance.weak._DropoutOn': ('weak.html#_dropouton', 'cf_guidance/weak.py'),
+            'cf_guidance.weak._DropoutOn.__call__': (
+                'weak.html#_dropouton.__call__',
+                'cf_guidance/weak.py',
+            ),
+            'cf_guidance.weak._LeftOut': ('weak.html#_leftout', 'cf_guidance/weak.py'),
+            'cf_guidance.weak._LeftOut.__call__': (
+                'weak.html#_leftout.__call__',
+                'cf_guidance/weak.py',
+            ),
+        },
     },
 }
