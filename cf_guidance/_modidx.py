@@ -2281,8 +2281,16 @@ d = {
                 'lab/leaderboard.html#leaderboard.from_toml',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard.Leaderboard.measure': (
+                'lab/leaderboard.html#leaderboard.measure',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard.Leaderboard.results': (
                 'lab/leaderboard.html#leaderboard.results',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.settings': (
+                'lab/leaderboard.html#leaderboard.settings',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard._check_methods': (

@@ -111,6 +111,19 @@ def comparing(self: Leaderboard):
     return self.prompts[n : n + m], list(range(first, first + seeds))
 
 
+# %% ../../nbs/lab/17_leaderboard.ipynb #4f51d8b8
+@patch(as_prop=True)
+def settings(self: Leaderboard):
+    "The requests of each setting, by method and setting. Nothing is drawn."
+    settings = {}
+    for method, sweep in self.choices.items():
+        for request, label in zip(sweep.requests, sweep.labels, strict=True):
+            setting = {k: v for k, v in label.items() if k not in ('prompt', 'seed')}
+            text = ', '.join(f'{k}={v}' for k, v in setting.items()) or method
+            settings.setdefault((method, text), []).append(request)
+    return settings
+
+
 # %% ../../nbs/lab/17_leaderboard.ipynb #339f7b17
 def _check_methods(methods):
     if not isinstance(methods, Mapping):
@@ -200,12 +213,7 @@ def choose(
     "Draw all settings, and find the best one of each method."
     store = store if isinstance(store, Store) else Store(store)
     reference = self._reference(self.choosing[0]) if self.goal == 'kid' else None
-    settings, rows = {}, []
-    for method, sweep in self.choices.items():
-        for request, label in zip(sweep.requests, sweep.labels, strict=True):
-            setting = {k: v for k, v in label.items() if k not in ('prompt', 'seed')}
-            text = ', '.join(f'{k}={v}' for k, v in setting.items()) or method
-            settings.setdefault((method, text), []).append(request)
+    rows, settings = [], self.settings
     for name, table in self._drawn(store, settings, options).items():
         goal, nfe = self._goal_of(store, table, reference), table.nfe.mean()
         rows.append((*name, goal, nfe, settings[name][0]))
@@ -272,10 +280,10 @@ def compare(
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #43437567
 @patch
-def _measured(self: Leaderboard, store, tables):
+def _measured(self: Leaderboard, store, tables, prompts):
     "The tables with what is measured on sets of pictures, if these are large enough."
-    reference = self._reference(self.comparing[0])
-    if math.prod(self.compare_on) <= 2 * reference.shape[1]:
+    reference = self._reference(prompts)
+    if min(map(len, tables.values())) <= 2 * reference.shape[1]:
         return tables
     measured = {}  # CFG at the same cost is the same setting for many methods
     for table in tables.values():
@@ -295,6 +303,23 @@ def _measurements(self: Leaderboard, table):
     "The names of what is measured, the goal first."
     names = [self.goal, *_SETS, 'right', *self.parts, 'saturation']
     return [o for o in dict.fromkeys(names) if o in table and not table[o].isna().all()]
+
+
+@patch
+def measure(
+    self: Leaderboard,
+    store,  # a `Store`, or its folder
+    **options,  # of `draw`, such as `measure`; with `processes`, of `draw_in_processes`
+) -> pd.DataFrame:  # index method and setting; columns nfe, effective_scale, measurements
+    "Means over the pictures of each setting that `choose` draws, to set one against another."
+    store = store if isinstance(store, Store) else Store(store)
+    tables = self._drawn(store, self.settings, options)
+    if self.world:
+        tables = self._measured(store, tables, self.choosing[0])
+    first = next(iter(tables.values()))
+    names = ['nfe', 'effective_scale', *self._measurements(first)]
+    out = pd.DataFrame({name: table[names].mean() for name, table in tables.items()}).T
+    return out.rename_axis(['method', 'setting'])
 
 
 _INDEX = ['method', 'row', 'value']
@@ -318,7 +343,7 @@ def results(
 ) -> pd.DataFrame:  # index method, row, value; columns: mean, low, high; difference to `row`, ...
     "All measurements with intervals, and how each method differs from its rivals."
     store = store if isinstance(store, Store) else Store(store)
-    tables = self._measured(store, tables) if self.world else tables
+    tables = self._measured(store, tables, self.comparing[0]) if self.world else tables
     names = self._measurements(tables['cfg', 'best'])
     rows = []
     for name, table in tables.items():
