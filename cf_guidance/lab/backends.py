@@ -33,7 +33,7 @@ with needs('lab', 'cf_guidance.lab.backends'):
         MinimalDiffusion,
         _flatten,
         _GuidedPipeline,
-        _network_name,
+        _networks,
         _PipelineNet,
         _stand_in,
         _stock_class,
@@ -359,7 +359,7 @@ def with_backend(
     _stock_class(pipe)
     if isinstance(pipe, _GuidedPipeline):
         raise TypeError('pipe: expected a plain pipeline; guide the one that with_backend returns')
-    new, name = copy(pipe), _network_name(pipe)
+    new, name = copy(pipe), next(iter(_networks(pipe)))
     net = _plain_network(pipe)
     vars(new)[name] = net
     if backend == 'torch' or backend == 'auto' and not _suits_onnx(net):
@@ -377,7 +377,7 @@ def with_backend(
 # %% ../../nbs/lab/12_backends.ipynb #f1a0b019
 def _plain_network(pipe):
     "The network that PyTorch runs."
-    net = pipe.components[_network_name(pipe)]
+    net = next(iter(_networks(pipe).values()))
     fast = vars(net).get('_fast')
     return fast.net if fast else net
 
@@ -387,5 +387,5 @@ def backend_of(
 ) -> str:  # 'torch', 'onnx', 'compile' or 'bf16'
     "By what the network of a pipeline runs."
     pipe = pipe.pipe if isinstance(pipe, MinimalDiffusion) else pipe
-    fast = vars(pipe.components[_network_name(pipe)]).get('_fast')
+    fast = vars(next(iter(_networks(pipe).values()))).get('_fast')
     return fast.name if fast else 'torch'
