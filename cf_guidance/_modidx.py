@@ -1111,6 +1111,26 @@ d = {
                 'karras.html#state.evaluate',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras._AdaptiveReport': (
+                'karras.html#_adaptivereport',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._AdaptiveReport.__call__': (
+                'karras.html#_adaptivereport.__call__',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._AdaptiveReport.__init__': (
+                'karras.html#_adaptivereport.__init__',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._AdaptiveWalk': (
+                'karras.html#_adaptivewalk',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._AdaptiveWalk.run': (
+                'karras.html#_adaptivewalk.run',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._BoundDenoiser': (
                 'karras.html#_bounddenoiser',
                 'cf_guidance/karras.py',
@@ -1139,6 +1159,15 @@ d = {
                 'karras.html#_bounddenoiser.quantize_sigma',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras._StepSize': ('karras.html#_stepsize', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._StepSize.__init__': (
+                'karras.html#_stepsize.__init__',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._StepSize.accepts': (
+                'karras.html#_stepsize.accepts',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._add_sde_noise': (
                 'karras.html#_add_sde_noise',
                 'cf_guidance/karras.py',
@@ -1159,6 +1188,7 @@ d = {
                 'karras.html#_check_callable',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras._check_fast': ('karras.html#_check_fast', 'cf_guidance/karras.py'),
             'cf_guidance.karras._check_mapping': (
                 'karras.html#_check_mapping',
                 'cf_guidance/karras.py',
@@ -1169,6 +1199,10 @@ d = {
             ),
             'cf_guidance.karras._check_order': (
                 'karras.html#_check_order',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._check_restart': (
+                'karras.html#_check_restart',
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras._check_step': ('karras.html#_check_step', 'cf_guidance/karras.py'),
@@ -1192,7 +1226,14 @@ d = {
                 'karras.html#_derivatives',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras._down_within_run': (
+                'karras.html#_down_within_run',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._dpm2': ('karras.html#_dpm2', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._dpm_error': ('karras.html#_dpm_error', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._dpm_phi': ('karras.html#_dpm_phi', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._dpm_solver': ('karras.html#_dpm_solver', 'cf_guidance/karras.py'),
             'cf_guidance.karras._er_integral': (
                 'karras.html#_er_integral',
                 'cf_guidance/karras.py',
@@ -1233,12 +1274,18 @@ d = {
             ),
             'cf_guidance.karras._quantized': ('karras.html#_quantized', 'cf_guidance/karras.py'),
             'cf_guidance.karras._renoised': ('karras.html#_renoised', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._restart_levels': (
+                'karras.html#_restart_levels',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._run_generators': (
                 'karras.html#_run_generators',
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras._run_steps': ('karras.html#_run_steps', 'cf_guidance/karras.py'),
             'cf_guidance.karras._run_to_end': ('karras.html#_run_to_end', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._sa_add': ('karras.html#_sa_add', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._sa_weights': ('karras.html#_sa_weights', 'cf_guidance/karras.py'),
             'cf_guidance.karras._sigmas_of': ('karras.html#_sigmas_of', 'cf_guidance/karras.py'),
             'cf_guidance.karras._sigmas_tensor': (
                 'karras.html#_sigmas_tensor',
@@ -1272,6 +1319,11 @@ d = {
             'cf_guidance.karras.ddim_step': ('karras.html#ddim_step', 'cf_guidance/karras.py'),
             'cf_guidance.karras.ddpm_step': ('karras.html#ddpm_step', 'cf_guidance/karras.py'),
             'cf_guidance.karras.deis': ('karras.html#deis', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.dpm_adaptive': (
+                'karras.html#dpm_adaptive',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras.dpm_fast': ('karras.html#dpm_fast', 'cf_guidance/karras.py'),
             'cf_guidance.karras.dpmpp_2m': ('karras.html#dpmpp_2m', 'cf_guidance/karras.py'),
             'cf_guidance.karras.dpmpp_2m_sde': (
                 'karras.html#dpmpp_2m_sde',
@@ -1323,7 +1375,17 @@ d = {
                 'karras.html#res_multistep',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras.restart': ('karras.html#restart', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.sa_solver': ('karras.html#sa_solver', 'cf_guidance/karras.py'),
             'cf_guidance.karras.sample': ('karras.html#sample', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.sample_dpm_adaptive': (
+                'karras.html#sample_dpm_adaptive',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras.sample_dpm_fast': (
+                'karras.html#sample_dpm_fast',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras.samples': ('karras.html#samples', 'cf_guidance/karras.py'),
             'cf_guidance.karras.unipc': ('karras.html#unipc', 'cf_guidance/karras.py'),
         },

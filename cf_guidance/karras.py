@@ -31,6 +31,8 @@ __all__ = [
     'sample_res_multistep',
     'sample_unipc',
     'sample_er_sde',
+    'sample_sa_solver',
+    'sample_restart',
     'sample_euler_cfg_pp',
     'get_sigmas_karras',
     'get_sigmas_exponential',
@@ -60,7 +62,13 @@ __all__ = [
     'dpmpp_2m_sde',
     'dpmpp_3m_sde',
     'er_sde',
+    'sa_solver',
+    'restart',
+    'dpm_fast',
+    'dpm_adaptive',
     'euler_cfg_pp',
+    'sample_dpm_fast',
+    'sample_dpm_adaptive',
     'make_quantizer',
 ]
 
@@ -341,6 +349,7 @@ class State(NamedTuple):
     sigma: float = None  # at which noise level
     x0: torch.Tensor = None  # (B, ...) the estimate there
     past: tuple = ()  # (sigma, tensor) of former steps, the latest first, for multistep methods
+    end: float = 0.0  # noise level at which the run ends
 
     def evaluate(self, D, x, sigma):
         "The state after the step's first evaluation."
@@ -507,6 +516,7 @@ def _start_run(D, x, sigmas, step, cond, generator, noise, options):
     "Check what a run is given and begin it: its noise levels, the bound denoiser and the state."
     levels, cond = _checked_sigmas(sigmas), {} if cond is None else cond
     _check_options(_check_step(step), options)
+    getattr(step, 'check_run', lambda *_, **__: None)(levels, **options)
     _check_callable('D', D, 'a denoiser D(x, sigma, **cond)')
     _check_mapping('cond', cond)
     if not isinstance(x, torch.Tensor) or not x.ndim:
@@ -521,7 +531,7 @@ def _start_run(D, x, sigmas, step, cond, generator, noise, options):
     if start is not None:
         start(sigmas)
     make = brownian_noise if getattr(step, 'brownian', False) else _fresh_noise
-    state = State(len(levels) - 1, 0, noise or make(x, sigmas, generator))
+    state = State(len(levels) - 1, 0, noise or make(x, sigmas, generator), end=levels[-1])
     return levels, _BoundDenoiser(D, cond), state
 
 
@@ -536,15 +546,18 @@ def _check_mapping(name, value):
 
 
 # %% ../nbs/04_karras.ipynb #c4ecca8f
+_FROM_0 = 'a finite number from 0 up', lambda v: 0 <= v < math.inf
+_LEVEL, _FINITE = ('a finite noise level above 0', _is_positive), ('a finite number', math.isfinite)
 _OPTION_RANGES = dict(
-    eta=('a finite number from 0 up', lambda v: 0 <= v < math.inf),
-    s_noise=('a finite number from 0 up', lambda v: 0 <= v < math.inf),
-    s_churn=('a finite number from 0 up', lambda v: 0 <= v < math.inf),
-    s_tmin=('a number from 0 up', lambda v: v >= 0),
-    s_tmax=('a number from 0 up', lambda v: v >= 0),
+    **dict.fromkeys(('eta', 's_noise', 's_churn', 'tau', 'rtol', 'atol'), _FROM_0),
+    **dict.fromkeys(('s_tmin', 's_tmax'), ('a number from 0 up', lambda v: v >= 0)),
+    **dict.fromkeys(('restart_min', 'restart_max'), _LEVEL),
+    **dict.fromkeys(('gamma', 'pcoeff', 'icoeff', 'dcoeff'), _FINITE),
     r=('a number above 0, at most 1', lambda v: 0 < v <= 1),
-    gamma=('a finite number', math.isfinite),
+    h_init=('a finite number above 0', _is_positive),
+    accept_safety=('a number from 0 to 1', lambda v: 0 <= v <= 1),
 )
+_OPTION_COUNTS = dict(corrector=0, restart_steps=1, restart_times=0)  # lowest of whole numbers
 _OPTION_CHOICES = dict(variance=('fixed_small', 'fixed_large'), solver_type=('midpoint', 'heun'))
 
 
@@ -560,14 +573,17 @@ def _check_options(step, options):
             raise TypeError(f'{name}: not an option of {step.__name__}, whose options are: {has}')
         if ours and name in _OPTION_RANGES:
             _check_number(name, value, *_OPTION_RANGES[name])
+        if ours and name in _OPTION_COUNTS:
+            _check_whole(name, value, None, _OPTION_COUNTS[name])
         if ours and name in _OPTION_CHOICES and value not in _OPTION_CHOICES[name]:
             raise ValueError(
                 f'{name}: expected {" or ".join(_OPTION_CHOICES[name])}, got {value!r}'
             )
         if ours and name == 'order':
             _check_order(step, value)
-        if ours and name == 'quantize' and value is not None:
-            _check_callable(name, value, 'a function of noise levels')
+        if ours and name in ('quantize', 'report') and value is not None:
+            of = 'noise levels' if name == 'quantize' else 'a dict'
+            _check_callable(name, value, f'a function of {of}')
 
 
 # %% ../nbs/04_karras.ipynb #a59cf0ed
@@ -1172,6 +1188,305 @@ def _derivatives(past):
     return slopes
 
 
+# %% ../nbs/04_karras.ipynb #a597d166
+@_stochastic
+def sa_solver(
+    D,
+    x,
+    sigma,
+    sigma_next,
+    state,
+    tau: float = 1.0,  # how much noise: 0 is none, 1 that of the reverse diffusion
+    s_tmin: float = 0.0,  # lowest noise level with noise
+    s_tmax: float = math.inf,  # highest
+    s_noise: float = 1.0,  # factor on the noise
+    order: int = 2,  # estimates that the prediction uses, the new one included, from 1 up
+    corrector: int = 2,  # estimates that the correction uses; 0 is no correction
+):
+    """SA-Solver for estimates of the image (arXiv:2309.05019), in terms of sigma.
+
+    One evaluation per step, order 2 without noise. With two estimates it has the authors' weights.
+    """
+    state = state.evaluate(D, x, sigma)
+    past, left = state.past, state.steps - state.step
+
+    def tau_at(level):
+        return tau if s_tmin <= level <= s_tmax else 0.0
+
+    if past and corrector:
+        before, known = past[0][0], ((sigma, state.x0), *past)
+        x = _sa_add(x, known[: min(corrector, left + 2)], before, sigma, tau_at(before))
+        x = _sa_add(x, past[: min(order, left + 1)], before, sigma, tau_at(before), -1)
+    past = ((sigma, state.x0), *past)[: max(order, corrector)]
+    if sigma_next == 0:
+        return state.x0.clone(), state
+    h, rate = math.log(sigma / sigma_next), tau_at(sigma) ** 2
+    x = x * math.exp(-h * (1 + rate))
+    x = _sa_add(x, past[: min(order, left)], sigma, sigma_next, tau_at(sigma))
+    x = _add_sde_noise(x, h, rate, s_noise, sigma, sigma_next, state)
+    return x, state._replace(past=past)
+
+
+# %% ../nbs/04_karras.ipynb #1ed5d40c
+def _sa_add(x, known, sigma, sigma_next, tau, sign=1):
+    "`x` and what the estimates in `known`, (sigma, estimate), add on the way to `sigma_next`."
+    weights = _sa_weights([o for o, _ in known], sigma, sigma_next, tau)
+    for w, (_, x0) in zip(weights, known, strict=True):
+        x = x + sign * w * x0
+    return x
+
+
+def _sa_weights(levels, sigma, sigma_next, tau):
+    "Integrals of the Lagrange polynomials at `levels`; for two of them the authors' weights."
+    logs, rate = [math.log(o) for o in levels], 1 + tau**2
+    end, h = math.log(sigma_next), math.log(sigma / sigma_next)
+    if len(levels) == 2:
+        slope = rate * h**2 / 2 / (logs[1] - logs[0])
+        total = -math.expm1(-rate * h)
+        return [total * (o == sigma) + s * slope for o, s in zip(levels, (1, -1), strict=True)]
+
+    def density(at):
+        return -rate * math.exp(-rate * (at - end))
+
+    return _lms_coefficients(logs, math.log(sigma), end, density)
+
+
+# %% ../nbs/04_karras.ipynb #a2df76ef
+@_stochastic
+def restart(
+    D,
+    x,
+    sigma,
+    sigma_next,
+    state,
+    restart_min: float = 0.1,  # go back up after the first step that ends here or lower
+    restart_max: float = 2.0,  # up to this noise level, at most that of the start
+    restart_steps: int = 9,  # steps on the way down again
+    restart_times: int = 1,  # how often; 0 is Heun's method
+    s_noise: float = 1.0,  # factor on the noise
+):
+    """Restart (arXiv:2306.14878) with Heun's steps and one interval.
+
+    Two evaluations per step (one to 0), and `2*restart_steps*restart_times` for the restarts.
+    """
+    x, state = _heun(D, x, sigma, sigma_next, state)
+    low = restart_min * (1 + 1e-6)  # a level that was rounded to float32 counts
+    if not sigma > low >= sigma_next > 0:
+        return x, state
+    levels = _restart_levels(D, restart_steps, sigma_next, restart_max)
+    added = s_noise * (levels[0] ** 2 - sigma_next**2) ** 0.5
+    for _ in range(restart_times):
+        x = torch.add(x, state.noise(sigma_next, levels[0]), alpha=added)
+        for a, b in pairwise(levels):
+            x = _heun(D, x, a, b, state)[0]
+    return x, state
+
+
+# %% ../nbs/04_karras.ipynb #290b0829
+def _restart_levels(D, n, sigma_min, sigma_max):
+    "Karras's levels from `sigma_max` down to `sigma_min`, rounded to those of the model."
+    levels = get_sigmas_karras(n + 1, sigma_min, sigma_max, concat_zero=False)
+    rounded = torch.unique_consecutive(D.quantize_sigma(levels)[:-1]).tolist()
+    return [*(o for o in rounded if o > sigma_min * (1 + 1e-6)), sigma_min]
+
+
+def _check_restart(levels, restart_min=0.1, restart_max=2.0, restart_times=1, **options):
+    "An error unless a step passes `restart_min`, and the way up ends within the run."
+    if restart_times == 0:
+        return
+    last = [o for o in levels if o > 0][-1]
+    if not last <= restart_min * (1 + 1e-6) < levels[0]:
+        raise ValueError(
+            f'restart_min: expected a noise level from {last:.4g} up to below {levels[0]:.4g}, '
+            f'those of the run, got {restart_min:g}'
+        )
+    if not restart_min < restart_max <= levels[0] * (1 + 1e-6):
+        raise ValueError(
+            f'restart_max: expected more than restart_min={restart_min:g}, at most {levels[0]:.4g} '
+            f'as the run, got {restart_max:g}'
+        )
+
+
+restart.check_run = _check_restart
+
+
+# %% ../nbs/04_karras.ipynb #b7db69fe
+def _dpm_solver(D, x, x0, sigma, sigma_next, order):
+    "`x` at `sigma_next` by DPM-Solver of the order before `order` (if any) and of `order`."
+
+    def change(x_mid, mid):  # of the slope
+        return (x_mid - D(x_mid, mid)).div_(mid).sub_(x, alpha=1 / sigma).add_(x0, alpha=1 / sigma)
+
+    if order == 1:
+        return None, _toward(x, x0, sigma, sigma_next)
+    h, mid = sigma_next - sigma, sigma ** (1 - 1 / order) * sigma_next ** (1 / order)
+    early = change(_toward(x, x0, sigma, mid), mid)
+    if order == 2:
+        end = _toward(x, x0, sigma, sigma_next)
+        return end, end + h * early
+    late, phi = sigma ** (1 / 3) * sigma_next ** (2 / 3), _dpm_phi(sigma, sigma_next)
+    u = _toward(x, x0, sigma, late).sub_(early, alpha=2 * late * _dpm_phi(sigma, late))
+    last = change(u, late)
+    end = _toward(x, x0, sigma, sigma_next)
+    return end + (1.5 * h) * early, end.sub_(last, alpha=1.5 * sigma_next * phi)
+
+
+def _dpm_phi(sigma, sigma_next):
+    h = math.log(sigma / sigma_next)
+    return math.expm1(h) / h - 1
+
+
+def _down_within_run(sigma, sigma_next, eta, end):
+    "As `_ancestral_step`, but not below the end of the run."
+    down = max(_ancestral_step(sigma, sigma_next, eta)[0] if eta else sigma_next, end)
+    return down, max(sigma_next**2 - down**2, 0.0) ** 0.5
+
+
+# %% ../nbs/04_karras.ipynb #a3e4537f
+@_stochastic
+def dpm_fast(
+    D,
+    x,
+    sigma,
+    sigma_next,
+    state,
+    eta: float = 0.0,  # share of the fresh noise
+    s_noise: float = 1.0,  # factor on the noise
+    # evaluations of the whole run: three per step, less 3 (the last steps have two and one), 2 (the
+    # last has one) or 1 (it has two); None: less 3
+    nfe: int = None,
+):
+    """DPM-Solver-fast (arXiv:2206.00927) as in k-diffusion, there on evenly spaced logarithms.
+
+    Three evaluations per step, order 3, fewer in the last steps (see `nfe`; one to 0).
+    """
+    state = state.evaluate(D, x, sigma)
+    left, rest = state.steps - state.step, (nfe or 0) % 3
+    order = min(left, 3) if rest == 0 else rest if left == 1 else 3
+    down, up = _down_within_run(sigma, sigma_next, eta, state.end)
+    x = _dpm_solver(D, x, state.x0, sigma, down, order if down else 1)[1]
+    return _renoised(x, up * s_noise, sigma, sigma_next, state), state
+
+
+def _check_fast(levels, nfe=None, **options):
+    "An error unless the run has as many steps as `nfe` evaluations need."
+    if nfe is None:
+        return
+    n = len(levels) - 1
+    what = f'{3 * n - 3} to {3 * n - 1} for {n} steps, or None'
+    _check_whole('nfe', nfe, what, max(1, 3 * n - 3))
+    if nfe > 3 * n - 1:
+        raise ValueError(f'nfe: expected {what}, got {nfe}')
+
+
+dpm_fast.check_run = _check_fast
+
+
+# %% ../nbs/04_karras.ipynb #ce0d715d
+class _StepSize:
+    "A step size in the logarithm, set by a PID controller from the errors of the last steps."
+
+    def __init__(self, h, order, pcoeff, icoeff, dcoeff, accept_safety):
+        self.h, self.accept_safety, self.inverse_errors = h, accept_safety, None
+        p, i, d = pcoeff / order, icoeff / order, dcoeff / order
+        self.powers = p + i + d, -(p + 2 * d), d
+
+    def accepts(self, error):
+        "Is a step with this error good enough? Either way, propose the next step size."
+        new = 1 / (min(error, 1e30) + 1e-8)
+        older = (new, new) if self.inverse_errors is None else self.inverse_errors
+        factor = math.prod(e**p for e, p in zip((new, *older), self.powers, strict=True))
+        factor = 1 + math.atan(factor - 1)
+        self.h *= factor
+        good = factor >= self.accept_safety
+        self.inverse_errors = (new, older[0]) if good else older
+        return good
+
+
+def _dpm_error(low, high, before, rtol, atol):
+    "How far apart the two orders are, in units of what is tolerated, over the whole batch."
+    if not low.numel():
+        return 0.0
+    tolerated = torch.maximum(low.abs(), before.abs()).mul_(rtol)
+    tolerated.clamp_(min=max(atol, torch.finfo(low.dtype).tiny))
+    return ((low - high) / tolerated).float().square().mean().sqrt().item()
+
+
+# %% ../nbs/04_karras.ipynb #815bce91
+@dataclass
+class _AdaptiveWalk:
+    "The way of `dpm_adaptive` from one noise level to another, with its settings."
+
+    D: object
+    state: State  # after the first evaluation
+    order: int
+    control: _StepSize
+    rtol: float
+    atol: float
+    eta: float
+    s_noise: float
+    report: object
+
+    def run(self, x, sigma, sigma_next):
+        "`x` at `sigma_next`."
+        before, x0, count = x, self.state.x0, dict(nfe=1, n_accept=0, n_reject=0)
+        while math.log(sigma / sigma_next) > 1e-5:
+            goal = max(sigma_next, sigma * math.exp(-self.control.h))
+            down, up = _down_within_run(sigma, goal, self.eta, self.state.end)
+            low, high = _dpm_solver(self.D, x, x0, sigma, down, self.order)
+            error, estimate = _dpm_error(low, high, before, self.rtol, self.atol), x0
+            good = self.control.accepts(error)
+            count['nfe'] += self.order - 1
+            count['n_accept' if good else 'n_reject'] += 1
+            if good:
+                before, x = low, _renoised(high, up * self.s_noise, sigma, goal, self.state)
+                sigma = goal
+            elif self.control.h < 1e-7:
+                raise FloatingPointError(f'rtol, atol: no step from sigma={sigma:.4g} is good')
+            if self.report is not None:
+                seen = dict(x=x, sigma=sigma, denoised=estimate, error=error, h=self.control.h)
+                self.report(seen | count)
+            if good and math.log(sigma / sigma_next) > 1e-5:
+                x0 = self.D(x, sigma)
+                count['nfe'] += 1
+        return x
+
+
+# %% ../nbs/04_karras.ipynb #bd2eb495
+@_stochastic
+def dpm_adaptive(
+    D,
+    x,
+    sigma,
+    sigma_next,
+    state,
+    order: int = 3,  # 2 or 3, compared with the order below it
+    rtol: float = 0.05,  # tolerated error of a step, as a share of the value
+    atol: float = 0.0078,  # and at least
+    h_init: float = 0.05,  # first step size, in the logarithm of sigma
+    pcoeff: float = 0.0,  # of the PID controller that sets the step size
+    icoeff: float = 1.0,
+    dcoeff: float = 0.0,
+    accept_safety: float = 0.81,  # take a step again if its size would shrink below this share
+    eta: float = 0.0,  # share of the fresh noise
+    s_noise: float = 1.0,  # factor on the noise
+    report=None,  # called with a dict after each attempt: see `sample_dpm_adaptive`
+):
+    """DPM-Solver-12 and -23 with adaptive steps (arXiv:2206.00927), as in k-diffusion.
+
+    `order` evaluations per attempt, one less after a rejected one. The step to 0 is Euler's.
+    """
+    state = state.evaluate(D, x, sigma)
+    if sigma_next == 0:
+        return _toward(x, state.x0, sigma, sigma_next), state
+    control = _StepSize(h_init, 1.5 if eta else order, pcoeff, icoeff, dcoeff, accept_safety)
+    walk = _AdaptiveWalk(D, state, order, control, rtol, atol, eta, s_noise, report)
+    return walk.run(x, sigma, sigma_next), state
+
+
+dpm_adaptive.orders, dpm_adaptive.adaptive = (2, 3), True
+
+
 # %% ../nbs/04_karras.ipynb #87
 def euler_cfg_pp(D, x, sigma, sigma_next, state):
     """CFG++ (arXiv:2406.08070, algorithm 2) in terms of sigma.
@@ -1208,14 +1523,28 @@ _PARAMETER_DOCS = dict(
     noise_sampler='function of two noise levels that gives noise (B, ...) of variance 1',
     generator='a seed or torch.Generator for the batch, or a list with one per sample',
     order='slopes that are used, the new one included, from 1 (Euler) up',
+    tau='how much noise: 0 is none, 1 that of the reverse diffusion',
+    corrector='estimates that the correction uses; 0 is no correction',
+    restart_min='go back up after the first step that ends here or lower',
+    restart_max='up to this noise level, at most that of the start',
+    restart_steps='steps on the way down again',
+    restart_times='how often; 0 is the method of Heun',
     gamma='weight of the new slope; that of the old one is `1 - gamma`',
     r='where the second evaluation is, as a share of the step in the logarithm',
     solver_type="'midpoint' or 'heun'",
     variance="that of the posterior ('fixed_small') or of the forward step ('fixed_large')",
 )
-_ORDER_DOCS = dict(
-    unipc='estimates that the prediction uses, the new one included, from 1 up',
-    er_sde='estimates that are used, the new one included: 1, 2 or 3',
+
+# %% ../nbs/04_karras.ipynb #c55858be
+_PREDICTION = 'estimates that the prediction uses, the new one included, from 1 up'
+_OWN_DOCS = dict(
+    unipc=dict(order=_PREDICTION),
+    sa_solver=dict(
+        order=_PREDICTION,
+        s_tmin='lowest noise level with noise',
+        s_tmax='highest noise level with noise',
+    ),
+    er_sde=dict(order='estimates that are used, the new one included: 1, 2 or 3'),
 )
 
 
@@ -1260,8 +1589,7 @@ def _as_k_diffusion(step, name):
         return _run_to_end(*args, **options)
 
     first = step.__doc__.split('\n')[0]
-    order = _ORDER_DOCS.get(step.__name__, _PARAMETER_DOCS['order'])
-    docs = _PARAMETER_DOCS | dict(order=order)
+    docs = _PARAMETER_DOCS | _OWN_DOCS.get(step.__name__, {})
     lines = [f'{k}: {docs[k]}' for k in signature.parameters]
     doc = f"{first}\n\nWith k-diffusion's signature.\n\n" + '\n'.join(lines)
     sampler.__signature__, sampler.__module__, sampler.step = signature, __name__, step
@@ -1289,4 +1617,88 @@ sample_gradient_estimation = _as_k_diffusion(gradient_estimation, 'sample_gradie
 sample_res_multistep = _as_k_diffusion(res_multistep, 'sample_res_multistep')
 sample_unipc = _as_k_diffusion(unipc, 'sample_unipc')
 sample_er_sde = _as_k_diffusion(er_sde, 'sample_er_sde')
+sample_sa_solver = _as_k_diffusion(sa_solver, 'sample_sa_solver')
+sample_restart = _as_k_diffusion(restart, 'sample_restart')
 sample_euler_cfg_pp = _as_k_diffusion(euler_cfg_pp, 'sample_euler_cfg_pp')
+
+
+# %% ../nbs/04_karras.ipynb #4d607052
+def sample_dpm_fast(
+    model,  # called as `model(x, sigma, **extra_args) -> x0`, sigma (B,)
+    x,  # (B, ...) noise of standard deviation `sigma_max`
+    sigma_min,  # the run ends here, above 0
+    sigma_max,
+    n,  # network evaluations, from 1 up; they take n//3 + 1 steps
+    extra_args=None,  # dict of what the model is conditioned on, by name
+    callback=None,  # called after each step with a dict: x, i, sigma, sigma_hat, denoised
+    disable=None,  # no progress bar? None: only in a terminal
+    eta=0.0,  # share of the fresh noise
+    s_noise=1.0,  # factor on the noise
+    noise_sampler=None,  # function of two noise levels that gives noise (B, ...) of variance 1
+    generator=None,  # a seed or torch.Generator for the batch, or a list with one per sample
+):
+    "`dpm_fast` with k-diffusion's signature: `n` evaluations on evenly spaced logarithms."
+    _check_whole('n', n, 'a whole number of evaluations from 1 up', 1)
+    lo, hi = _checked_schedule(1, sigma_min, sigma_max)
+    logs = torch.linspace(math.log(hi), math.log(lo), n // 3 + 2, dtype=torch.float64)
+    sigmas = [hi, *logs[1:-1].exp().tolist(), lo]
+    args = dpm_fast, model, x, sigmas, extra_args, callback, disable, generator, noise_sampler
+    return _run_to_end(*args, eta=eta, s_noise=s_noise, nfe=n)
+
+
+sample_dpm_fast.step = dpm_fast
+
+
+# %% ../nbs/04_karras.ipynb #d3ea1616
+def sample_dpm_adaptive(
+    model,  # called as `model(x, sigma, **extra_args) -> x0`, sigma (B,)
+    x,  # (B, ...) noise of standard deviation `sigma_max`
+    sigma_min,  # the run ends here, above 0
+    sigma_max,
+    extra_args=None,  # dict of what the model is conditioned on, by name
+    # called after each attempt with a dict: x, i, sigma, sigma_hat, denoised, error, h, steps, nfe,
+    # n_accept, n_reject
+    callback=None,
+    disable=None,  # no progress bar? None: only in a terminal
+    order=3,  # 2 or 3, compared with the order below it
+    rtol=0.05,  # tolerated error of a step, as a share of the value
+    atol=0.0078,  # and at least
+    h_init=0.05,  # first step size, in the logarithm of sigma
+    pcoeff=0.0,  # of the PID controller that sets the step size
+    icoeff=1.0,
+    dcoeff=0.0,
+    accept_safety=0.81,  # take a step again if its size would shrink below this share
+    eta=0.0,  # share of the fresh noise
+    s_noise=1.0,  # factor on the noise
+    noise_sampler=None,  # function of two noise levels that gives noise (B, ...) of variance 1
+    return_info=False,  # return also a dict: steps, nfe, n_accept, n_reject
+    generator=None,  # a seed or torch.Generator for the batch, or a list with one per sample
+):
+    "`dpm_adaptive` with k-diffusion's signature: one interval, and as many steps as it takes."
+    lo, hi = _checked_schedule(1, sigma_min, sigma_max)
+    if callback is not None:
+        _check_callable('callback', callback, 'a function of a dict')
+    control = dict(order=order, rtol=rtol, atol=atol, h_init=h_init, accept_safety=accept_safety)
+    control |= dict(pcoeff=pcoeff, icoeff=icoeff, dcoeff=dcoeff, eta=eta, s_noise=s_noise)
+    report = _AdaptiveReport(callback)
+    args = dpm_adaptive, model, x, [hi, lo], extra_args, None, disable, generator, noise_sampler
+    x = _run_to_end(*args, report=report, **control)
+    return (x, report.info) if return_info else x
+
+
+sample_dpm_adaptive.step = dpm_adaptive
+
+
+# %% ../nbs/04_karras.ipynb #b73cd79b
+class _AdaptiveReport:
+    "Passes on what `dpm_adaptive` reports, with k-diffusion's names, and keeps the counts."
+
+    def __init__(self, callback):
+        self.callback, self.info = callback, dict(steps=0, nfe=0, n_accept=0, n_reject=0)
+
+    def __call__(self, seen):
+        seen['steps'] = seen['n_accept'] + seen['n_reject']
+        self.info = {k: seen[k] for k in self.info}
+        if self.callback is not None:
+            sigma = torch.as_tensor(seen.pop('sigma'))
+            self.callback(dict(seen, i=seen['steps'] - 1, sigma=sigma, sigma_hat=sigma))

@@ -674,7 +674,7 @@ def smc(
 ) -> tuple:  # (B, ...) prediction, and the corrected delta as the state
     """Move each value of the delta by `k` towards `(1-lam)` times the last corrected delta.
 
-    Sliding mode control (SMC-CFG, arXiv:2603.03281), as in the authors' code.
+    SMC-CFG (arXiv:2603.03281), as in the authors' code.
     """
     e = pos - neg
     last = e if state is None else state
@@ -788,10 +788,9 @@ def limit_norm(
     *,
     most: float = 1.0,  # longest length of a sample, in lengths of `pos`; 0 gives 0
 ) -> torch.Tensor:  # (B, ...) no sample is longer than `most` times that in `pos`
-    """Limit the L2 norm of each sample's guided velocity to `most` times that of its positive.
+    """Limit each sample's L2 norm to `most` times that of `pos`, by one factor for all its values.
 
-    All values of a sample are shortened by one factor, at most 1: `cfg_normalization` of
-    `ZImagePipeline` in diffusers, where a number stands for `most` and 0 means no limit.
+    `cfg_normalization` of diffusers' `ZImagePipeline`; there 0 means no limit.
     """
     return pred * _ratio(most * _norm(pos), _norm(pred)).clamp(max=1)
 

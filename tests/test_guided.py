@@ -2457,9 +2457,94 @@ def test_samplers_with_the_names_of_k_diffusion(name):
     f = getattr(karras, name)
     kw = dict(generator=1) if 'generator' in inspect.signature(f).parameters else {}
     G = GuidedDenoiser(toy, NONE, w=0.6 if 'cfg_pp' in name else 2.0)
-    out = f(G, 10 * X, get_sigmas_karras(20, 0.01, 10.0), extra_args=C, disable=True, **kw)
+    levels = [get_sigmas_karras(20, 0.01, 10.0)]
+    if 'sigmas' not in inspect.signature(f).parameters:
+        levels = [0.01, 10.0, *([60] if name == 'sample_dpm_fast' else [])]
+    out = f(G, 10 * X, *levels, extra_args=C, disable=True, **kw)
     assert out.isfinite().all()
     assert G.nfe >= 2 * 6 * 20
+
+
+def gaussian(x, sigma, c):
+    "The exact denoiser of Gaussians with means `c`; guidance moves the mean."
+    c = c.view(-1, 1)
+    return c + (x - c) * 0.25 / (0.25 + sigma.view(-1, 1) ** 2)
+
+
+FREE = [
+    (karras.sa_solver, SIGMAS, {}),
+    (karras.restart, SIGMAS, dict(restart_steps=3)),
+    (karras.dpm_fast, SIGMAS, dict(eta=1.0)),
+    (karras.dpm_adaptive, SIGMAS[[0, -2, -1]], dict(h_init=3.0, rtol=0.01)),
+]
+each_sampler = pytest.mark.parametrize(
+    'step,sigmas,options', FREE, ids=[o[0].__name__ for o in FREE]
+)
+
+
+@each_sampler
+def test_guidance_of_gaussians_is_a_shift_for_more_samplers(step, sigmas, options):
+    G = GuidedDenoiser(gaussian, dict(c=torch.full((1,), -1.0)), w=3.0)
+    got = sample(G, 10 * X, sigmas, step, C, generator=1, **options)
+    shifted = dict(c=-1 + 3 * (C['c'] + 1))
+    close(got, sample(gaussian, 10 * X, sigmas, step, shifted, generator=1, **options), 1e-4)
+
+
+@each_sampler
+def test_more_samplers_tell_the_step_between_the_levels_of_the_run(step, sigmas, options):
+    values = [1.5 + 0.5 * i for i in range(len(sigmas) - 1)]
+    told = []
+
+    class Told(GuidedDenoiser):
+        def forward(self, x, sigma, *, step=None, **cond):
+            told.append((step, float(sigma[0])))
+            return super().forward(x, sigma, step=step, **cond)
+
+    G, own = Told(toy, NONE, w=values), on_sigmas(values, sigmas)
+    sample(G, 10 * X, sigmas, step, C, generator=1, **options)
+    steps = [i for i, _ in told]
+    assert steps == sorted(steps)
+    assert set(steps) == set(range(len(values)))
+    firsts = [next(s for i, s in told if i == k) for k in range(len(values))]
+    assert firsts == pytest.approx(sigmas[:-1].tolist(), rel=2e-5)
+    a, b = (GuidedDenoiser(toy, NONE, w=w) for w in (values, own))
+    a, b = (sample(o, 10 * X, sigmas, step, C, generator=1, **options) for o in (a, b))
+    assert torch.equal(a, b)
+
+
+REMEMBERING = {
+    'momentum': Term(NONE, 3.0, apg.of(beta=-0.5)),
+    'stop': Term(NONE, 3.0, stop=0.99),
+    'every': Term(NONE, 3.0, every=2),
+    'interval': Term(NONE, 3.0, interval=(0.3, 5.0)),
+}
+
+
+@each_sampler
+@pytest.mark.parametrize('kind', [*REMEMBERING, 'draws', 'history'])
+def test_more_samplers_work_with_what_remembers(step, sigmas, options, kind):
+    if kind in REMEMBERING:
+        term = REMEMBERING[kind]
+    else:
+        term = Term(Noisy(3) if kind == 'draws' else Mixed(), 1.5)
+    G = GuidedDenoiser(toy, term)
+    first, second = (sample(G, 10 * X, sigmas, step, C, generator=1, **options) for _ in range(2))
+    assert first.isfinite().all()
+    assert torch.equal(first, second)
+    plain = sample(toy, 10 * X, sigmas, step, C, generator=1, **options)
+    assert (first - plain).abs().max() > 1e-3
+
+
+def test_weights_per_step_are_refused_where_a_sampler_chooses_its_steps():
+    run = partial(karras.sample_dpm_adaptive, x=10 * X, sigma_min=0.1, sigma_max=10.0)
+    run = partial(run, extra_args=C, disable=True)
+    with pytest.raises(ValueError, match='^w: expected one value per step, 1, got 8'):
+        run(GuidedDenoiser(toy, NONE, w=[2.0] * 8))
+    with pytest.raises(ValueError, match='^w belongs to 8 steps'):
+        run(GuidedDenoiser(toy, NONE, w=on_sigmas([2.0] * 8, SIGMAS)))
+    want = run(GuidedDenoiser(toy, NONE, w=2.0))
+    assert torch.equal(run(GuidedDenoiser(toy, NONE, w=lambda sigma: 2.0)), want)
+    assert torch.equal(run(GuidedDenoiser(toy, NONE, w=[2.0])), want)
 
 
 def test_other_conditions_are_checked_within_a_run():

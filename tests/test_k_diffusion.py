@@ -186,6 +186,84 @@ def test_mixture(name, options, sigmas):
         )
 
 
+# from one noise level to another
+
+KEYS = {'i', 'x', 'denoised', 'sigma', 'sigma_hat'}
+COUNTS = {'error', 'h', 'steps', 'nfe', 'n_accept', 'n_reject'}
+
+
+def both_ways(name, *args, dtype=torch.float64, **options):
+    "Ours and k-diffusion's: what they return, and what their callbacks saw."
+    x, shift = (normal(3, 1, 8, 8) * 14.6).to(dtype), torch.tensor([0.0, 0.5, -1.0], dtype=dtype)
+    results = []
+    torch.set_default_dtype(dtype)  # its noise levels have the default type
+    try:
+        for module in (karras, kd.sampling):
+            f, seen = getattr(module, f'sample_{name}'), []
+            kw = dict(callback=seen.append, disable=True, noise_sampler=noise(x), **options)
+            D, levels = Mixture().to(dtype), (0.03, 14.6)
+            results.append((f(D, x, *levels, *args, extra_args=dict(shift=shift), **kw), seen))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return results
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 5, 6, 11, 12, 13])
+@pytest.mark.parametrize('options', [{}, dict(eta=0.6, s_noise=1.1), dict(eta=1.0)], ids=case)
+def test_dpm_fast(n, options):
+    (x, seen), (want, wanted) = both_ways('dpm_fast', n, **options)
+    close(x, want, 1e-11)
+    assert len(seen) == len(wanted) == n // 3 + 1
+    for a, b in zip(seen, wanted, strict=True):
+        assert a.keys() == KEYS
+        assert float(a['sigma_hat']) == pytest.approx(float(b['sigma_hat']), rel=1e-9)
+        close(a['x'], b['x'], 1e-10)
+        close(a['denoised'], b['denoised'], 1e-10)
+
+
+ADAPTIVE = [
+    {},
+    dict(order=2),
+    dict(order=2, rtol=0.01, h_init=0.5, accept_safety=0.95),
+    dict(rtol=1e-3, atol=1e-3),
+    dict(pcoeff=0.2, icoeff=0.5, dcoeff=0.1),
+    dict(eta=1.0),
+    dict(order=2, eta=0.6, s_noise=1.1),
+    dict(h_init=3.0),
+]
+
+
+@pytest.mark.parametrize('options', ADAPTIVE, ids=case)
+def test_dpm_adaptive(options):
+    ((x, info), seen), ((want, theirs), wanted) = both_ways(
+        'dpm_adaptive', return_info=True, **options
+    )
+    close(x, want, 1e-7)  # the noise to the last level: a root of its rounding error
+    counts = ['steps', 'n_accept', 'n_reject']
+    assert [info[k] for k in counts] == [theirs[k] for k in counts]
+    assert info['nfe'] == theirs['nfe'] - theirs['n_reject']
+    assert len(seen) == len(wanted) == info['steps']
+    for a, b in zip(seen, wanted, strict=True):
+        assert a.keys() == KEYS | COUNTS
+        assert [a[k] for k in ('i', *counts)] == [b[k] for k in ('i', *counts)]
+        for k in ('sigma', 'sigma_hat', 'error', 'h'):
+            assert float(a[k]) == pytest.approx(float(b[k]), rel=1e-6)
+        close(a['x'], b['x'], 1e-7)
+        close(a['denoised'], b['denoised'], 1e-7)
+
+
+def test_some_adaptive_steps_are_rejected():
+    "Else the cases above would not show what a rejection does."
+    infos = [both_ways('dpm_adaptive', return_info=True, **o)[0][0][1] for o in ADAPTIVE]
+    assert sum(o['n_reject'] > 0 for o in infos) >= 3
+
+
+@pytest.mark.parametrize('name,args', [('dpm_fast', (12,)), ('dpm_adaptive', ())])
+def test_between_two_levels_in_float32(name, args):
+    (x, _), (want, _) = both_ways(name, *args, dtype=torch.float32)
+    close(x, want, 1e-4)
+
+
 @pytest.fixture(scope='module')
 def fashion():
     "The network of fashion-sd, what it is conditioned on, and x"

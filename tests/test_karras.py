@@ -12,6 +12,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 from torch.testing import assert_close
@@ -31,6 +32,8 @@ from cf_guidance.karras import (
     deis,
     dpm2,
     dpm2_ancestral,
+    dpm_adaptive,
+    dpm_fast,
     dpmpp_2m,
     dpmpp_2m_sde,
     dpmpp_2s,
@@ -55,6 +58,8 @@ from cf_guidance.karras import (
     make_quantizer,
     on_sigmas,
     res_multistep,
+    restart,
+    sa_solver,
     sample,
     samples,
     unipc,
@@ -459,6 +464,9 @@ SPREAD = {
     dpmpp_2m_sde: 0.03,
     dpmpp_3m_sde: 0.03,
     er_sde: 0.03,
+    sa_solver: 0.03,
+    restart: 0.03,
+    dpm_fast: 0.03,
 }
 
 
@@ -477,7 +485,7 @@ class Counter(Denoiser):
 
 
 ONE = euler, lms, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, ddim_step, ddpm_step, euler_ancestral
-ONE += er_sde, deis, ipndm, gradient_estimation, res_multistep, unipc
+ONE += er_sde, deis, ipndm, gradient_estimation, res_multistep, unipc, sa_solver
 TWO = heun, dpm2, dpmpp_2s, dpmpp_sde, heun_ancestral, dpm2_ancestral, dpmpp_2s_ancestral
 
 
@@ -493,6 +501,14 @@ def test_evaluations(step):
 ORDERS = [
     *((deis, 2), (deis, 3), (ipndm, 2), (ipndm, 4), (unipc, 1), (unipc, 2), (unipc, 3)),
     *((res_multistep, None), (gradient_estimation, None)),
+]
+HIGHER = [
+    (sa_solver, dict(tau=0.0, order=1, corrector=0), 1),
+    (sa_solver, dict(tau=0.0), 2),
+    (sa_solver, dict(tau=0.0, corrector=0), 2),
+    (sa_solver, dict(tau=0.0, order=3, corrector=3), 2),
+    (dpm_fast, {}, 2),
+    (restart, dict(restart_times=0), 2),
 ]
 
 
@@ -510,6 +526,33 @@ def test_order_of_convergence(step, order):
     coarse, fine = (gaussian_error(step, n, **options) for n in (160, 320))
     want = 1 if step is gradient_estimation else 2
     assert math.log2(coarse / fine) == pytest.approx(want, abs=0.1)
+
+
+@each('step,options,order', HIGHER)
+def test_order_of_convergence_of_more_samplers(step, options, order):
+    coarse, fine = (gaussian_error(step, n, **options) for n in (160, 320))
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+
+
+def test_dpm_fast_that_ends_with_two_evaluations_has_order_3():
+    coarse, fine = (gaussian_error(dpm_fast, n, nfe=3 * n - 1) for n in (80, 160))
+    assert math.log2(coarse / fine) == pytest.approx(3, abs=0.1)
+
+
+@each('order', [2, 3])
+def test_the_error_of_dpm_adaptive_falls_with_its_tolerance(order):
+    def error(tolerance):
+        def D(x, sigma):
+            return x * S**2 / (S**2 + sigma[0].double() ** 2)
+
+        start = torch.full((1, 1), 10.0, dtype=torch.float64)
+        options = dict(order=order, rtol=tolerance, atol=tolerance)
+        x = sample(D, start, [10.0, 0.1], dpm_adaptive, **options)
+        return abs(x.item() - 10 * ((S**2 + 0.01) / (S**2 + 100)) ** 0.5)
+
+    errors = [error(o) for o in (1e-3, 1e-4, 1e-5, 1e-6)]
+    assert all(b < a / 3 for a, b in zip(errors, errors[1:], strict=False))
+    assert errors[-1] < 1e-4
 
 
 def test_what_more_slopes_and_a_correction_gain():
@@ -627,6 +670,183 @@ def test_docs_tell_the_range_of_an_order(name):
     assert line.endswith('1, 2 or 3' if name == 'er_sde' else 'up')
 
 
+# SA-Solver
+
+
+def diffusers_sa(order, corrector, tau, noise):
+    "The end of diffusers' run and of ours, with the same noise at each step."
+
+    def estimate(x, sigma):
+        return torch.tanh(x / (0.3 + sigma.view(-1, 1) ** 2))
+
+    options = dict(prediction_type='sample', beta_schedule='scaled_linear')
+    sched = SASolverScheduler(
+        predictor_order=order, corrector_order=corrector, tau_func=lambda t: tau, **options
+    )
+    sched.set_timesteps(16)
+    sigmas = sched.sigmas = sched.sigmas.double()
+    x = randn((5, 3), 0, dtype=torch.float64) * sigmas[0]
+    z, draws = x / (1 + sigmas[0] ** 2) ** 0.5, iter(noise)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(
+            'diffusers.schedulers.scheduling_sasolver.randn_tensor', lambda *a, **kw: next(draws)
+        )
+        for t, sigma in zip(sched.timesteps, sigmas, strict=False):
+            x0 = estimate(z * (1 + sigma**2) ** 0.5, sigma)
+            z = sched.step(x0, t, z).prev_sample
+    draws, options = iter(noise), dict(tau=tau, order=order, corrector=corrector)
+    ours = sample(estimate, x, sigmas, sa_solver, noise=lambda a, b: next(draws), **options)
+    return ours, z * (1 + sigmas[-1] ** 2) ** 0.5
+
+
+@each('tau', [0.0, 0.4, 1.0])
+@each('order,corrector', [(1, 1), (1, 2), (2, 2), (3, 3), (3, 4), (4, 2)])
+def test_sa_solver_of_diffusers(order, corrector, tau):
+    noise = torch.randn(40, 5, 3, generator=seeded(1), dtype=torch.float64)
+    ours, theirs = diffusers_sa(order, corrector, tau, noise)
+    assert ours.isfinite().all()
+    assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_sa_solver_without_noise_or_correction_is_euler():
+    got = sample(D, X, SIGMAS, sa_solver, tau=0.0, order=1, corrector=0)
+    assert_close(got, sample(D, X, SIGMAS, euler), atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_of_sa_solver_has_the_noise_of_dpmpp_sde():
+    noise = randn(X.shape, 9)
+    got, want = (
+        sample(D, X, [4.0, 2.0], step, noise=lambda a, b: noise, **options)
+        for step, options in ((sa_solver, dict(tau=0.5)), (dpmpp_2m_sde, dict(eta=0.25)))
+    )
+    assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_of_sa_solver_only_where_it_was_asked_for():
+    levels = []
+
+    def noise(a, b):
+        levels.append(a)
+        return torch.zeros_like(X)
+
+    sample(D, X, SIGMAS, sa_solver, noise=noise, s_tmin=0.5, s_tmax=5.0)
+    want = [o for o in SIGMAS.tolist() if 0.5 <= o <= 5.0]
+    assert levels == want
+
+
+@each('tau', [0.3, 0.7, 1.0])
+def test_one_step_of_sa_solver_by_the_exact_solution_of_its_equation(tau):
+    "For a constant estimate the mean and the variance after a step are known."
+    state = State(9, 0, lambda a, b: torch.ones(1, 1, dtype=torch.float64))
+    x = torch.full((1, 1), 7.0, dtype=torch.float64)
+    got, _ = sa_solver(lambda x, s: torch.full_like(x, 2.0), x, 3.0, 1.5, state, tau=tau)
+    keep = 0.5 ** (1 + tau**2)
+    noise = 1.5 * (1 - 0.5 ** (2 * tau**2)) ** 0.5
+    assert got.item() == pytest.approx(2 + 5 * keep + noise, abs=1e-12)
+
+
+# restart
+
+
+def test_restart_goes_up_once_and_down_again():
+    V, ups = Seen(exact), []
+
+    def noise(a, b):
+        ups.append((a, b))
+        return torch.zeros_like(X)
+
+    sigmas = [4.0, 1.0, 0.09, 0.05, 0.0]
+    sample(V, X, sigmas, restart, noise=noise, restart_steps=2, restart_times=3)
+    (level,) = {a for a, _ in ups}
+    assert level == pytest.approx(0.09, rel=1e-6)
+    assert [b for _, b in ups] == [2.0] * 3
+    told = [o for _, o in V.seen]
+    middle = get_sigmas_karras(3, 0.09, 2.0)[1].item()
+    once = [2.0, middle, middle, 0.09]
+    want = [4.0, 1.0, 1.0, 0.09, *once * 3, 0.09, 0.05, 0.05]
+    assert told == pytest.approx(want, rel=1e-6)
+
+
+@each('options', [dict(restart_times=0), dict(restart_times=2, restart_steps=4), {}])
+def test_evaluations_of_restart(options):
+    C = Counter(exact)
+    sample(C, X, get_sigmas_karras(10, 0.03, 14.6), restart, **options)
+    extra = 2 * options.get('restart_steps', 9) * options.get('restart_times', 1)
+    assert C.n == 19 + extra
+
+
+def test_a_restart_adds_the_noise_that_is_missing():
+    seen, z = Seen(lambda x, sigma: torch.zeros_like(x)), randn(X.shape, 9)
+    sample(seen, X, [4.0, 0.05, 0.0], restart, noise=lambda a, b: z, restart_steps=1)
+    (x,) = [x for x, sigma in seen.seen if sigma == 2.0]
+    assert_close(x, X * 0.05 / 4 + z * (4 - 0.05**2) ** 0.5, atol=1e-5, rtol=1e-5)
+
+
+def test_restarts_without_an_interval_are_heun():
+    got = sample(D, X, [4.0, 2.0, 0.0], restart, restart_times=0)
+    assert torch.equal(got, sample(D, X, [4.0, 2.0, 0.0], heun))
+
+
+def test_a_restart_rounds_to_levels_of_the_model():
+    V, sigmas = Seen(Q), Q.get_sigmas_karras(7)
+    sample(V, X, sigmas, restart, generator=seeded(0))
+    assert all(o in SD.sigmas.tolist() for _, o in V.seen)
+
+
+# DPM-Solver, fast and adaptive
+
+
+@each('n', [1, 2, 3, 4, 7, 8, 9, 12])
+def test_evaluations_of_dpm_fast(n):
+    C = Counter(exact)
+    karras.sample_dpm_fast(C, X, 0.03, 14.6, n, disable=True)
+    assert C.n == n
+
+
+def test_dpm_fast_to_zero_ends_with_two_and_one():
+    C = Counter(exact)
+    sample(C, X, get_sigmas_karras(10, 0.03, 14.6), dpm_fast)
+    assert C.n == 27
+
+
+@each('order', [2, 3])
+def test_evaluations_of_dpm_adaptive(order):
+    C, seen = Counter(exact), []
+    options = dict(order=order, rtol=0.01, h_init=3.0, report=seen.append)
+    sample(C, X, [14.6, 1.0, 0.03], dpm_adaptive, **options)
+    starts = [i for i, o in enumerate(seen) if o['n_accept'] + o['n_reject'] == 1]
+    ends = [seen[i - 1] for i in (*starts[1:], len(seen))]
+    assert len(ends) == 2
+    assert C.n == sum(o['nfe'] for o in ends)
+    assert sum(o['n_reject'] for o in ends) > 0
+
+
+def test_dpm_adaptive_of_one_interval_is_the_shell():
+    got = sample(D, X, [14.6, 0.03], dpm_adaptive, rtol=0.01)
+    assert torch.equal(got, karras.sample_dpm_adaptive(D, X, 0.03, 14.6, rtol=0.01, disable=True))
+
+
+def test_dpm_adaptive_ends_in_a_step_of_euler():
+    a, b = (sample(D, X, o, dpm_adaptive) for o in ([14.6, 0.03], [14.6, 0.03, 0.0]))
+    assert_close(b, exact(a, torch.full((4,), 0.03)))
+
+
+def test_dpm_adaptive_of_nothing():
+    assert sample(D, X[:0], [14.6, 0.03], dpm_adaptive).shape == (0, 3, 8, 8)
+
+
+def test_dpm_adaptive_of_zeros_needs_no_atol():
+    got = sample(lambda x, s: x * 0, X * 0, [14.6, 0.03], dpm_adaptive, atol=0.0)
+    assert torch.equal(got, X * 0)
+
+
+def test_tolerances_that_cannot_be_met():
+    rough = torch.Generator().manual_seed(0)
+    D = Denoiser(lambda x, sigma: torch.randn(x.shape, generator=rough))
+    with pytest.raises(FloatingPointError, match='rtol, atol: no step from sigma=14.6 is good'):
+        sample(D, X, [14.6, 0.03], dpm_adaptive, rtol=0.0, atol=1e-12)
+
+
 # DDIM and DDPM of diffusers
 
 
@@ -680,6 +900,9 @@ NOISY = {
     'sde': (dpmpp_sde, {}),
     '3m sde': (dpmpp_3m_sde, {}),
     'er sde': (er_sde, {}),
+    'sa solver': (sa_solver, {}),
+    'restart': (restart, {}),
+    'dpm fast': (dpm_fast, dict(eta=1.0)),
 }
 noisy = pytest.mark.parametrize('step,options', NOISY.values(), ids=NOISY)
 
@@ -886,6 +1109,8 @@ SHELLS = {
     'unipc': unipc,
     'gradient_estimation': gradient_estimation,
     'res_multistep': res_multistep,
+    'sa_solver': sa_solver,
+    'restart': restart,
 }
 CHURN = ['s_churn', 's_tmin', 's_tmax', 's_noise', 'decorate_sigma_hat', 'generator']
 ANCESTRAL = ['eta', 's_noise', 'noise_sampler', 'generator']
@@ -896,6 +1121,13 @@ OPTIONS = {
     'gradient_estimation': ['gamma'],
     'er_sde': ['s_noise', 'noise_sampler', 'order', 'generator'],
     'res_multistep': [],
+    'sa_solver': [
+        *('tau', 's_tmin', 's_tmax', 's_noise', 'noise_sampler', 'order', 'corrector', 'generator')
+    ],
+    'restart': [
+        *('restart_min', 'restart_max', 'restart_steps', 'restart_times'),
+        *('s_noise', 'noise_sampler', 'generator'),
+    ],
     'dpmpp_2m': [],
     'dpmpp_sde': ['eta', 's_noise', 'noise_sampler', 'r', 'generator'],
     'dpmpp_2m_sde': ['eta', 's_noise', 'noise_sampler', 'solver_type', 'generator'],
@@ -1054,10 +1286,10 @@ def copies(step, **options):
     return round(max(seen), 1)
 
 
-REMEMBERS = {dpmpp_2m: 2, dpmpp_2m_sde: 2, dpmpp_3m_sde: 3, lms: 4}
+REMEMBERS = {dpmpp_2m: 2, dpmpp_2m_sde: 2, dpmpp_3m_sde: 3, lms: 4, sa_solver: 2, restart: 1}
 
 
-@each('step', [*ONE, *TWO])
+@each('step', [*ONE, *TWO, restart, dpm_fast])
 def test_memory(step):
     assert copies(step) <= 3 + REMEMBERS.get(step, 0)
 
@@ -1209,6 +1441,31 @@ BAD = {
     'r': (run_with(dpmpp_sde, r=0.0), ValueError, 'r: .* got 0'),
     'r text': (run_with(dpmpp_sde, r='a'), TypeError, "r: .* got 'a'"),
     'order': (run_with(lms, order=0), ValueError, 'order: .* got 0'),
+    'orders': (run_with(dpm_adaptive, order=4), ValueError, 'order: .* 2 to 3 for dpm_adaptive'),
+    'order low': (run_with(dpm_adaptive, order=1), ValueError, 'order: .* got 1'),
+    'rtol': (run_with(dpm_adaptive, rtol=-1.0), ValueError, 'rtol: .* got -1'),
+    'h_init': (run_with(dpm_adaptive, h_init=0.0), ValueError, 'h_init: .* got 0'),
+    'safety': (run_with(dpm_adaptive, accept_safety=2.0), ValueError, 'accept_safety: .* got 2'),
+    'report': (run_with(dpm_adaptive, report=5), TypeError, 'report: .* got 5'),
+    'tau': (run_with(sa_solver, tau=-1.0), ValueError, 'tau: .* got -1'),
+    'corrector': (run_with(sa_solver, corrector=-1), ValueError, 'corrector: .* got -1'),
+    'corrector float': (run_with(sa_solver, corrector=1.5), TypeError, 'corrector: .* got 1.5'),
+    'restart_steps': (run_with(restart, restart_steps=0), ValueError, 'restart_steps: .* got 0'),
+    'restart_min': (run_with(restart, restart_min=0.01), ValueError, 'restart_min: .* got 0.01'),
+    'restart_min high': (run_with(restart, restart_min=15.0), ValueError, 'restart_min: .* got 15'),
+    'restart_max': (run_with(restart, restart_max=0.05), ValueError, 'restart_max: .* got 0.05'),
+    'restart_max high': (run_with(restart, restart_max=80.0), ValueError, 'restart_max: .*got 80'),
+    'nfe low': (run_with(dpm_fast, nfe=56), ValueError, 'nfe: expected 57 to 59 for 20 steps.*56'),
+    'nfe': (run_with(dpm_fast, nfe=60), ValueError, 'nfe: expected 57 to 59 for 20 .* got 60'),
+    'nfe float': (run_with(dpm_fast, nfe=57.5), TypeError, 'nfe: .* got 57.5'),
+    'n': (of(karras.sample_dpm_fast, D, X, 0.03, 14.6, 0), ValueError, 'n: .* got 0'),
+    'the wrong way': (of(karras.sample_dpm_fast, D, X, 9.0, 1.0, 5), ValueError, 'sigma_max: '),
+    'to 0': (of(karras.sample_dpm_adaptive, D, X, 0.0, 1.0), ValueError, 'sigma_min: .* got 0'),
+    'adaptive callback': (
+        of(karras.sample_dpm_adaptive, D, X, 0.1, 1.0, callback=5),
+        TypeError,
+        'callback: .* got 5',
+    ),
     'order float': (run_with(lms, order=2.5), TypeError, 'order: .* got 2.5'),
     'ancestral twice': (of(ancestral, euler_ancestral), ValueError, 'got euler_ancestral'),
     'ancestral sde': (of(ancestral, dpmpp_sde), ValueError, 'got dpmpp_sde'),

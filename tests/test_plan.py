@@ -251,7 +251,7 @@ def test_bad_values_are_clear(name, value):
     if name == 'sigmas':
         settings['sampler'] = 'euler'
         del settings['steps']
-    clear_errors.check(lambda: Sweep(**settings), name, most=320)  # some list all names
+    clear_errors.check(lambda: Sweep(**settings), name, most=400)  # some list all names
 
 
 def test_what_does_not_go_together_is_clear():
@@ -367,6 +367,14 @@ def test_the_noise_levels_of_a_sampler_are_in_its_request():
     assert families[-1]['sigmas'][0] == 5
 
 
+@pytest.mark.parametrize(
+    'sampler', ['dpm_adaptive', 'dpm_adaptive(rtol=0.1)', dict(name='dpm_adaptive')], ids=str
+)
+def test_a_sampler_without_fixed_steps_is_refused(sampler):
+    with pytest.raises(ValueError, match='^sampler: expected a sampler with fixed steps'):
+        Sweep(prompt=PROMPT, sampler=sampler, steps=4)
+
+
 def test_evaluations_of_samplers():
     requests = Sweep(prompt=PROMPT, sampler=[*SAMPLERS], w=[1, 2], steps=4).requests
     counts = {
@@ -375,6 +383,8 @@ def test_evaluations_of_samplers():
         if r['terms'][0]['weights'][0] == 2
     }
     assert (counts['euler'], counts['heun'], counts['dpmpp_2m']) == (8, 14, 8)
+    assert (counts['sa_solver'], counts['dpm_fast']) == (8, 18)
+    assert counts['restart'] == 14 + 2 * 18
     alone = [evaluations_of(r) for r in requests if r['terms'][0]['weights'][0] == 1]
     both = [o['sampler']['name'] for o in requests[::2] if o['sampler']['name'].endswith('cfg_pp')]
     assert sum(alone) == sum(counts.values()) / 2 + 4 * len(both)

@@ -516,7 +516,9 @@ def _levels_of(request):
 
 # %% ../../nbs/lab/09_plan.ipynb #7a3be0d2
 SAMPLERS = {
-    k.removeprefix('sample_'): f.step for k, f in vars(karras).items() if k.startswith('sample_')
+    k.removeprefix('sample_'): f.step
+    for k, f in vars(karras).items()
+    if k.startswith('sample_') and not getattr(f.step, 'adaptive', False)
 }
 SIGMAS = dict(
     karras=karras.get_sigmas_karras,
@@ -527,6 +529,12 @@ SIGMAS = dict(
 
 def _sampler(name, value):
     "A sampler as in a request, with all its options."
+    text = str(value.get('name') if isinstance(value, Mapping) else value)
+    if text.partition('(')[0].strip() == 'dpm_adaptive':
+        raise ValueError(
+            f'{name}: expected a sampler with fixed steps, got dpm_adaptive, whose steps depend on '
+            'the network and on the batch'
+        )
     sampler, given = _name_and_settings(name, value, SAMPLERS)
     step, given = SAMPLERS[sampler], {k: _unplain(v) for k, v in given.items()}
     known = list(inspect.signature(step).parameters.values())[5:]
