@@ -1514,6 +1514,10 @@ d = {
                 'lab/backends.html#_narrow',
                 'cf_guidance/lab/backends.py',
             ),
+            'cf_guidance.lab.backends._network_name': (
+                'lab/backends.html#_network_name',
+                'cf_guidance/lab/backends.py',
+            ),
             'cf_guidance.lab.backends._plain_network': (
                 'lab/backends.html#_plain_network',
                 'cf_guidance/lab/backends.py',
@@ -2826,6 +2830,7 @@ d = {
                 'lab/plan.html#_with_prompts',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._words': ('lab/plan.html#_words', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._writable': (
                 'lab/plan.html#_writable',
                 'cf_guidance/lab/plan.py',
