@@ -484,7 +484,7 @@ class Term:
         skips = [k for k, v in (('stop', self.stop is None), ('every', self.every == 1)) if not v]
         if skips and isinstance(neg, (History, Inside)):
             raise ValueError(f'{skips[0]}: {type(neg).__name__} costs no evaluation to save')
-        if isinstance(neg, Inside) and self.rule is not cfg:
+        if isinstance(neg, Inside) and self.rule != cfg:
             name = getattr(self.rule, '__name__', type(self.rule).__name__)
             raise ValueError(f'rule: {type(neg).__name__} combines inside the network, got {name}')
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from cf_guidance import attention, negatives, schedules
-from cf_guidance.guided import Negative
+from cf_guidance import attention, negatives, schedules, text, weak
+from cf_guidance.guided import Inside, Negative
 from cf_guidance.lab.backends import with_backend
 from cf_guidance.lab.plan import (
     NEGATIVES,
@@ -53,7 +53,9 @@ def draw(md, requests, **kwargs):
 @pytest.mark.parametrize('negative', [*NEGATIVES, 'none'])
 def test_each_rule_draws_with_each_negative(md, negative):
     same = dict(prompt=PROMPT, negative_prompt=OTHER, steps=2, seed=3)
-    sweep = Sweep(negative=negative, rule=[*RULES], w=[1, 1.5], **same)
+    inside = issubclass(NEGATIVES.get(negative, Negative), Inside)  # which takes no rule
+    rules = ['cfg'] if inside else [*RULES]
+    sweep = Sweep(negative=negative, rule=rules, w=[1, 1.5], **same)
     batches = itertools.groupby(sweep.requests, batch_key)  # w runs fastest
     for _, requests in batches:
         requests = list(requests)
@@ -70,7 +72,9 @@ def mixed(**settings):
 @pytest.mark.parametrize(
     'settings',
     [
-        *(dict(negative=o) for o in NEGATIVES if o != 'perpneg'),
+        *(dict(negative=o) for o in NEGATIVES if o not in ('perpneg', 'vsf')),
+        dict(negative=f'vsf(prompt={OTHER!r})'),
+        dict(guidance=[{}, dict(negative='nag', w=4), dict(negative='pladis', w=2)]),
         dict(negative=f'perpneg(prompts={[OTHER, "a bag"]}, weights=[0.5, 2])', interval=(0.5, 9)),
         dict(negative='tpg', every=2, interval=(0.5, 9)),
         dict(rule='apg', schedule='linear', interval=(0.5, 5)),
@@ -160,11 +164,37 @@ def test_seeds_and_negative_prompts_act(md):
     assert torch.pdist(flat).min() > 0.1
 
 
+@pytest.mark.parametrize('negative', ['nag', 'vsf'])
+def test_guidance_inside_the_network_has_its_own_prompt_or_that_of_the_plan(md, negative):
+    same = dict(prompt=PROMPT, w=4, steps=2)
+    (a,) = Sweep(negative=negative, negative_prompt=OTHER, **same).requests
+    (b,) = Sweep(negative=f'{negative}(prompt={OTHER!r})', **same).requests
+    assert a == b
+    (plain,) = Sweep(negative='none', prompt=PROMPT, steps=2).requests
+    pixels, nfe = draw(md, [a])
+    assert nfe == [2]
+    assert (pixels - draw(md, [plain])[0]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ('settings', 'match'),
+    [
+        (dict(negative='vsf'), 'negative: vsf: expected a prompt, or a negative_prompt'),
+        (dict(negative='nag', rule='apg'), 'rule: nag combines inside the network, got apg'),
+        (dict(negative='nag', every=2), 'every: nag costs no evaluation to save'),
+        (dict(negative='nag(words=3)'), 'negative: nag: expected tau, alpha, layers, prompt'),
+    ],
+)
+def test_mistakes_of_guidance_inside_the_network(settings, match):
+    with pytest.raises(ValueError, match=match):
+        _ = Sweep(prompt=PROMPT, steps=2, **settings).requests
+
+
 def test_all_of_the_core_has_a_name_or_a_reason():
     page = (ROOT / 'nbs/lab/09_plan.ipynb').read_text()
     unnamed = page.split('## What a plan cannot say')[1].split('## Batches')[0]
     kinds = {o.__name__ for o in NEGATIVES.values()}
-    for module in (attention, negatives):
+    for module in (attention, negatives, text, weak):
         for name in module.__all__:
             o = getattr(module, name)
             if isinstance(o, type) and issubclass(o, Negative):
@@ -302,7 +332,9 @@ def test_other_spellings_are_the_same_request():
 
 def test_requests_are_json_and_do_not_change():
     settings = dict(prompt=PROMPT, negative_prompt=OTHER, rule=[*RULES], steps=2)
-    settings |= dict(negative=[*NEGATIVES], post=[*POST_RULES])
+    settings |= dict(
+        negative=[o for o in NEGATIVES if not issubclass(NEGATIVES[o], Inside)], post=[*POST_RULES]
+    )
     sweep = Sweep(**settings)
     text = json.dumps(sweep.requests, allow_nan=False)
     assert json.loads(text) == sweep.requests

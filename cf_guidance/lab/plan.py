@@ -39,11 +39,13 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .. import attention, karras, negatives, schedules, transforms
+from .. import attention, karras, negatives, schedules, transforms, weak
+from .. import text as text_guidance
 from .._extras import needs
 from ..guided import (
     Conditions,
     History,
+    Inside,
     Negative,
     Queries,
     Term,
@@ -80,13 +82,16 @@ def _parameters(f, left_out=()):
 
 
 # arguments of negatives that `terms_of` supplies, or that do not fit into text
-_SUPPLIED = ('net', 'model', 'conds', 'cond', 'empty', 'negs', 'generator', 'tokens', 'time')
+_SUPPLIED = (
+    *('net', 'model', 'conds', 'cond', 'empty', 'negs', 'generator', 'tokens', 'time'),
+    *('text', 'words'),
+)
 
 
 def _negatives():
     "The negatives that need only what `terms_of` supplies, by their names in small letters."
     found = {'prompt': Conditions}
-    for module in (attention, negatives):
+    for module in (attention, negatives, text_guidance, weak):
         for name in module.__all__:
             cls = getattr(module, name)
             if inspect.isclass(cls) and issubclass(cls, Negative):
@@ -249,11 +254,14 @@ def _names(what, value):
 # %% ../../nbs/lab/09_plan.ipynb #0915aa19
 _MORE = dict(  # settings that stand for what is supplied, with their defaults
     prompt=dict(prompt=''),
+    nag=dict(prompt=''),  # '': the negative prompt
+    vsf=dict(prompt=''),
     icg=dict(prompts=None),  # to draw from; None: those of the model's world, or random tokens
     autoguidance=dict(model='fashion-sd-weak'),
     # one or several prompts, None: the negative prompt; one weight, or one for each of them
     perpneg=dict(prompts=None, weights=(1.0,)),
 )
+_DEFAULTS = dict(insitu=dict(p=0.1))  # where that of the library is in the network
 
 
 def _settings_of_negative(name):
@@ -261,7 +269,7 @@ def _settings_of_negative(name):
     if name == 'none':
         return {}
     own = {k: p.default for k, p in _parameters(NEGATIVES[name], _SUPPLIED).items()}
-    return {**own, **_MORE.get(name, {})}
+    return {**own, **_MORE.get(name, {}), **_DEFAULTS.get(name, {})}
 
 
 def _of_negative(value, negative_prompt=''):
@@ -764,9 +772,13 @@ def _term(given, sigmas):
     if not _cost(negative) and (every > 1 or given.get('stop') is not None):
         name = 'every' if every > 1 else 'stop'
         raise ValueError(f'{name}: {negative["name"]} costs no evaluation to save')
+    rule = given.get('rule') or _of_rule('rule', 'cfg', RULES)
+    if issubclass(NEGATIVES[negative['name']], Inside) and rule['name'] != 'cfg':
+        name = negative['name']
+        raise ValueError(f'rule: {name} combines inside the network, got {rule["name"]}')
     return dict(
         negative=negative,
-        rule=given.get('rule') or _of_rule('rule', 'cfg', RULES),
+        rule=rule,
         weights=weights,
         interval=given.get('interval'),
         stop=given.get('stop'),
@@ -777,8 +789,11 @@ def _term(given, sigmas):
 # %% ../../nbs/lab/09_plan.ipynb #7a3be0c3
 def _with_prompts(negative, text):
     "The negative with the negative prompt of the plan, if it needs one and has none."
-    if negative['name'] == 'prompt':
-        return {**negative, 'prompt': negative['prompt'] or text}
+    if 'prompt' in negative:
+        text = negative['prompt'] or text
+        if negative['name'] == 'vsf' and not text:
+            raise ValueError('negative: vsf: expected a prompt, or a negative_prompt, got none')
+        return {**negative, 'prompt': text}
     if negative['name'] != 'perpneg':
         return negative
     prompts, weights = negative['prompts'] or text, negative['weights']
@@ -929,6 +944,7 @@ def _count(text):
     ]
     alone = len(terms) == 1 and issubclass(kinds[0], Queries) and not request['post']
     alone = alone and not kinds[0].needs_pos and terms[0].every == 1
+    alone = alone and not any(issubclass(k, Inside) for k in kinds)
     top, total, ages = levels.D.sigma_max * (1 + 1e-3), 0, [math.inf] * len(terms)
     for sigma, step in zip(levels.evaluations.sigmas, levels.evaluations.steps, strict=True):
         here = torch.tensor([sigma]), [sigma], step
@@ -1152,7 +1168,7 @@ def terms_of(
     terms = []
     for each in zip(*(r['terms'] for r in requests), strict=True):
         weights = torch.tensor([t['weights'] for t in each], dtype=torch.float64).T
-        negative = _negative([t['negative'] for t in each], [r['seed'] for r in requests], D)
+        negative = _negative([t['negative'] for t in each], requests, D)
         rule, interval = _rule_from(each[0]['rule'], RULES), each[0]['interval']
         interval = None if interval is None else _unplain(interval)
         stop, every = each[0]['stop'], each[0].get('every', 1)
@@ -1161,7 +1177,7 @@ def terms_of(
 
 
 # %% ../../nbs/lab/09_plan.ipynb #0915aa51
-def _negative(each, seeds, D):
+def _negative(each, requests, D):
     "The negative of a batch; `each` has that of every request."
     name, settings = each[0]['name'], {}
     for k, v in each[0].items():
@@ -1173,6 +1189,13 @@ def _negative(each, seeds, D):
     if name == 'perpneg':
         negs = [D.cond(o) for o in each[0]['prompts']]
         return negatives.PerpNeg(D.cond(''), negs, each[0]['weights'])
+    if name == 'cdg':
+        words = _words([r['prompt'] for r in requests], D)
+        return text_guidance.CDG(D.cond(''), words)
+    if name in ('nag', 'vsf'):
+        prompts = [o['prompt'] for o in each]
+        settings['cond'] = D.cond(prompts)
+        settings |= dict(words=_words(prompts, D)) if name == 'vsf' else {}
     if name == 'icg':
         settings['conds'] = _pool(each[0]['prompts'], D)
     elif name == 'autoguidance':
@@ -1180,8 +1203,12 @@ def _negative(each, seeds, D):
     elif 'net' in _parameters(cls):
         settings['net'] = D if name in ('tsg', 'sg') else net
     if cls.draws:
-        settings['generator'] = seeds
+        settings['generator'] = [r['seed'] for r in requests]
     return cls(**settings)
+
+
+def _words(prompts, D):
+    return text_guidance.word_tokens(D.inner_model.pipe.tokenizer, prompts)
 
 
 def _pool(prompts, D):
