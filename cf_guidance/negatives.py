@@ -481,7 +481,7 @@ class SWG(Queries):
 
     def _windows(self, x):
         "Rows and columns of each window."
-        # rounding: 0.6 * 5 is a little more than 3
+        # rounded, because 0.56 * 25 is a little more than 14
         sizes = [(n, min(n - 1, math.ceil(round(self.share * n, 6)))) for n in x.shape[-2:]]
         rows, cols = ([slice(0, k), slice(n - k, n)] for n, k in sizes)
         return [(a, b) for a in rows for b in cols]

@@ -473,7 +473,8 @@ def test_windows_are_rounded_up():
 
     assert sides(0.5, 7) == {(4, 4)}
     assert sides(0.625, 9) == {(6, 6)}
-    assert sides(0.6, 5) == {(3, 3)}  # though 0.6 * 5 is a little more than 3
+    assert 0.56 * 25 > 14
+    assert sides(0.56, 25) == {(14, 14)}
     assert sides(0.99, 5) == {(4, 4)}
 
 
