@@ -4828,6 +4828,7 @@ d = {
                 'pipelines.html#_guided_class',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._hiding': ('pipelines.html#_hiding', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._in_its_precision': (
                 'pipelines.html#_in_its_precision',
                 'cf_guidance/pipelines.py',

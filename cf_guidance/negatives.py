@@ -616,8 +616,10 @@ class CADS(Denoiser):
         # function of sigma (B,) that returns times from 0 to 1; None: the denoiser's time as a
         # share of that at its highest noise level
         time: Callable = None,
+        names: list = None,  # which conditions get noise; None: all embeddings
     ):
         super().__init__(inner_model)
+        self.names = names
         self.tau1 = _check_number('tau1', tau1, 'a number from 0', lambda v: 0 <= v < 1)
         self.tau2 = _check_number('tau2', tau2, 'above tau1, up to 1', lambda v: tau1 < v <= 1)
         self.s = _check_number('s', s, 'a finite number from 0', lambda v: 0 <= v < math.inf)
@@ -626,8 +628,9 @@ class CADS(Denoiser):
             _check_whole('seed', o, 'a whole number from 0, or a list with one per sample')
         self.seed, self.time = seed, _ShareOfTime(inner_model) if time is None else time
 
-    def forward(self, x, sigma, *, step=None, **cond):
-        return self.inner_model(x, sigma, **self._conditions(x, sigma, step, cond))
+    def forward(self, x, sigma, *, step=None, off=(), **cond):
+        off = dict(off=off) if off else {}  # of a guided denoiser
+        return self.inner_model(x, sigma, **self._conditions(x, sigma, step, cond), **off)
 
     def parts(self, x, sigma, *, step=None, **cond):
         return self.inner_model.parts(x, sigma, **self._conditions(x, sigma, step, cond))
@@ -636,6 +639,7 @@ class CADS(Denoiser):
         "What the denoiser gets: all conditions that are embeddings with their noise, and the step."
         cond, sigma = _expand_rows(cond, len(x), x.device), _per_sample(sigma, x)
         noisy = sorted(k for k, v in cond.items() if v.is_floating_point() and v.ndim > 1)
+        noisy = [k for k in noisy if self.names is None or k in self.names]
         if not noisy:
             got = ', '.join(f'{k} {tuple(v.shape)} of {v.dtype}' for k, v in cond.items())
             raise ValueError(f'cond: CADS expects an embedding (B, ...), got {got or "none"}')

@@ -44,6 +44,7 @@ from .guided import (
     Weight,
     _as_posts,
 )
+from .negatives import CADS
 from .noise import _check_generators, _check_whole, split_generator
 from .perturb import Layers, _network_of, refuse_caches
 
@@ -1190,7 +1191,7 @@ def guide(self: _Run, call, negative):
     for i in self.prompted:
         self.G.terms[i].neg.cond = cond if negative is None else negative
     off = self.prompted if negative is None else ()
-    x0 = self.G(x, sigma, step=step, off=off, **cond)
+    x0 = self.hidden(x, sigma, step=step, off=off, **cond)
     return self.output((x0 - c_skip * x) / c_out, call.latents)
 
 
@@ -1208,6 +1209,7 @@ def begin(self: _Run, call):
     options, begins = self.options, self.evaluations.begins
     D = self.D if options.max_batch is None else Microbatched(self.D, options.max_batch)
     self.G = GuidedDenoiser(D, *self._terms(len(call.latents)), post=self._posts())
+    self.hidden = self.G if options.cads is None else _hiding(self.G, self.family, options.cads)
     if options.zero_init and self.D.prediction != 'flow':
         raise ValueError(f'zero_init: expected a flow model, got prediction {self.D.prediction!r}')
     falls = len(begins) < 2 or begins[0] > begins[-1]
@@ -1476,6 +1478,7 @@ class _Guidance:
     posts: list | None  # None: what the pipeline itself does to its guided prediction
     zero_init: int
     max_batch: int | None
+    cads: dict | None = None  # settings of `CADS`; None: without
     warns: bool = True  # about terms that never guided
     watched: list = field(default_factory=list)  # pairs of a term's number and a list of traces
 
@@ -1580,6 +1583,7 @@ def guided(
     post=None,  # a post-rule such as `rescale`, or a list of them, for the sum of all terms
     zero_init: int = 0,  # first steps in which a flow model stands still (arXiv:2503.18886)
     max_batch: int | None = None,  # rows in one forward of the network, at most
+    cads: dict | None = None,  # settings of `CADS`, such as `dict(s=0.1)`: noise on the prompts
 ):  # a pipeline: `sd(prompt, ...)`, with `sd.report` and `sd.watch()`
     "A pipeline like `pipe`, with another guidance."
     if isinstance(pipe, _GuidedPipeline):
@@ -1590,8 +1594,23 @@ def guided(
     _check_whole('zero_init', zero_init)
     if max_batch is not None:
         _check_whole('max_batch', max_batch, low=1)
+    if cads is not None:
+        _hiding(nn.Identity(), _family_of(pipe), cads, time=abs)  # an error, if any, belongs here
     posts = None if post is None else checked.posts
-    return _guide(pipe, _Guidance(checked.terms, posts, zero_init, max_batch))
+    return _guide(pipe, _Guidance(checked.terms, posts, zero_init, max_batch, cads))
+
+
+def _hiding(G, family, settings, **more):
+    "A denoiser that hides the prompts of a pipeline early in a run."
+    names = [k for k in family.text or {} if 'mask' not in k]
+    if not isinstance(settings, Mapping) or {'inner_model', 'names'} & {*settings}:
+        raise TypeError(f'cads: expected settings such as dict(s=0.1), got {settings!r:.60}')
+    if not names:
+        raise ValueError('cads: expected a pipeline with prompts, got one without')
+    try:
+        return CADS(G, names=names, **{**more, **settings})
+    except TypeError as e:
+        raise TypeError(f'cads: {str(e).removeprefix("CADS.__init__() ")}') from None
 
 
 # %% ../nbs/09_pipelines.ipynb #39405b82

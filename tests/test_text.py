@@ -5,7 +5,22 @@ import pickle
 
 import pytest
 import torch
-from pipeline_helpers import NEGS, PROMPTS, ddim, dit, flow, flux, pixart, run, sd, sd3, seeded, xl
+from pipeline_helpers import (
+    NEGS,
+    PROMPTS,
+    W,
+    ddim,
+    dit,
+    euler_discrete,
+    flow,
+    flux,
+    pixart,
+    run,
+    sd,
+    sd3,
+    seeded,
+    xl,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,8 +28,9 @@ from cf_guidance.attention import PAG
 from cf_guidance.denoisers import NetDenoiser
 from cf_guidance.guided import GuidedDenoiser, Microbatched, Term
 from cf_guidance.lab.fashion import quiet
+from cf_guidance.negatives import CADS
 from cf_guidance.perturb import ADAPTERS
-from cf_guidance.pipelines import MinimalDiffusion, guided, pipeline_denoiser
+from cf_guidance.pipelines import MinimalDiffusion, guided, pipeline_denoiser, sigmas_of
 from cf_guidance.text import CDG, NAG, PLADIS, VSF, _normalised, entmax, word_tokens
 
 quiet()
@@ -676,3 +692,51 @@ def test_masked_texts_are_refused(pipes):
     masked = {**cond, 'encoder_attention_mask': torch.ones(2, 3)}
     with pytest.raises(ValueError, match='a text without a mask, got encoder_attention_mask'):
         GuidedDenoiser(D, NAG(D, negs(D)))(*args, **masked)
+
+
+# CADS in pipelines
+
+
+@pytest.mark.parametrize('make', [sd, xl])
+def test_cads_in_a_pipeline_is_that_of_a_denoiser(make):
+    # a single step of Euler's method ends with the estimate of the image
+    pipe = make(euler_discrete())
+    cads = dict(s=0.3, seed=[4, 5], tau1=0.5, tau2=1.0)
+    got = run(guided(pipe, w=W, cads=cads), steps=1)
+    D = pipeline_denoiser(pipe)
+    sigma = sigmas_of(pipe, 1)[0].item()
+    x = sigma * torch.randn((2, *D.latent_shape), generator=seeded(0))
+    names = [k for k in ('encoder_hidden_states', 'text_embeds') if k in D.cond()]
+    hidden = CADS(GuidedDenoiser(D, negs(D), w=W), names=names, **cads)
+    assert off(got, hidden(x, sigma, **D.cond(PROMPTS))) < 1e-3
+    assert off(got, run(guided(pipe, w=W), steps=1)) > 1e-3
+
+
+def test_cads_repeats_with_its_seed(pipes):
+    pictures = [run(guided(pipes['sd'], cads=dict(seed=s))) for s in (0, 0, 1)]
+    assert torch.equal(pictures[0], pictures[1])
+    assert off(pictures[2], pictures[0]) > 1e-3
+
+
+def test_cads_that_hides_nothing_is_plain(pipes):
+    late = dict(tau1=0.9999, tau2=1.0)  # the first of three steps is at 0.67
+    got = run(guided(pipes['sd'], cads=late))
+    assert torch.equal(got, run(guided(pipes['sd'])))
+
+
+@pytest.mark.parametrize(
+    ('cads', 'error', 'match'),
+    [
+        (0.1, TypeError, 'cads: expected settings such as'),
+        (dict(noise=1), TypeError, "cads: got an unexpected keyword argument 'noise'"),
+        (dict(s=-1), ValueError, 's: expected a finite number from 0'),
+    ],
+)
+def test_bad_settings_of_cads(pipes, cads, error, match):
+    with pytest.raises(error, match=match):
+        guided(pipes['sd'], cads=cads)
+
+
+def test_cads_needs_prompts():
+    with pytest.raises(ValueError, match='cads: expected a pipeline with prompts'):
+        guided(dit(ddim()), cads={})
