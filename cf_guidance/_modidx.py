@@ -1514,10 +1514,6 @@ d = {
                 'lab/backends.html#_narrow',
                 'cf_guidance/lab/backends.py',
             ),
-            'cf_guidance.lab.backends._network_name': (
-                'lab/backends.html#_network_name',
-                'cf_guidance/lab/backends.py',
-            ),
             'cf_guidance.lab.backends._plain_network': (
                 'lab/backends.html#_plain_network',
                 'cf_guidance/lab/backends.py',

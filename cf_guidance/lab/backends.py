@@ -375,10 +375,6 @@ def with_backend(
 
 
 # %% ../../nbs/lab/12_backends.ipynb #f1a0b019
-def _network_name(pipe):
-    return next(iter(_networks(pipe)))
-
-
 def _plain_network(pipe):
     "The network that PyTorch runs."
     net = next(iter(_networks(pipe).values()))
