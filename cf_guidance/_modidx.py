@@ -523,6 +523,116 @@ d = {
             ),
             'cf_guidance.denoisers.to_x0': ('denoisers.html#to_x0', 'cf_guidance/denoisers.py'),
         },
+        'cf_guidance.families': {
+            'cf_guidance.families.Checked': ('families.html#checked', 'cf_guidance/families.py'),
+            'cf_guidance.families.Checked.__repr__': (
+                'families.html#checked.__repr__',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families.Refused': ('families.html#refused', 'cf_guidance/families.py'),
+            'cf_guidance.families._Onlooker': (
+                'families.html#_onlooker',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._Onlooker.__call__': (
+                'families.html#_onlooker.__call__',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._Property': (
+                'families.html#_property',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._Trial': ('families.html#_trial', 'cf_guidance/families.py'),
+            'cf_guidance.families._Trial.__call__': (
+                'families.html#_trial.__call__',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._Trial.at': (
+                'families.html#_trial.at',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._Trial.own': (
+                'families.html#_trial.own',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._Trial.plain': (
+                'families.html#_trial.plain',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._Trial.prompted': (
+                'families.html#_trial.prompted',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._Trial.unguided': (
+                'families.html#_trial.unguided',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._another': ('families.html#_another', 'cf_guidance/families.py'),
+            'cf_guidance.families._cut_batch': (
+                'families.html#_cut_batch',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._guided': ('families.html#_guided', 'cf_guidance/families.py'),
+            'cf_guidance.families._interval': (
+                'families.html#_interval',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._must': ('families.html#_must', 'cf_guidance/families.py'),
+            'cf_guidance.families._negative_prompt': (
+                'families.html#_negative_prompt',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._network': ('families.html#_network', 'cf_guidance/families.py'),
+            'cf_guidance.families._off': ('families.html#_off', 'cf_guidance/families.py'),
+            'cf_guidance.families._pag': ('families.html#_pag', 'cf_guidance/families.py'),
+            'cf_guidance.families._per_sample': (
+                'families.html#_per_sample',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._perturbed': (
+                'families.html#_perturbed',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._plain': ('families.html#_plain', 'cf_guidance/families.py'),
+            'cf_guidance.families._property': (
+                'families.html#_property',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._rule_in_its_space': (
+                'families.html#_rule_in_its_space',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._schedule': (
+                'families.html#_schedule',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._second_run': (
+                'families.html#_second_run',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._slg': ('families.html#_slg', 'cf_guidance/families.py'),
+            'cf_guidance.families._state': ('families.html#_state', 'cf_guidance/families.py'),
+            'cf_guidance.families._two_terms': (
+                'families.html#_two_terms',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._untouched': (
+                'families.html#_untouched',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._weight_of': (
+                'families.html#_weight_of',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._weight_one': (
+                'families.html#_weight_one',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families.check_family': (
+                'families.html#check_family',
+                'cf_guidance/families.py',
+            ),
+        },
         'cf_guidance.guided': {
             'cf_guidance.guided.Called': ('guided.html#called', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Called.__call__': (
@@ -4430,6 +4540,10 @@ d = {
             'cf_guidance.perturb._shadow': ('perturb.html#_shadow', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._type_name': ('perturb.html#_type_name', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._unpickled': ('perturb.html#_unpickled', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._video_grid': (
+                'perturb.html#_video_grid',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._with_first_input': (
                 'perturb.html#_with_first_input',
                 'cf_guidance/perturb.py',
@@ -4525,6 +4639,42 @@ d = {
             ),
             'cf_guidance.pipelines._Evaluations.num_steps': (
                 'pipelines.html#_evaluations.num_steps',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._FirstStep': (
+                'pipelines.html#_firststep',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._FirstStep.__init__': (
+                'pipelines.html#_firststep.__init__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._FirstStep._pairs': (
+                'pipelines.html#_firststep._pairs',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._FirstStep._scale': (
+                'pipelines.html#_firststep._scale',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._FirstStep._time': (
+                'pipelines.html#_firststep._time',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._FirstStep.check': (
+                'pipelines.html#_firststep.check',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._FirstStep.family': (
+                'pipelines.html#_firststep.family',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._FirstStep.forward': (
+                'pipelines.html#_firststep.forward',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._FirstStep.step': (
+                'pipelines.html#_firststep.step',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Guidance': (
@@ -4726,6 +4876,7 @@ d = {
                 'pipelines.html#_run.result',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._Stop': ('pipelines.html#_stop', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._TermReport': (
                 'pipelines.html#_termreport',
                 'cf_guidance/pipelines.py',
@@ -4853,6 +5004,10 @@ d = {
                 'pipelines.html#_matched',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._may_be_tried': (
+                'pipelines.html#_may_be_tried',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._mochi_levels': (
                 'pipelines.html#_mochi_levels',
                 'cf_guidance/pipelines.py',
@@ -4867,6 +5022,10 @@ d = {
             ),
             'cf_guidance.pipelines._noise_levels': (
                 'pipelines.html#_noise_levels',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._not_plain': (
+                'pipelines.html#_not_plain',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._one_per_token': (
@@ -4946,6 +5105,7 @@ d = {
                 'pipelines.html#_unflatten',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._unused': ('pipelines.html#_unused', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._weight_at_infinity': (
                 'pipelines.html#_weight_at_infinity',
                 'cf_guidance/pipelines.py',
@@ -4976,10 +5136,6 @@ d = {
             ),
             'cf_guidance.pipelines._z_image_leave': (
                 'pipelines.html#_z_image_leave',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._z_image_norm': (
-                'pipelines.html#_z_image_norm',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._z_image_posts': (

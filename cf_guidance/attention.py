@@ -116,7 +116,7 @@ class _Blurred:
     def __call__(self, q, k, v, site):
         n, image = q.shape[-2], site.image_of(q, k)
         own = q[..., image, :].unflatten(-2, site.grid(n))
-        soft = gaussian_blur(own, self.sigma, dims=(-3, -2)).flatten(-3, -2)
+        soft = gaussian_blur(own, self.sigma, dims=(-3, -2)).flatten(q.ndim - 2, -2)
         if image == slice(0, n):
             return site.attend(soft, k, v)
         soft = torch.cat([q[..., : image.start, :], soft, q[..., image.stop :, :]], -2)

@@ -80,11 +80,15 @@ def _named_modules(net):
 
 
 def _attentions(net):
-    def is_self_attention(m):
-        cross = getattr(m, 'is_cross_attention', 'Cross' in type(m).__name__)
+    every = _named_modules(net)
+
+    def is_self_attention(n, m):
+        # a block of diffusers names its self-attention attn1 and its cross-attention attn2
+        second = n.endswith('attn2') and n[:-1] + '1' in every
+        cross = getattr(m, 'is_cross_attention', second or 'Cross' in type(m).__name__)
         return 'Attention' in type(m).__name__ and not cross
 
-    named = {n: m for n, m in _named_modules(net).items() if is_self_attention(m)}
+    named = {n: m for n, m in every.items() if is_self_attention(n, m)}
     outer = {n.rsplit('.', i)[0] for n in named for i in range(1, n.count('.') + 1)}
     return {n: m for n, m in named.items() if n not in outer}
 
@@ -242,10 +246,10 @@ class Change:
 
 
 # %% ../nbs/05_perturb.ipynb #516719c9
-_IMAGE_FIRST = 'SD3 HunyuanImage'.split()
+_IMAGE_FIRST = 'SD3 HunyuanImage HunyuanVideo HiDreamImage ZImage'.split()
 _IMAGE_LAST = (
-    'AuraFlow Bria Chroma CogView3Plus CogView4 Flux Flux2 GlmImage LongCatImage OvisImage '
-    'QwenImage'
+    'AuraFlow Bria Chroma CogVideoX CogView3Plus CogView4 Flux Flux2 GlmImage Krea2 LongCatImage '
+    'OvisImage QwenImage'
 ).split()
 
 
@@ -261,13 +265,25 @@ def _possible_grids(shape, patch):
 
 def _patch_size(net):
     "Size of the patches that are a network's tokens: a number, a tuple for video, or None."
-    p = getattr(getattr(net, 'config', None), 'patch_size', None)
+    c = getattr(net, 'config', None)
+    p, t = (getattr(c, k, None) for k in ('patch_size', 'patch_size_t'))
     if isinstance(p, (list, tuple)):
         return tuple(p)
+    if hasattr(c, 'all_patch_size'):  # of Z-Image, which takes a picture as a video of one frame
+        return c.all_f_patch_size[0], *c.all_patch_size[:1] * 2
+    if isinstance(p, int) and isinstance(t, int):
+        return t, p, p
     return p if isinstance(p, int) else None
 
 
 # %% ../nbs/05_perturb.ipynb #9185e52b
+def _video_grid(cls, patch, shape):
+    "Frames, height and width in tokens of a video (B, C, F, H, W); None: not known."
+    frames = shape[1] if cls.startswith('CogVideoX') else shape[2]
+    patch = (1, patch, patch) if isinstance(patch, int) else patch
+    return patch and tuple(s // p for s, p in zip((frames, *shape[3:]), patch, strict=True))
+
+
 @functools.cache
 def _image_tokens(
     cls,  # name of the network's class
@@ -283,23 +299,30 @@ def _image_tokens(
         count = math.prod(next(_possible_grids(shape, patch)))
     elif len(shape) == 4:
         count = n if any(h * w == n for h, w in _possible_grids(shape, None)) else 0
-    elif len(shape) == 5 and isinstance(patch, tuple):  # video: tokens of all frames
-        count = math.prod(s // p for s, p in zip(shape[2:], patch, strict=True))
+    elif len(shape) == 5:  # video: tokens of all frames
+        count = math.prod(_video_grid(cls, patch, shape) or [0])
     else:
         count = shape[1] if len(shape) == 3 else 0
     if count == n:
         return slice(0, n)
-    if count and n > count and cls.removesuffix('Transformer2DModel') in _IMAGE_FIRST:
+    name = re.sub('Transformer[23]DModel$', '', cls)
+    if count and n > count and name in _IMAGE_FIRST:
         return slice(0, count)
-    if count and n > count and cls.removesuffix('Transformer2DModel') in _IMAGE_LAST:
+    if count and n > count and name in _IMAGE_LAST:
         return slice(n - count, n)
     return None
 
 
 # %% ../nbs/05_perturb.ipynb #dc1c8f3d
 def _image_grid(call, own, count):
-    "Height and width of `count` tokens of the image; None: not known."
+    "Height and width of `count` tokens of the image (video: frames, too); None: not known."
     x, ids = call.first, call.img_ids
+    if x.ndim == 5:
+        grid = _video_grid(type(call.net).__name__, call.patch, x.shape)
+        sizes = [] if grid is None else [grid[1:] if grid[0] == 1 else grid]
+        return next((o for o in sizes if math.prod(o) == count), None)
+    if isinstance(ids, list):  # of Qwen-Image: the grids of each sample's pictures
+        return next((tuple(o[1:]) for o in ids[0] if math.prod(o) == count), None)
     sizes = [tuple(own.shape[-2:])] if own.ndim == 4 else []
     if x.ndim == 4:
         sizes += _possible_grids(x.shape, call.patch if isinstance(call.patch, int) else None)
@@ -347,7 +370,7 @@ class Site:
     def grid(
         self,
         n: int,  # number of tokens in the sequence
-    ) -> tuple:  # height and width
+    ) -> tuple:  # height and width; for a video frames, height and width
         "The rectangle that the image's tokens form."
         if self._tokens is not None:
             return self._tokens(n)[1]
@@ -592,7 +615,9 @@ def _restrict_to_part(applied, copy_of, n, part):
 
 # %% ../nbs/05_perturb.ipynb #cd6bcff7
 def _first_input(args, kwargs):
-    "What a module is given first."
+    "What a module is given first; a list of samples as one tensor."
+    if args and isinstance(args[0], list) and all(map(torch.is_tensor, args[0])):
+        return torch.stack(args[0])
     if args:
         return args[0]
     for name in ('hidden_states', 'sample'):
@@ -1204,7 +1229,8 @@ class _ShadowForward:
             _refuse_checkpointing(plan.net)
         if first.device.type != 'cpu':
             applied = [Applied(c, r.to(first.device), s) for c, r, s in applied]
-        call = _Forward(plan.net, len(first), first, applied, kwargs.get('img_ids'), plan.patch)
+        ids = kwargs.get('img_ids', kwargs.get('img_shapes'))
+        call = _Forward(plan.net, len(first), first, applied, ids, plan.patch)
         args, kwargs, why = plan.late(call, copy_of, args, kwargs)
         before, _thread.call = _thread.call, call
         try:

@@ -104,7 +104,7 @@ class Family:
     since: str = '0.33'  # version of diffusers that has it
 
 
-# %% ../nbs/09_pipelines.ipynb #01f1e6be
+# %% ../nbs/09_pipelines.ipynb #96755dab
 def _even_levels(n):
     return torch.linspace(1.0, 1 / n, n).tolist()
 
@@ -175,7 +175,7 @@ def _as_pictures(z, grid, patch):
     return nn.functional.pixel_shuffle(x.contiguous(), patch)
 
 
-# %% ../nbs/09_pipelines.ipynb #e0a05dcd
+# %% ../nbs/09_pipelines.ipynb #34f136b8
 def _flux_conditions(N, cond, guidance):
     text = cond['encoder_hidden_states']
     if not N.net.config.guidance_embeds:
@@ -216,7 +216,7 @@ _FLUX = Family(
 _CLASSES = Family({}, negative='last')
 
 
-# %% ../nbs/09_pipelines.ipynb #bb02aec6
+# %% ../nbs/09_pipelines.ipynb #c3163f0a
 def _matched(pred, pos, norm):
     "`pred` with the norms that `pos` has."
     return pred * (norm(pos) / norm(pred).clamp(min=torch.finfo(pred.dtype).tiny))
@@ -236,13 +236,7 @@ def _lumina_norm(pred, pos):
     return _matched(pred, pos, lambda o: torch.linalg.vector_norm(o, dim=-1, keepdim=True))
 
 
-@T.post_rule('flow', limit=(0, math.inf))
-def _z_image_norm(pred, pos, *, limit=1.0):
-    most = limit * T._norm(pos)
-    return pred * (most / T._norm(pred).clamp(min=1e-30)).clamp(max=1.0)
-
-
-# %% ../nbs/09_pipelines.ipynb #849113de
+# %% ../nbs/09_pipelines.ipynb #6ec7edcf
 def _z_image_enter(args):
     text = args['cap_feats']
     lengths = torch.tensor([len(o) for o in text], device=text[0].device)
@@ -262,7 +256,7 @@ def _samples_first(args):
     return args | {name: args[name].transpose(0, 1)}
 
 
-# %% ../nbs/09_pipelines.ipynb #b7e43c30
+# %% ../nbs/09_pipelines.ipynb #24960edf
 def _z_image_cut(run):
     most = run.given.get('cfg_truncation')
     return most is not None and most <= 1 and run.call.time[0].item() > most
@@ -289,7 +283,7 @@ def _grid_of_positions(args):
     return 1, *(int(o) + 1 for o in ids[:, 1:3].amax(0))
 
 
-# %% ../nbs/09_pipelines.ipynb #aa43dd35
+# %% ../nbs/09_pipelines.ipynb #67c7a469
 _SPACED = dict(levels=_even_levels)
 _TOKENS = dict(pack=2, time_unit=1000.0, negative='second call', **_SPACED)
 _REVERSED = dict(rising=True, sign=-1)
@@ -329,9 +323,9 @@ _LUMINA2 = Family(
 )
 
 
-# %% ../nbs/09_pipelines.ipynb #6f6721db
+# %% ../nbs/09_pipelines.ipynb #f30da7a5
 def _z_image_posts(limit):
-    return [_z_image_norm.of(limit=float(limit))] if limit and limit > 0 else []
+    return [T.limit_norm.of(most=float(limit))] if limit and limit > 0 else []
 
 
 _SANA = Family()
@@ -402,6 +396,8 @@ def _stock_class(pipe):
         if cls.__name__ in FAMILIES:
             return cls
     name = own.__name__
+    if _may_be_tried(own, pipe):
+        return own
     if name.endswith('PAGPipeline'):
         what = 'use the pipeline without PAG and the term PAG(pipe.unet)'
     elif hasattr(pipe, 'components'):
@@ -413,8 +409,22 @@ def _stock_class(pipe):
     )
 
 
+def _may_be_tried(cls, pipe):
+    "Has a pipeline that is not listed a guidance scale, one network and a scheduler?"
+    if not hasattr(pipe, 'components') or cls.__name__.endswith('PAGPipeline'):
+        return False
+    scales = {'guidance_scale', 'true_cfg_scale'} & {*inspect.signature(cls.__call__).parameters}
+    parts = {k: o for k, o in pipe.components.items() if o is not None}
+    nets = [k for k in parts if 'unet' in k or 'transformer' in k]
+    one = nets in (['unet'], ['transformer'])
+    return bool(scales) and one and hasattr(parts.get('scheduler'), 'step')
+
+
+_UNLISTED = Family(negative=None)
+
+
 def _family_of(pipe):
-    return FAMILIES[_stock_class(pipe).__name__]
+    return FAMILIES.get(_stock_class(pipe).__name__, _UNLISTED)
 
 
 def _networks(pipe):
@@ -942,6 +952,8 @@ class _LoopNet(nn.Module):
 class _Loop:
     "A network in a loop that is not ours; in its place, a guided denoiser is evaluated."
 
+    tried = None  # the first step of a pipeline that is not listed
+
     def __init__(self, net, family, device, pipe=None):
         self.net, self.family, self.device, self.pipe = net, family, device, pipe
         self.signature, self.second = _signature(net), None  # another network that is called now
@@ -968,7 +980,7 @@ class _Loop:
         if n and z.shape[1] > n:
             z, cond[_AFTER] = z[:, :n], z[:, n:]
         z, c = self.unpack(z), self.channels()
-        if z.shape[1] > c:
+        if z.ndim > 3 and z.shape[1] > c:
             z, cond[_BESIDE] = z[:, :c], z[:, c:]
         return z.float(), cond
 
@@ -982,7 +994,8 @@ class _Loop:
     def output(self, pred, latents):
         "A prediction as the network would return it; pipelines do not use a variance."
         own = _network_of(self.net).config
-        if own.get('learn_sigma') or own.get('out_channels') == 2 * pred.shape[1]:
+        twice = own.get('learn_sigma') or own.get('out_channels') == 2 * pred.shape[1]
+        if twice and self.tried is None:
             pred = torch.cat([pred, torch.zeros_like(pred)], 1)
         return self.pack(self.family.sign * pred).to(latents.dtype)
 
@@ -1075,6 +1088,149 @@ class _PromptOfCall(NegativePrompt):
         return self.run.guidance_scale()
 
 
+# %% ../nbs/09_pipelines.ipynb #25930104
+class _Stop(Exception):
+    "The first step is over."
+
+
+def _not_plain(name):
+    return ValueError(
+        f'pipe: {name} is not listed, and its first step is not plain guidance by one network: '
+        'see "Add your own family" in the documentation'
+    )
+
+
+class _FirstStep:
+    "The first step of a pipeline alone: what its network gets and returns, and its scheduler gets."
+
+    def __init__(self, sd, net, args, kwargs):
+        self.net, self.name = net, _stock_class(sd).__name__
+        self.calls, self.outputs, self.given, self.later = [], [], None, None
+        self.times = None
+        clone = object.__new__(type(sd)._plain)
+        vars(clone).update(vars(sd), scheduler=deepcopy(sd.scheduler))
+        vars(clone)[next(iter(_networks(sd)))] = _stand_in(net, self.forward)
+        self.clone, self.scheduler = clone, clone.scheduler
+        vars(clone.scheduler)['step'] = wraps(clone.scheduler.step)(
+            partial(self.step, clone.scheduler.step)
+        )
+        bound = inspect.signature(type(clone).__call__).bind(clone, *args, **kwargs)
+        bound.apply_defaults()
+        self.arguments = bound.arguments
+        with torch.random.fork_rng(devices=[]), _unused(self.arguments.get('generator')):
+            try:
+                type(clone).__call__(*bound.args, **bound.kwargs)
+            except _Stop:
+                pass
+
+    def forward(self, *args, **kwargs):
+        if not torch.is_tensor(args[0] if args else next(iter(kwargs.values()))):
+            raise _not_plain(self.name)
+        call = _read_call(_signature(self.net), args, kwargs, _UNLISTED)
+        if self.given is not None:
+            self.later = call.time[0].item()
+            raise _Stop
+        out = self.net(*args, **kwargs)
+        if isinstance(out, tuple) and len(out) > 1:  # such as pictures and sound
+            raise _not_plain(self.name)
+        self.calls.append(call)
+        self.outputs.append(out[0] if isinstance(out, tuple) else out.sample)
+        return out
+
+    def step(self, step, output, *args, **kwargs):
+        if self.given is None:
+            self.given, self.times = output, self.scheduler.timesteps.tolist()
+            return step(output, *args, **kwargs)
+        raise _Stop
+
+
+@contextmanager
+def _unused(generators):
+    "Inside, generators may draw; afterwards they are as before."
+    each = generators if isinstance(generators, list) else [generators]
+    states = [(g, g.get_state()) for g in each if g is not None]
+    try:
+        yield
+    finally:
+        for g, state in states:
+            g.set_state(state)
+
+
+# %% ../nbs/09_pipelines.ipynb #f6e9ed80
+@patch
+def family(self: _FirstStep):
+    "The family whose plain guidance gives what the scheduler got; an error if there is none."
+    for negative, pos, neg in self._pairs():
+        for unguided, sign in ((1.0, 1), (1.0, -1), (0.0, 1), (0.0, -1)):
+            w = self._scale() + 1 - unguided
+            want = sign * (pos if neg is None else torch.lerp(neg.float(), pos.float(), w))
+            off = (want - self.given).abs().max() / self.given.abs().max()
+            if want.shape == self.given.shape and off < 1e-3:
+                facts = dict(negative=negative, unguided=unguided, sign=sign)
+                return Family(**facts, **self._time())
+    raise _not_plain(self.name)
+
+
+@patch
+def _pairs(self: _FirstStep):
+    "Possible outputs for the prompt and for the negative prompt, with where the negative is."
+    if self.given is None or len({o.shape for o in self.outputs}) != 1:
+        return
+    outputs, n = self.outputs, len(self.given)
+    same = all(len(c.latents) == len(o) for c, o in zip(self.calls, outputs, strict=True))
+    if not same or any(
+        c.latents.shape != o.shape for c, o in zip(self.calls, outputs, strict=True)
+    ):
+        return
+    if len(outputs) == 1 and len(outputs[0]) == n:
+        yield None, outputs[0], None
+    elif len(outputs) == 1 and len(outputs[0]) == 2 * n:
+        first, second = outputs[0].chunk(2)
+        yield 'first', second, first
+        yield 'last', first, second
+    elif len(outputs) == 2 and len(outputs[0]) == n:
+        yield 'second call', *outputs
+
+
+@patch
+def _scale(self: _FirstStep):
+    "The scale of the call."
+    scale = self.arguments.get('true_cfg_scale')
+    scale = self.arguments.get('guidance_scale') if scale is None else scale
+    return float(getattr(self.clone, '_guidance_scale', 1.0) or 1.0) if scale is None else scale
+
+
+@patch
+def _time(self: _FirstStep):
+    "How the network counts time."
+    n = self.scheduler.config.get('num_train_timesteps') or 1000
+    told = [self.calls[0].time[0].item(), self.later]
+    for rising in (False, True):
+        for unit in (1.0, float(n)):
+            want = [(n - t if rising else t) / unit for t in self.times[:2]]
+            pairs = [(a, b) for a, b in zip(told, want, strict=False) if a is not None]
+            if all(abs(a - b) < 1e-2 * max(b, 1e-2) for a, b in pairs):
+                return dict(time_unit=unit, rising=rising)
+    raise _not_plain(self.name)
+
+
+@patch
+def check(self: _FirstStep, run, x, sigma, cond, negative):
+    "Raise unless plain guidance in our way gives what the scheduler got."
+    D = run.D
+    if negative is not None:
+        neg = _PromptOfCall(run)
+        neg.cond = negative
+        D = GuidedDenoiser(run.D, neg, w=run.guidance_scale())
+    c_skip, c_out, _ = run.scalings(sigma)
+    pred = run.pack((D(x, sigma, **cond) - c_skip * x) / c_out)
+    tol = 1e-3 if self.given.dtype == torch.float32 else 3e-2
+    if pred.shape != self.given.shape or not (
+        (pred - self.given).abs().max() < tol * self.given.abs().max()
+    ):
+        raise _not_plain(self.name)
+
+
 # %% ../nbs/09_pipelines.ipynb #02d8e0a9
 class _Run(_Loop):
     "One call of a guided pipeline."
@@ -1084,7 +1240,11 @@ class _Run(_Loop):
         self.clone = object.__new__(type(sd))
         self.nets = _networks(sd)
         net = next(iter(self.nets.values()))
-        super().__init__(net, _family_of(sd), sd._execution_device, self.clone)
+        family = _family_of(sd)
+        if family is _UNLISTED:
+            self.tried = _FirstStep(sd, net, args, kwargs)
+            family = self.tried.family()
+        super().__init__(net, family, sd._execution_device, self.clone)
         vars(self.clone).update(vars(sd))
         for name, o in self.nets.items():
             refuse_caches(_network_of(o))
@@ -1148,7 +1308,8 @@ def _stand_in(net, forward):
 def _both_halves(self: _Run, call):
     "Prompt and negative prompt are in one batch, and both halves get the guided prediction."
     first, second = call.halves()
-    if self.evaluations is None and not torch.equal(first.latents, second.latents):
+    always = self.tried is not None
+    if (self.evaluations is None or always) and not torch.equal(first.latents, second.latents):
         raise ValueError(
             'pipe: expected the same latents for prompt and negative prompt, got different ones'
         )
@@ -1184,6 +1345,8 @@ def guide(self: _Run, call, negative):
     sigma, step = at.sigmas[self.index], at.steps[self.index]
     (x, cond), (c_skip, c_out, c_in) = self.inputs(call), self.scalings(sigma)
     x = x / c_in
+    if self.tried is not None and self.G.run.last is None:
+        self.tried.check(self, x, sigma, cond, negative)
     if step < self.options.zero_init:
         # a pipeline that divides by the norm must not get 0
         still = torch.full_like(x, 1e-12 if self.family.post else 0.0)
@@ -1304,8 +1467,8 @@ def guidance_scale(self: _Run):
 def has_negative(self: _Run):
     "Does the pipeline evaluate a negative prompt in this call?"
     given = self.given
-    if self.family.negative is None:
-        return False
+    if self.family.negative is None or self.tried is not None:
+        return self.family.negative is not None
     if 'true_cfg_scale' in given:
         names = ('negative_prompt_embeds', 'negative_pooled_prompt_embeds')
         named = given.get('negative_prompt') is not None

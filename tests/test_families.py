@@ -1,14 +1,22 @@
 "Families of pipelines: guidance in each gives what its definition says."
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
 from packaging.version import Version
+from pipeline_helpers import seeded
 from tiny_families import FAMILIES as MADE
 from tiny_families import STEPS, W, run
 
-from cf_guidance.attention import SLG
+from cf_guidance import families
+from cf_guidance.attention import SLG, Perturbation, blurred
+from cf_guidance.families import check_family
 from cf_guidance.guided import Term
+from cf_guidance.perturb import find_layers
 from cf_guidance.pipelines import FAMILIES, NegativePrompt, guided
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore:[\\s\\S]*utocast')
@@ -26,18 +34,23 @@ def off(got, want):
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-GUIDED = [k for k, (cls, _) in MADE.items() if FAMILIES[cls].negative]
+DATA = Path(families.__file__).parent / 'data'
+STORED = json.loads((DATA / 'families.json').read_text(encoding='utf-8'))
 
 
-@pytest.mark.parametrize('what', GUIDED)
-def test_plain_guidance_is_that_of_the_pipeline(what):
-    pipe, call = make(what)
-    sd = guided(pipe)
-    own = run(pipe, call)
-    assert own.isfinite().all()
-    assert off(run(sd, call), own) < 1e-5
-    assert sd.report.nfe == [2 * STEPS] * 2
-    assert off(run(guided(pipe, w=W + 1), call), own) > 1e-3
+@pytest.mark.parametrize('what', MADE)
+def test_checked(what):
+    "All properties hold, and the stored table says which ones a family cannot have."
+    found = check_family(*make(what), steps=3)
+    if diffusers.__version__ == STORED['diffusers']:
+        stored = STORED['families'][what]
+        assert [*found] == [*stored]
+        for k, v in found.items():
+            assert v == stored[k] if isinstance(v, str) else not isinstance(stored[k], str), k
+
+
+def test_all_families_are_stored():
+    assert [*STORED['families']] == [*MADE]
 
 
 def test_every_family_is_tested():
@@ -119,3 +132,97 @@ def test_refused_arguments():
     pipe, call = make('CogVideoX')
     with pytest.raises(ValueError, match='use_dynamic_cfg: use guided'):
         run(guided(pipe), call, use_dynamic_cfg=True)
+
+
+UNLISTED = {  # name -> what the error says if the pipeline is not listed; '' if it works
+    'Wan': '',
+    'Flux.2 Klein': '',
+    'CogVideoX': '',
+    'Kolors': '',
+    'Krea 2': '',
+    'AuraFlow': '',
+    'Qwen-Image': 'QwenImagePipeline is not listed, and its first step is not plain guidance',
+    'Z-Image': 'ZImagePipeline is not listed, .* "Add your own family"',
+    'HiDream': 'not plain guidance by one network',
+    'Flux.2': 'NegativePrompt: this call evaluates no negative prompt',
+}
+
+
+@pytest.mark.parametrize('what', UNLISTED)
+def test_unlisted(what, monkeypatch):
+    pipe, call = make(what)
+    own, says = run(pipe, call), UNLISTED[what]
+    monkeypatch.delitem(FAMILIES, type(pipe).__name__)
+    sd = guided(pipe)
+    if says:
+        with pytest.raises(ValueError, match=says):
+            run(sd, call)
+        return
+    assert off(run(sd, call), own) < 1e-5
+    assert sd.report.nfe == [2 * STEPS] * 2
+    listed = guided(pipe, w=[W] + [1.0] * (STEPS - 1))
+    assert off(run(listed, call), own) > 1e-4
+
+
+WRONG = {  # a row with one mistake -> what is found
+    'CogVideoX': dict(frames_first=False),
+    'AuraFlow': dict(time_unit=1.0),
+    'Wan': dict(negative='first'),
+    'Mochi': dict(sign=1),
+    'Lumina 2': dict(post=None),
+    'Kolors': dict(negative='last'),
+    'Krea 2': dict(unguided=1.0),
+}
+
+
+@pytest.mark.parametrize('what', WRONG)
+def test_wrong_rows_are_found(what, monkeypatch):
+    name = MADE[what][0]
+    pipe, call = make(what)
+    monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], **WRONG[what]))
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        check_family(pipe, call, steps=3)
+
+
+JOINT = ['Qwen-Image', 'Z-Image', 'Flux.2', 'Chroma', 'CogVideoX', 'HunyuanVideo', 'AuraFlow']
+JOINT += ['CogView 4', 'HiDream', 'Krea 2']
+
+
+@pytest.mark.parametrize('what', JOINT)
+def test_image_tokens_in_joint_attention(what):
+    "Before text and image meet, exactly the image's tokens depend on the latents."
+    pipe, call = make(what)
+    first = [n for n in find_layers(pipe.transformer, '*') if n.startswith(FIRST.get(what, ''))][0]
+    seen = []
+
+    class Seen(Perturbation):
+        def __init__(self):
+            super().__init__(pipe.transformer, self.look, first)
+
+        def look(self, q, k, v, site):
+            seen.append((q, site.image_of(q, k)))
+            return site.attend(q, k, v)
+
+    for seed in (0, 1):
+        run(guided(pipe, Term(Seen(), 3.0)), call, num_inference_steps=1, generator=seeded(seed))
+    (a, image), (b, _) = seen[0], seen[-1]
+    moved = (a - b).abs().amax((0, 1, 3)) > 1e-6
+    assert moved[image].all()
+    assert int(moved.sum()) == image.stop - image.start or what == 'Z-Image'
+    assert not moved.all()
+
+
+FIRST = {'Z-Image': 'layers', 'Krea 2': 'transformer_blocks', 'HunyuanVideo': 'transformer_blocks'}
+
+
+def test_video_is_blurred_frame_by_frame():
+    "SEG blurs queries within a frame: constant queries in each frame stay as they are."
+    q = torch.randn(1, 1, 3, 1, 8, generator=seeded(0)).expand(1, 1, 3, 20, 8).flatten(2, 3)
+
+    class Site:
+        image_of = staticmethod(lambda q, k: slice(0, 60))
+        grid = staticmethod(lambda n: (3, 4, 5))
+        attend = staticmethod(lambda q, k, v: q)
+
+    assert off(blurred(2.0)(q, q, q, Site), q) < 1e-6
+    assert off(blurred(2.0)(q, q, q, Site), q.flip(2)) > 0.1
