@@ -4889,6 +4889,10 @@ d = {
                 'pipelines.html#_transformrule.__call__',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._absent_masks': (
+                'pipelines.html#_absent_masks',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._as_guidance': (
                 'pipelines.html#_as_guidance',
                 'cf_guidance/pipelines.py',

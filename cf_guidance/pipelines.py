@@ -365,6 +365,10 @@ _NAMES = [
     (_PIXART, 'PixArtAlpha PixArtSigma'),
     (_FLUX, 'Flux FluxImg2Img FluxInpaint FluxControlNet'),
     (_CLASSES, 'DiT DDPM DDIM'),
+]
+
+# %% ../nbs/09_pipelines.ipynb #1a1f6ee8
+_NAMES += [
     (_QWEN, 'QwenImage'),
     (_Z_IMAGE, 'ZImage'),
     (_WAN, 'Wan'),
@@ -409,6 +413,7 @@ def _stock_class(pipe):
     )
 
 
+# %% ../nbs/09_pipelines.ipynb #76889759
 def _may_be_tried(cls, pipe):
     "Has a pipeline that is not listed a guidance scale, one network and a scheduler?"
     if not hasattr(pipe, 'components') or cls.__name__.endswith('PAGPipeline'):
@@ -889,9 +894,7 @@ def _read_call(signature, args, kwargs, family):
         given = family.enter(given)
     latents, time = given.pop(names[0]), given.pop(time_name)
     given |= given.pop('kwargs', {})
-    for mask, text in family.masks.items():
-        if given.get(mask) is None:
-            given[mask] = latents.new_ones(given[text].shape[:2], dtype=torch.bool)
+    given |= _absent_masks(given, family)
     time = torch.as_tensor(time, device=latents.device)
     if time.ndim == 2:
         given[_PATTERN], time = time / time.amax(1, keepdim=True), time.amax(1)
@@ -909,6 +912,13 @@ def _read_call(signature, args, kwargs, family):
                 conditions[name] = o
     positional = (names[0], *names[: len(args)])
     return _Call(latents, time, given, conditions, positional, time_name, family)
+
+
+# %% ../nbs/09_pipelines.ipynb #61968d75
+def _absent_masks(given, family):
+    "Masks that are None, as masks that are true everywhere."
+    none = {k: text for k, text in family.masks.items() if given.get(k) is None}
+    return {k: torch.ones_like(given[text][..., 0], dtype=torch.bool) for k, text in none.items()}
 
 
 def _one_per_token(ids, text):
@@ -1100,6 +1110,7 @@ def _not_plain(name):
     )
 
 
+# %% ../nbs/09_pipelines.ipynb #18c9680c
 class _FirstStep:
     "The first step of a pipeline alone: what its network gets and returns, and its scheduler gets."
 
@@ -1144,6 +1155,7 @@ class _FirstStep:
         raise _Stop
 
 
+# %% ../nbs/09_pipelines.ipynb #d3f292b0
 @contextmanager
 def _unused(generators):
     "Inside, generators may draw; afterwards they are as before."
@@ -1192,6 +1204,7 @@ def _pairs(self: _FirstStep):
         yield 'second call', *outputs
 
 
+# %% ../nbs/09_pipelines.ipynb #1cbe5ba9
 @patch
 def _scale(self: _FirstStep):
     "The scale of the call."
@@ -1214,6 +1227,7 @@ def _time(self: _FirstStep):
     raise _not_plain(self.name)
 
 
+# %% ../nbs/09_pipelines.ipynb #14142b4a
 @patch
 def check(self: _FirstStep, run, x, sigma, cond, negative):
     "Raise unless plain guidance in our way gives what the scheduler got."
@@ -1253,8 +1267,7 @@ class _Run(_Loop):
         self.given = _checked_arguments(self.stock, sd, args, kwargs)
         if 'guidance_scale' in self.given:  # as the call will do itself
             vars(self.clone)['_guidance_scale'] = self.given['guidance_scale']
-        terms = enumerate(self.options.terms)
-        self.prompted = [i for i, t in terms if t.neg.wants_prompt]
+        self.prompted = [i for i, t in enumerate(self.options.terms) if t.neg.wants_prompt]
         self.timesteps, self.evaluations, self.index = None, None, -1
         self.G = self.report = None
         self.waiting = None  # Flux: the prompt's call, and the output that it was given
