@@ -568,8 +568,16 @@ d = {
                 'cf_guidance/families.py',
             ),
             'cf_guidance.families._another': ('families.html#_another', 'cf_guidance/families.py'),
+            'cf_guidance.families._check_time': (
+                'families.html#_check_time',
+                'cf_guidance/families.py',
+            ),
             'cf_guidance.families._cut_batch': (
                 'families.html#_cut_batch',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._first_output': (
+                'families.html#_first_output',
                 'cf_guidance/families.py',
             ),
             'cf_guidance.families._guided': ('families.html#_guided', 'cf_guidance/families.py'),
@@ -620,6 +628,7 @@ d = {
                 'families.html#_untouched',
                 'cf_guidance/families.py',
             ),
+            'cf_guidance.families._watch': ('families.html#_watch', 'cf_guidance/families.py'),
             'cf_guidance.families._weight_of': (
                 'families.html#_weight_of',
                 'cf_guidance/families.py',

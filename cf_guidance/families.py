@@ -8,15 +8,26 @@ __all__ = ['Refused', 'Checked', 'check_family', 'FAMILIES', 'Family']
 # %% ../nbs/15_families.ipynb #a01217a2
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 
 import torch
 
 from . import transforms as T
 from .attention import PAG, SLG
 from .guided import Term
-from .pipelines import FAMILIES, Family, NegativePrompt, _family_of, _networks, guided
+from .pipelines import (
+    FAMILIES,
+    Family,
+    NegativePrompt,
+    _family_of,
+    _networks,
+    _read_call,
+    _signature,
+    guided,
+)
 
 # %% ../nbs/15_families.ipynb #a48cd03a
 _all_ = ['FAMILIES', 'Family']
@@ -189,24 +200,66 @@ class _Onlooker:
         return T.cfg(neg, pos, w)
 
 
-@_property('rule in its space')
-def _rule_in_its_space(trial):
-    scheduler = trial.pipe.scheduler
-    kind = scheduler.config.get('prediction_type', 'flow_prediction')
-    rule = _Onlooker(dict(epsilon='eps', v_prediction='v').get(kind, 'flow'))
-    outputs = []
-    handle = _network(trial).register_forward_hook(lambda m, args, out: outputs.append(out[0]))
+# %% ../nbs/15_families.ipynb #4ec28f3c
+@contextmanager
+def _watch(net, see, sd):
+    "Inside, `see` gets each call of the network."
+    family, signature = _family_of(sd), _signature(net)
+
+    def hook(m, args, kwargs):
+        see(_read_call(signature, args, kwargs, family))
+
+    handle = net.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        out = trial(_guided(trial, rule=rule))
+        yield
     finally:
         handle.remove()
-    pos, n = rule.seen[0], len(rule.seen[0])
-    raw = torch.stack(outputs[0][:n]) if isinstance(outputs[0], list) else outputs[0][:n]
-    if raw.numel() == 2 * pos.numel():  # a network that also predicts a variance
-        raw = raw.chunk(2, 1)[0]
-    pos, raw = (o.flatten(1).abs().sort().values for o in (pos, raw))
+
+
+def _check_time(trial, sigma, told):
+    "The time that a flow network is told must be that of its noise level."
+    family, n = _family_of(trial.pipe), trial.pipe.scheduler.config.num_train_timesteps
+    t = n * sigma / (1 + sigma)
+    scale = (_network(trial).config.get('timestep_scale') or 1) / family.time_unit
+    want = (n - t if family.rising else t) * scale
+    _must(
+        abs(told - want) < 0.01 * n * scale,
+        f'at sigma={sigma:.4g} the network is told t={told:.4g}, but by its family t={want:.4g}',
+    )
+
+
+def _first_output(trial, kw):
+    "What the pipeline alone, without guidance, first gives to its scheduler."
+    outputs, pipe = [], copy(trial.pipe)
+    pipe.scheduler = deepcopy(pipe.scheduler)
+    step = pipe.scheduler.step
+
+    @wraps(step)
+    def seen(output, *args, **kwargs):
+        outputs.append(output)
+        return step(output, *args, **kwargs)
+
+    pipe.scheduler.step = seen
+    trial(pipe, **kw)
+    return outputs[0]
+
+
+@_property('rule in its space')
+def _rule_in_its_space(trial):
+    scheduler = trial.pipe.scheduler.config
+    kind = scheduler.get('prediction_type', 'flow_prediction')
+    rule = _Onlooker(dict(epsilon='eps', v_prediction='v').get(kind, 'flow'))
+    sd, told = _guided(trial, rule=rule), []
+    with _watch(_network(trial), lambda call: told.append(call.time[0].item()), sd):
+        out = trial(sd)
     _must(_off(out, trial.plain) < 1e-3, 'the formula of CFG gives something else')
-    return _off(pos, raw)
+    if rule.space == 'flow':
+        for sigma, t in ((sd.report.sigmas[0], told[0]), (sd.report.sigmas[-1], told[-1])):
+            _check_time(trial, sigma, t)
+    got = trial.at(1.0) if trial.prompted else {}
+    want = _first_output(trial, got) * (-1 if scheduler.get('invert_sigmas') else 1)
+    pos, want = (o.flatten(1).sort().values for o in (rule.seen[0], want))
+    return _off(pos, want)
 
 
 # %% ../nbs/15_families.ipynb #07997d05

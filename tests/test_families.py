@@ -170,6 +170,8 @@ WRONG = {  # a row with one mistake -> what is found
     'Wan': dict(negative='first'),
     'Mochi': dict(sign=1),
     'Lumina 2': dict(post=None),
+    'Z-Image': dict(rising=False),
+    'HiDream': dict(sign=1),
     'Kolors': dict(negative='last'),
     'Krea 2': dict(unguided=1.0),
 }
