@@ -184,6 +184,7 @@ def _drawn(self: Leaderboard, store, wanted, options):
     return {name: table.loc[[key_of(o) for o in some]] for name, some in wanted.items()}
 
 
+# %% ../../nbs/lab/17_leaderboard.ipynb #6aa45990
 @patch
 def _reference(self: Leaderboard, prompts, each=50):
     "Features of photographs that show what prompts say."

@@ -1207,6 +1207,7 @@ def _negative(each, requests, D):
     return cls(**settings)
 
 
+# %% ../../nbs/lab/09_plan.ipynb #cbe5967d
 def _words(prompts, D):
     return text_guidance.word_tokens(D.inner_model.pipe.tokenizer, prompts)
 
