@@ -25,9 +25,15 @@ pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore:[\\s\\S
 def make(what):
     "A pipeline and a call of it; skipped where this diffusers does not have it."
     cls, made = MADE[what]
-    if Version(diffusers.__version__) < Version(FAMILIES[cls].since):
-        pytest.skip(f'needs diffusers {FAMILIES[cls].since}')
-    return made()
+    since = '0.35' if 'experts' in what else FAMILIES[cls].since
+    if Version(diffusers.__version__) < Version(since):
+        pytest.skip(f'needs diffusers {since}')
+    try:
+        return made()
+    except RuntimeError as e:
+        if 'ftfy' not in str(e):
+            raise
+        pytest.skip('diffusers 0.33 and 0.34 import Wan only where ftfy is installed')
 
 
 def off(got, want):
@@ -116,6 +122,7 @@ def test_two_experts_and_perturbed_layers():
 
 def test_times_of_tokens():
     "The network of Wan 2.2 may have a time for each token."
+    make('Wan, two experts')  # skips before Wan 2.2
     pipe, call = make('Wan')
     pipe.register_to_config(expand_timesteps=True)
     assert off(run(guided(pipe), call), run(pipe, call)) < 1e-5

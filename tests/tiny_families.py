@@ -18,6 +18,7 @@ def kolors_pipeline():
     missing = find_spec('sentencepiece') is None
     if missing:
         sys.modules['sentencepiece'] = ModuleType('sentencepiece')
+        sys.modules['sentencepiece'].SentencePieceProcessor = object
     try:
         return import_module('diffusers.pipelines.kolors.pipeline_kolors').KolorsPipeline
     finally:
