@@ -9,7 +9,7 @@ import pytest
 from conftest import CFG, MODULES, ROOT, copy_repo, python
 
 # The extra that each module needs at its import; all others need none.
-EXTRA = {'guiders': 'diffusers', 'pipelines': 'diffusers'}
+EXTRA = dict.fromkeys(['families', 'guiders', 'pipelines'], 'diffusers')
 EXTRA |= {f'{lab}{m}': 'lab' for m in ('plots', 'sweeps') for lab in ('', 'lab.')}
 EXTRA |= {
     f'lab.{m}': 'lab'

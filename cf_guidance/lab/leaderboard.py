@@ -26,6 +26,7 @@ with needs('lab', 'cf_guidance.lab.leaderboard'):
 
     from cf_guidance.lab.commands import _errors_in_one_line
     from cf_guidance.lab.compare import (
+        _guided_share,
         cfg_twin,
         cfg_with_evaluations,
         intervals,
@@ -240,19 +241,21 @@ def _probe(self: Leaderboard, request):
 
 @patch
 def _effects(self: Leaderboard, store, best, own, options):
-    "The mean effective scale of each method, and the share of evaluations that it holds for."
-    effects, probes = {}, {}
+    "The mean effective scale of each method, over all evaluations, guided or not."
+    tables, probes = {}, {}
     for method, request in best.items():
-        first = request['terms'][0] if request['terms'] else None
-        if first is None:
+        if not request['terms']:
             continue
-        counted = len(request['terms']) == 1 and first['stop'] is None
-        if counted and first['negative']['name'] == 'prompt':
-            effects[method] = own[method].effective_scale.mean(), None
+        (first, *others), counted = request['terms'], False
+        if not others and first['stop'] is None and first['negative']['name'] == 'prompt':
+            counted = _guided_share(request) == 1
+        if counted:
+            tables[method] = own[method]
         else:
             probes[method] = self._probe(request)
-    drawn = self._drawn(store, probes, options) if probes else {}
-    return effects | {k: (table.effective_scale.mean(), 1.0) for k, table in drawn.items()}
+    if probes:
+        tables |= self._drawn(store, probes, options)
+    return {method: table.effective_scale.mean() for method, table in tables.items()}
 
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #5bbeca29
@@ -273,8 +276,8 @@ def compare(
         cost = round(own[method].nfe.mean())
         rivals[method, _ROWS[2]] = cfg_with_evaluations(best['cfg'], cost)
         if method in effects:
-            rivals[method, _ROWS[1]] = cfg_twin(request, *effects[method], digits=1)
-            own[method] = own[method].assign(effect=effects[method][0])
+            rivals[method, _ROWS[1]] = cfg_twin(request, effects[method], 1.0, digits=1)
+            own[method] = own[method].assign(effect=effects[method])
     every = {k: _for_each(o, self.comparing) for k, o in rivals.items()}
     return {(k, 'best'): o for k, o in own.items()} | self._drawn(store, every, options)
 
