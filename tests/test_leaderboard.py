@@ -95,7 +95,8 @@ def test_the_probe_changes_no_picture(drawn):
     assert probes
     results = store.table()
     pag = tables['pag', 'best'].set_index(['prompt', 'seed']).saturation
-    probed = results[[len(o['terms']) == 2 and o in probes for o in requests.loc[results.index]]]
+    of_pag = [o for o in probes if o['terms'][1:2] and o['terms'][1]['negative']['name'] == 'pag']
+    probed = results[[len(o['terms']) == 2 and o in of_pag for o in requests.loc[results.index]]]
     for row in probed.itertuples():
         assert row.saturation == pytest.approx(pag[row.prompt, row.seed], abs=1e-3)
 
