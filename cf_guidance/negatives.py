@@ -619,6 +619,8 @@ class CADS(Denoiser):
         names: list = None,  # which conditions get noise; None: all embeddings
     ):
         super().__init__(inner_model)
+        if isinstance(names, str):
+            raise TypeError(f'names: expected a list of names, got {names!r:.60}')
         self.names = names
         self.tau1 = _check_number('tau1', tau1, 'a number from 0', lambda v: 0 <= v < 1)
         self.tau2 = _check_number('tau2', tau2, 'above tau1, up to 1', lambda v: tau1 < v <= 1)

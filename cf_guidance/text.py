@@ -23,9 +23,11 @@ _AS_GIVEN = ('UNet2DConditionModel',)  # networks of diffusers whose layers get 
 
 def _cross_attentions(who, net, layers):
     "The layers of cross-attention that match; None: all."
-    known = {}
-    for name, m in _named_modules(net).items():
-        cross = getattr(m, 'is_cross_attention', 'Cross' in type(m).__name__)
+    known, every = {}, _named_modules(net)
+    for name, m in every.items():
+        # a block of diffusers names its self-attention attn1 and its cross-attention attn2
+        second = name.endswith('attn2') and name[:-1] + '1' in every
+        cross = getattr(m, 'is_cross_attention', second or 'Cross' in type(m).__name__)
         if cross and 'Attention' in type(m).__name__:
             known[name] = m
     known = {n: m for n, m in known.items() if not any(o.startswith(f'{n}.') for o in known)}

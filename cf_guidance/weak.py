@@ -87,7 +87,7 @@ class _DropoutOn:
             if i not in site.memo:
                 site.memo[i] = torch.Generator().manual_seed(self.seeds[i])
             keep.append(torch.rand(out.shape[1:], generator=site.memo[i]) >= p)
-        return out * torch.stack(keep).to(out) / (1 - p)
+        return out * torch.stack(keep).to(out) / (1 - p if p < 1 else 1)  # at p = 1 all are 0
 
 
 class InSitu(Queries):

@@ -18,6 +18,7 @@ from cf_guidance.families import check_family
 from cf_guidance.guided import Term
 from cf_guidance.perturb import find_layers
 from cf_guidance.pipelines import FAMILIES, NegativePrompt, guided
+from cf_guidance.text import PLADIS
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore:[\\s\\S]*utocast')
 
@@ -235,3 +236,18 @@ def test_video_is_blurred_frame_by_frame():
 
     assert off(blurred(2.0)(q, q, q, Site), q) < 1e-6
     assert off(blurred(2.0)(q, q, q, Site), q.flip(2)) > 0.1
+
+
+@pytest.mark.parametrize('what', ['Wan', 'AuraFlow'])
+def test_unlisted_in_bfloat16_calls_back_once_per_step(what, monkeypatch):
+    pipe, call = make(what)
+    monkeypatch.delitem(FAMILIES, type(pipe).__name__)
+    seen = []
+    call['callback_on_step_end'] = lambda pipe, i, t, kwargs: seen.append(i) or kwargs
+    assert run(guided(pipe.to(torch.bfloat16)), call).isfinite().all()
+    assert seen == list(range(STEPS))
+
+
+def test_the_second_attention_of_a_block_is_cross_attention():
+    pipe, _ = make('LTX')
+    assert all(name.endswith('attn2') for name in PLADIS(pipe.transformer).layers)

@@ -1423,3 +1423,8 @@ def test_the_wrong_number_of_queries_is_said():
 
 def test_a_function_with_negative_weights_is_refused():
     refused(lambda: evaluate(PerpNeg(EMPTY, BAD, lambda s: -s)), ValueError, '^weights')
+
+
+def test_cads_takes_a_list_of_names():
+    with pytest.raises(TypeError, match='names: expected a list of names'):
+        CADS(Denoiser(lambda x, sigma: x), names='text_embeds')
