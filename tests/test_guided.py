@@ -2512,7 +2512,7 @@ def test_more_samplers_tell_the_step_between_the_levels_of_the_run(step, sigmas,
     assert torch.equal(a, b)
 
 
-REMEMBERING = {
+WITH_MEMORY = {
     'momentum': Term(NONE, 3.0, apg.of(beta=-0.5)),
     'stop': Term(NONE, 3.0, stop=0.99),
     'every': Term(NONE, 3.0, every=2),
@@ -2521,10 +2521,10 @@ REMEMBERING = {
 
 
 @each_sampler
-@pytest.mark.parametrize('kind', [*REMEMBERING, 'draws', 'history'])
+@pytest.mark.parametrize('kind', [*WITH_MEMORY, 'draws', 'history'])
 def test_more_samplers_work_with_what_remembers(step, sigmas, options, kind):
-    if kind in REMEMBERING:
-        term = REMEMBERING[kind]
+    if kind in WITH_MEMORY:
+        term = WITH_MEMORY[kind]
     else:
         term = Term(Noisy(3) if kind == 'draws' else Mixed(), 1.5)
     G = GuidedDenoiser(toy, term)
