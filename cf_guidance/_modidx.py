@@ -524,12 +524,18 @@ d = {
             'cf_guidance.denoisers.to_x0': ('denoisers.html#to_x0', 'cf_guidance/denoisers.py'),
         },
         'cf_guidance.families': {
-            'cf_guidance.families.Checked': ('families.html#checked', 'cf_guidance/families.py'),
-            'cf_guidance.families.Checked.__repr__': (
-                'families.html#checked.__repr__',
+            'cf_guidance.families.FamilyReport': (
+                'families.html#familyreport',
                 'cf_guidance/families.py',
             ),
-            'cf_guidance.families.Refused': ('families.html#refused', 'cf_guidance/families.py'),
+            'cf_guidance.families.FamilyReport.__repr__': (
+                'families.html#familyreport.__repr__',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._NotPossible': (
+                'families.html#_notpossible',
+                'cf_guidance/families.py',
+            ),
             'cf_guidance.families._Onlooker': (
                 'families.html#_onlooker',
                 'cf_guidance/families.py',
@@ -585,7 +591,10 @@ d = {
                 'families.html#_interval',
                 'cf_guidance/families.py',
             ),
-            'cf_guidance.families._must': ('families.html#_must', 'cf_guidance/families.py'),
+            'cf_guidance.families._is_refusal': (
+                'families.html#_is_refusal',
+                'cf_guidance/families.py',
+            ),
             'cf_guidance.families._negative_prompt': (
                 'families.html#_negative_prompt',
                 'cf_guidance/families.py',
@@ -606,6 +615,7 @@ d = {
                 'families.html#_property',
                 'cf_guidance/families.py',
             ),
+            'cf_guidance.families._require': ('families.html#_require', 'cf_guidance/families.py'),
             'cf_guidance.families._rule_in_its_space': (
                 'families.html#_rule_in_its_space',
                 'cf_guidance/families.py',
@@ -991,6 +1001,10 @@ d = {
             ),
             'cf_guidance.guided._numbers': ('guided.html#_numbers', 'cf_guidance/guided.py'),
             'cf_guidance.guided._plain_mask': ('guided.html#_plain_mask', 'cf_guidance/guided.py'),
+            'cf_guidance.guided._refuse_calls_without_changes': (
+                'guided.html#_refuse_calls_without_changes',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided._refuse_inner_memory': (
                 'guided.html#_refuse_inner_memory',
                 'cf_guidance/guided.py',
@@ -4466,6 +4480,10 @@ d = {
             ),
             'cf_guidance.perturb._is_compiled': (
                 'perturb.html#_is_compiled',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._is_cross_attention': (
+                'perturb.html#_is_cross_attention',
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb._make_plan': ('perturb.html#_make_plan', 'cf_guidance/perturb.py'),

@@ -601,7 +601,9 @@ def _as_terms(terms, given):
         raise TypeError('terms: expected at least one negative or Term')
     if given and (len(terms) > 1 or isinstance(terms[0], Term)):
         raise TypeError(f'{", ".join(given)}: expected inside each Term, since there are Terms')
-    return [t if isinstance(t, Term) else Term(t, **given) for t in terms]
+    terms = [t if isinstance(t, Term) else Term(t, **given) for t in terms]
+    _refuse_calls_without_changes(terms)
+    return terms
 
 
 def _numbers(terms, kind):
@@ -625,6 +627,19 @@ def _refuse_inner_memory(model):
                 'a guided denoiser inside another one remembers (stop=, every=, a history, a '
                 'stateful rule, or a negative that draws): expected that in the outermost one only'
             )
+
+
+# %% ../nbs/06_guided.ipynb #5c0ffee1
+def _refuse_calls_without_changes(terms):
+    "Raise where one term changes all queries, and another one evaluates the denoiser by itself."
+    changing = [t.neg for t in terms if isinstance(t.neg, Inside) and t.neg.everywhere]
+    calling = [t.neg for t in terms if isinstance(t.neg, Called) and not isinstance(t.neg, Model)]
+    if changing and calling:
+        names = [type(o[0]).__name__ for o in (changing, calling)]
+        raise ValueError(
+            f'terms: {names[0]} changes all evaluations of a step, expected no negative that '
+            f'evaluates the denoiser by itself, got {names[1]}'
+        )
 
 
 # %% ../nbs/06_guided.ipynb #96287da2

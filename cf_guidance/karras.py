@@ -1373,7 +1373,7 @@ def _check_fast(levels, nfe=None, **options):
     if nfe is None:
         return
     n = len(levels) - 1
-    what = f'{3 * n - 3} to {3 * n - 1} for {n} steps, or None'
+    what = f'{max(1, 3 * n - 3)} to {3 * n - 1} for {n} steps, or None'
     _check_whole('nfe', nfe, what, max(1, 3 * n - 3))
     if nfe > 3 * n - 1:
         raise ValueError(f'nfe: expected {what}, got {nfe}')
@@ -1415,7 +1415,7 @@ def _dpm_error(low, high, before, rtol, atol):
 # %% ../nbs/04_karras.ipynb #815bce91
 @dataclass
 class _AdaptiveWalk:
-    "The way of `dpm_adaptive` from one noise level to another, with its settings."
+    "One run of `dpm_adaptive` between two noise levels."
 
     D: object
     state: State  # after the first evaluation

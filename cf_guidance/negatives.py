@@ -641,6 +641,8 @@ class CADS(Denoiser):
         "What the denoiser gets: all conditions that are embeddings with their noise, and the step."
         cond, sigma = _expand_rows(cond, len(x), x.device), _per_sample(sigma, x)
         noisy = sorted(k for k, v in cond.items() if v.is_floating_point() and v.ndim > 1)
+        if unknown := sorted({*(self.names or ())} - {*cond}):
+            raise ValueError(f'names: expected some of {sorted(cond)}, got {unknown[0]!r:.60}')
         noisy = [k for k in noisy if self.names is None or k in self.names]
         if not noisy:
             got = ', '.join(f'{k} {tuple(v.shape)} of {v.dtype}' for k, v in cond.items())

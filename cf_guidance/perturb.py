@@ -79,16 +79,19 @@ def _named_modules(net):
     return {n: m for n, m in names.items() if n}
 
 
+def _is_cross_attention(name, module, modules):
+    "Does a layer attend to a text? `modules` are all modules of the network by name."
+    # a block of diffusers names its self-attention attn1 and its cross-attention attn2
+    second = name.endswith('attn2') and name[:-1] + '1' in modules
+    return getattr(module, 'is_cross_attention', second or 'Cross' in type(module).__name__)
+
+
 def _attentions(net):
-    every = _named_modules(net)
-
-    def is_self_attention(n, m):
-        # a block of diffusers names its self-attention attn1 and its cross-attention attn2
-        second = n.endswith('attn2') and n[:-1] + '1' in every
-        cross = getattr(m, 'is_cross_attention', second or 'Cross' in type(m).__name__)
-        return 'Attention' in type(m).__name__ and not cross
-
-    named = {n: m for n, m in every.items() if is_self_attention(n, m)}
+    "The layers of self-attention."
+    every, named = _named_modules(net), {}
+    for n, m in every.items():
+        if 'Attention' in type(m).__name__ and not _is_cross_attention(n, m, every):
+            named[n] = m
     outer = {n.rsplit('.', i)[0] for n in named for i in range(1, n.count('.') + 1)}
     return {n: m for n, m in named.items() if n not in outer}
 

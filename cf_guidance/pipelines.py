@@ -962,7 +962,7 @@ class _LoopNet(nn.Module):
 class _Loop:
     "A network in a loop that is not ours; in its place, a guided denoiser is evaluated."
 
-    tried = None  # the first step of a pipeline that is not listed
+    first_step = None  # of a pipeline that is not listed: a `_FirstStep`
 
     def __init__(self, net, family, device, pipe=None):
         self.net, self.family, self.device, self.pipe = net, family, device, pipe
@@ -1005,7 +1005,7 @@ class _Loop:
         "A prediction as the network would return it; pipelines do not use a variance."
         own = _network_of(self.net).config
         twice = own.get('learn_sigma') or own.get('out_channels') == 2 * pred.shape[1]
-        if twice and self.tried is None:
+        if twice and self.first_step is None:
             pred = torch.cat([pred, torch.zeros_like(pred)], 1)
         return self.pack(self.family.sign * pred).to(latents.dtype)
 
@@ -1116,7 +1116,7 @@ class _FirstStep:
 
     def __init__(self, sd, net, args, kwargs):
         self.net, self.name = net, _stock_class(sd).__name__
-        self.calls, self.outputs, self.given, self.later = [], [], None, None
+        self.calls, self.outputs, self.given, self.second_time = [], [], None, None
         self.times = None
         clone = object.__new__(type(sd)._plain)
         vars(clone).update(vars(sd), scheduler=deepcopy(sd.scheduler))
@@ -1141,7 +1141,7 @@ class _FirstStep:
             raise _not_plain(self.name)
         call = _read_call(_signature(self.net), args, kwargs, _UNLISTED)
         if self.given is not None:
-            self.later = call.time[0].item()
+            self.second_time = call.time[0].item()
             raise _Stop
         out = self.net(*args, **kwargs)
         if isinstance(out, tuple) and len(out) > 1:  # such as pictures and sound
@@ -1220,7 +1220,7 @@ def _scale(self: _FirstStep):
 def _time(self: _FirstStep):
     "How the network counts time."
     n = self.scheduler.config.get('num_train_timesteps') or 1000
-    told = [self.calls[0].time[0].item(), self.later]
+    told = [self.calls[0].time[0].item(), self.second_time]
     for rising in (False, True):
         for unit in (1.0, float(n)):
             want = [(n - t if rising else t) / unit for t in self.times[:2]]
@@ -1234,11 +1234,12 @@ def _time(self: _FirstStep):
 @patch
 def check(self: _FirstStep, run, x, sigma, cond, negative):
     "Raise unless plain guidance in our way gives what the scheduler got."
-    D = run.D
+    D, most = run.D, run.options.max_batch
+    D = D if most is None else Microbatched(D, most)
     if negative is not None:
         neg = _PromptOfCall(run)
         neg.cond = negative
-        D = GuidedDenoiser(run.D, neg, w=run.guidance_scale())
+        D = GuidedDenoiser(D, neg, w=run.guidance_scale())
     c_skip, c_out, _ = run.scalings(sigma)
     pred = run.pack((D(x, sigma, **cond) - c_skip * x) / c_out)
     tol = 1e-3 if self.given.dtype == torch.float32 else 3e-2
@@ -1259,8 +1260,8 @@ class _Run(_Loop):
         net = next(iter(self.nets.values()))
         family = _family_of(sd)
         if family is _UNLISTED:
-            self.tried = _FirstStep(sd, net, args, kwargs)
-            family = self.tried.family()
+            self.first_step = _FirstStep(sd, net, args, kwargs)
+            family = self.first_step.family()
         super().__init__(net, family, sd._execution_device, self.clone)
         vars(self.clone).update(vars(sd))
         for name, o in self.nets.items():
@@ -1324,7 +1325,7 @@ def _stand_in(net, forward):
 def _both_halves(self: _Run, call):
     "Prompt and negative prompt are in one batch, and both halves get the guided prediction."
     first, second = call.halves()
-    always = self.tried is not None
+    always = self.first_step is not None
     if (self.evaluations is None or always) and not torch.equal(first.latents, second.latents):
         raise ValueError(
             'pipe: expected the same latents for prompt and negative prompt, got different ones'
@@ -1342,7 +1343,7 @@ def _second_call(self: _Run, call):
         self.waiting = call, output
         return output
     (pos, output), self.waiting = self.waiting, None
-    always = self.tried is not None
+    always = self.first_step is not None
     if (self.evaluations is None or always) and not torch.equal(pos.latents, call.latents):
         raise ValueError(
             'pipe: expected the same latents for prompt and negative prompt, got different ones'
@@ -1362,8 +1363,8 @@ def guide(self: _Run, call, negative):
     sigma, step = at.sigmas[self.index], at.steps[self.index]
     (x, cond), (c_skip, c_out, c_in) = self.inputs(call), self.scalings(sigma)
     x = x / c_in
-    if self.tried is not None and self.G.run.last is None:
-        self.tried.check(self, x, sigma, cond, negative)
+    if self.first_step is not None and self.G.run.last is None:
+        self.first_step.check(self, x, sigma, cond, negative)
     if step < self.options.zero_init:
         # a pipeline that divides by the norm must not get 0
         still = torch.full_like(x, 1e-12 if self.family.post else 0.0)
@@ -1484,7 +1485,7 @@ def guidance_scale(self: _Run):
 def has_negative(self: _Run):
     "Does the pipeline evaluate a negative prompt in this call?"
     given = self.given
-    if self.family.negative is None or self.tried is not None:
+    if self.family.negative is None or self.first_step is not None:
         return self.family.negative is not None
     if 'true_cfg_scale' in given:
         names = ('negative_prompt_embeds', 'negative_pooled_prompt_embeds')
@@ -1753,7 +1754,7 @@ def _guide(pipe, guidance):
 
 # %% ../nbs/09_pipelines.ipynb #ebd38358
 def guided(
-    pipe,  # a pipeline of diffusers of a known family; it is not changed
+    pipe,  # of diffusers; not changed. Where `FAMILIES` lacks it, its first step runs twice more
     *terms,  # a `Term` or a negative each; none: `NegativePrompt()`
     w=None,  # weight of a single negative: a tensor has one value per prompt, a list one per step
     rule=None,  # its rule

@@ -15,7 +15,14 @@ from torch import nn
 from .attention import _check_inside
 from .guided import Inside, Queries, Query, _expand_rows
 from .noise import _check_number, _check_whole
-from .perturb import Change, Layers, _match, _named_modules, _network_of
+from .perturb import (
+    Change,
+    Layers,
+    _is_cross_attention,
+    _match,
+    _named_modules,
+    _network_of,
+)
 
 # %% ../nbs/13_text.ipynb #c78cbed6
 _AS_GIVEN = ('UNet2DConditionModel',)  # networks of diffusers whose layers get the text as it is
@@ -25,10 +32,7 @@ def _cross_attentions(who, net, layers):
     "The layers of cross-attention that match; None: all."
     known, every = {}, _named_modules(net)
     for name, m in every.items():
-        # a block of diffusers names its self-attention attn1 and its cross-attention attn2
-        second = name.endswith('attn2') and name[:-1] + '1' in every
-        cross = getattr(m, 'is_cross_attention', second or 'Cross' in type(m).__name__)
-        if cross and 'Attention' in type(m).__name__:
+        if 'Attention' in type(m).__name__ and _is_cross_attention(name, m, every):
             known[name] = m
     known = {n: m for n, m in known.items() if not any(o.startswith(f'{n}.') for o in known)}
     if not known:
@@ -105,6 +109,8 @@ def _check_text(who, name, other, cond):
     for o in (cond, other):
         if name not in o:
             raise ValueError(f'{who}: expected {name} among the conditions, got {sorted(o)}')
+        if not torch.is_tensor(o[name]):
+            raise TypeError(f'{name}: {who} expects a tensor, got {type(o[name]).__name__}')
     own, new = cond[name], other[name]
     if own.ndim != 3 or new.ndim != 3 or own.shape[2] != new.shape[2]:
         want = f'(B, L, {own.shape[-1]})'
@@ -259,11 +265,13 @@ class VSF(_OtherText):
 def entmax(
     z: torch.Tensor,  # (..., n) scores; -inf is never chosen
     alpha: float = 1.5,  # 1.5, or 2 (sparsemax)
-) -> torch.Tensor:  # (..., n) weights, which add up to 1
-    "Weights of which most are exactly 0 (arXiv:1905.05702)."
+) -> torch.Tensor:  # (..., n) weights in the type of `z`; they add up to 1
+    "Weights of which most are exactly 0 (arXiv:1905.05702). Where all scores are -inf, all are 0."
     if alpha not in (1.5, 2):
         raise ValueError(f'alpha: expected 1.5 or 2, got {alpha!r:.40}')
-    s = (alpha - 1) * (z - z.amax(-1, keepdim=True))
+    dtype, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))
+    largest = z.amax(-1, keepdim=True)
+    s = (alpha - 1) * (z - largest.masked_fill(largest == -torch.inf, 0))
     top = s.sort(-1, descending=True).values.clamp(min=-4)  # no weight is that far down
     k = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
     mean = top.cumsum(-1) / k
@@ -273,8 +281,9 @@ def entmax(
         spread = top.square().cumsum(-1) - k * mean.square()
         each = mean - ((1 - spread) / k).clamp(min=0).sqrt()
     support = (each <= top).sum(-1, keepdim=True)
-    kept = (s - each.gather(-1, support - 1)).clamp(min=0)
-    return kept if alpha == 2 else kept.square()
+    kept = (s - each.gather(-1, (support - 1).clamp(min=0))).clamp(min=0)
+    kept = kept if alpha == 2 else kept.square()
+    return kept.masked_fill(largest == -torch.inf, 0).to(dtype)
 
 
 # %% ../nbs/13_text.ipynb #9dc6e538
@@ -287,7 +296,8 @@ class _Sparse:
         dense, groups = site.attend(q, k, v), q.shape[1] // k.shape[1] if q.ndim == 4 else 1
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = (q.float() @ k.float().mT) * site.scale
+        with torch.autocast(q.device.type, enabled=False):
+            scores = (q.float() @ k.float().mT) * site.scale
         if site.mask is not None and site.mask.dtype == torch.bool:
             scores = scores.masked_fill(~site.mask, -torch.inf)
         elif site.mask is not None:
@@ -323,7 +333,10 @@ class PLADIS(Inside):
 
 # %% ../nbs/13_text.ipynb #81c64e2b
 class CDG(Queries):
-    "The prompt without its words as the negative (condition degradation, arXiv:2603.10780)."
+    """The prompt without its words as the negative (condition degradation, arXiv:2603.10780).
+
+    All conditions but the text, such as the pooled text of SDXL, stay those of the prompt.
+    """
 
     def __init__(
         self,

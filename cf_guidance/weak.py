@@ -75,7 +75,7 @@ class S2(Perturbation):
         return [Query(x, sigma, cond, Change(self.layers, _LeftOut(left_out)))]
 
 
-# %% ../nbs/14_weak.ipynb #9f64c4de
+# %% ../nbs/14_weak.ipynb #5c0ffee2
 @dataclass(frozen=True)
 class _DropoutOn:
     rates: dict  # probability by name of the layer
@@ -90,8 +90,12 @@ class _DropoutOn:
         return out * torch.stack(keep).to(out) / (1 - p if p < 1 else 1)  # at p = 1 all are 0
 
 
+# %% ../nbs/14_weak.ipynb #9f64c4de
 class InSitu(Queries):
-    "The same network with dropout (in-situ autoguidance, arXiv:2510.17136), with its weight + 1."
+    """The same network with dropout (in-situ autoguidance, arXiv:2510.17136).
+
+    The paper's weight is `w - 1`.
+    """
 
     w, draws, perturbs = 2.0, True, True
 

@@ -251,3 +251,29 @@ def test_unlisted_in_bfloat16_calls_back_once_per_step(what, monkeypatch):
 def test_the_second_attention_of_a_block_is_cross_attention():
     pipe, _ = make('LTX')
     assert all(name.endswith('attn2') for name in PLADIS(pipe.transformer).layers)
+
+
+def test_a_call_that_cannot_be_checked_is_refused():
+    pipe, call = make('Sana')
+    for bad, match in [
+        (
+            dict(call, guidance_scale=None),
+            'guidance_scale: expected a number in the call, got None',
+        ),
+        (dict(call, guidance_scale=1.0), 'guidance_scale: expected one that guides, got 1'),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=match):
+            check_family(pipe, bad)
+    with pytest.raises(ValueError, match='steps: expected a whole number from 3, got 2'):
+        check_family(pipe, call, steps=2)
+    with pytest.raises(ValueError, match='expected a network in torch.float32, got torch.bfloat16'):
+        check_family(pipe.to(torch.bfloat16), call)
+
+
+def test_a_fault_in_a_perturbation_is_not_taken_for_a_refusal(monkeypatch):
+    def broken(*args):
+        raise RuntimeError('shapes')
+
+    monkeypatch.setattr(families, 'PAG', broken)
+    with pytest.raises(RuntimeError, match='shapes'):
+        check_family(*make('Sana'), steps=3)

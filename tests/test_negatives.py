@@ -1428,3 +1428,9 @@ def test_a_function_with_negative_weights_is_refused():
 def test_cads_takes_a_list_of_names():
     with pytest.raises(TypeError, match='names: expected a list of names'):
         CADS(Denoiser(lambda x, sigma: x), names='text_embeds')
+
+
+def test_cads_refuses_names_that_are_not_there():
+    C = CADS(Denoiser(lambda x, sigma, **cond: x), names=['text', 'txet'], time=by_share)
+    with pytest.raises(ValueError, match=r"names: expected some of \['text'\], got 'txet'"):
+        C(torch.zeros(1, 4), 9.5, text=torch.ones(1, 3))

@@ -24,7 +24,7 @@ from pipeline_helpers import (
 from torch import nn
 from torch.nn import functional as F
 
-from cf_guidance.attention import PAG
+from cf_guidance.attention import PAG, SAG
 from cf_guidance.denoisers import NetDenoiser
 from cf_guidance.guided import GuidedDenoiser, Microbatched, Term
 from cf_guidance.lab.fashion import quiet
@@ -740,3 +740,29 @@ def test_bad_settings_of_cads(pipes, cads, error, match):
 def test_cads_needs_prompts():
     with pytest.raises(ValueError, match='cads: expected a pipeline with prompts'):
         guided(dit(ddim()), cads={})
+
+
+def test_entmax_in_half_precision_adds_up_to_1():
+    z = torch.randn(64, 77, generator=torch.Generator().manual_seed(0)) * 3
+    for dtype, tol in ((torch.bfloat16, 5e-3), (torch.float16, 1e-3)):
+        weights = entmax(z.to(dtype), 1.5)
+        assert weights.dtype == dtype
+        assert (weights.float() - entmax(z.to(dtype).float(), 1.5)).abs().max() < tol
+
+
+def test_entmax_of_nothing_is_0():
+    z = torch.tensor([[-torch.inf, -torch.inf], [0.0, -torch.inf]])
+    assert entmax(z, 1.5).tolist() == [[0.0, 0.0], [1.0, 0.0]]
+    assert entmax(z, 2).tolist() == [[0.0, 0.0], [1.0, 0.0]]
+
+
+def test_pladis_is_refused_beside_a_negative_that_calls_the_denoiser(pipe):
+    with pytest.raises(ValueError, match='PLADIS changes all evaluations of a step, .* got SAG'):
+        GuidedDenoiser(nn.Identity(), Term(PLADIS(pipe.unet)), Term(SAG(pipe.unet)))
+
+
+def test_a_text_must_be_a_tensor(pipe):
+    D, args, cond = at_noise(pipe)
+    bad = {'encoder_hidden_states': [1, 2]}
+    with pytest.raises(TypeError, match='encoder_hidden_states: NAG expects a tensor, got list'):
+        GuidedDenoiser(D, NAG(pipe.unet, bad))(*args, **cond)
