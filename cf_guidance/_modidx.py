@@ -2476,8 +2476,8 @@ d = {
                 'lab/leaderboard.html#leaderboard.from_toml',
                 'cf_guidance/lab/leaderboard.py',
             ),
-            'cf_guidance.lab.leaderboard.Leaderboard.measure': (
-                'lab/leaderboard.html#leaderboard.measure',
+            'cf_guidance.lab.leaderboard.Leaderboard.means': (
+                'lab/leaderboard.html#leaderboard.means',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard.Leaderboard.results': (

@@ -345,6 +345,13 @@ def test_measures_of_another_model():
     assert set(columns) == {'saturation'}
 
 
+def test_several_processes_draw_only_what_they_are_given(tmp_path):
+    store, requests = Store(tmp_path), small().requests
+    store.plan(requests)
+    draw_in_processes(requests[:2], store, 2, batch_size=1, **QUIET)
+    assert store.missing() == requests[2:]
+
+
 def test_processes(tmp_path):
     counts = draw_in_processes(small(), tmp_path, 2, batch_size=2, **QUIET)
     assert (counts['done'], counts['parts']) == (6, 3)

@@ -14,7 +14,7 @@ from cf_guidance.lab.draw import Painter
 from cf_guidance.lab.fashion import fashion_path, world_of
 from cf_guidance.lab.leaderboard import Leaderboard, clip_judge, leaderboard
 from cf_guidance.lab.plan import NEGATIVES, POST_RULES, RULES
-from cf_guidance.lab.store import RESULTS, Store
+from cf_guidance.lab.store import RESULTS, Store, key_of
 
 METHODS = {
     'cfg': dict(w=[1.5, 4]),
@@ -113,6 +113,28 @@ def test_terms_with_intervals_of_their_own_have_rivals(tmp_path):
     board = Leaderboard(dict(cfg=dict(w=2), both=dict(guidance=[terms])), **SMALL)
     tables = board.compare(tmp_path, board.choose(tmp_path, progress=False), progress=False)
     assert len(tables) == 4
+
+
+def test_evaluations_that_are_not_guided_count_in_the_effect(drawn):
+    _, store, chosen, tables, _ = drawn
+    own = tables['interval', 'best']
+    (weight,) = {max(o['terms'][0]['weights']) for o in store.requests().request.loc[own.index]}
+    assert own.effective_scale.mean() == pytest.approx(weight)
+    # at 3 steps, the evaluation outside of the interval counts little, but it counts
+    assert 1 < own.effect.iloc[0] < weight
+    probed = [o for o in store.requests().request if len(o['terms']) == 2]
+    assert any(o['terms'][1]['interval'] for o in probed)
+
+
+def test_means_are_those_of_the_pictures(drawn):
+    board, store, chosen, _, _ = drawn
+    means = board.means(store, progress=False)
+    assert [*means.index] == [*chosen.index]
+    assert means.right.to_dict() == pytest.approx(chosen.goal.to_dict())
+    assert means.nfe.to_dict() == pytest.approx(chosen.nfe.to_dict())
+    requests = board.settings['cfg', 'w=4']
+    saturation = store.table().saturation.loc[[key_of(o) for o in requests]]
+    assert means.saturation['cfg', 'w=4'] == pytest.approx(saturation.mean())
 
 
 def test_two_processes_draw_what_one_draws(drawn, tmp_path):

@@ -377,11 +377,12 @@ def draw_in_processes(
     count = max(1, len(gpus)) if processes is None else processes
     _check_whole('processes', count, 'a whole number from 1', 1)
     _checked(store, (0, count), options.get('batch_size', 64), options.get('measure', len))
-    _planned(plan, store)
+    requests = _planned(plan, store)
+    requests = None if plan is None else requests
     spawn, workers = multiprocessing.get_context('spawn'), []
     for i in range(count):
         gpu = gpus[i % len(gpus)] if gpus else None
-        args = (i, count), gpu, str(store.folder), options
+        args = (i, count), gpu, requests, str(store.folder), options
         workers.append(spawn.Process(target=_work, args=args))
     try:
         for w in workers:
@@ -405,7 +406,7 @@ def _gpus():
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _work(shard, gpu, folder, options):
+def _work(shard, gpu, requests, folder, options):
     "What one of the processes does."
     os.environ.pop('LOCAL_RANK', None)
     if gpu is None:
@@ -413,7 +414,7 @@ def _work(shard, gpu, folder, options):
     else:
         os.environ['CUDA_VISIBLE_DEVICES'] = gpu
     progress = options.get('progress', True) and shard[0] == 0
-    draw(None, folder, **{**options, 'shard': shard, 'progress': progress})
+    draw(requests, folder, **{**options, 'shard': shard, 'progress': progress})
 
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c1301

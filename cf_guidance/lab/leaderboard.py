@@ -310,7 +310,7 @@ def _measurements(self: Leaderboard, table):
 
 
 @patch
-def measure(
+def means(
     self: Leaderboard,
     store,  # a `Store`, or its folder
     **options,  # of `draw`, such as `measure`; with `processes`, of `draw_in_processes`
