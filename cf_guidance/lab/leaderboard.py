@@ -279,7 +279,9 @@ def compare(
             rivals[method, _ROWS[1]] = cfg_twin(request, effects[method], 1.0, digits=1)
             own[method] = own[method].assign(effect=effects[method])
     every = {k: _for_each(o, self.comparing) for k, o in rivals.items()}
-    return {(k, 'best'): o for k, o in own.items()} | self._drawn(store, every, options)
+    tables = {(k, 'best'): o for k, o in own.items()} | self._drawn(store, every, options)
+    order = [(method, row) for method in best.index for row in _ROWS]
+    return {name: tables[name] for name in order if name in tables}
 
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #43437567
