@@ -203,11 +203,39 @@ def pag(unet, n, batch, repeats):
     }
 
 
+def by_hand(D, batch, cond, empty):
+    "The same step as somebody would write it: a copy of the network, changed for its last rows."
+    net = copy.deepcopy(D.inner_model)
+
+    class LastThird:
+        "Attention as the values of each position alone, in the last third of the rows."
+
+        def __call__(self, attn, hidden_states, **_):
+            q, k, v = (o(hidden_states) for o in (attn.to_q, attn.to_k, attn.to_v))
+            n = 2 * batch
+            heads = [o[:n].unflatten(2, (attn.heads, -1)).transpose(1, 2) for o in (q, k, v)]
+            y = torch.nn.functional.scaled_dot_product_attention(*heads)
+            return attn.to_out[0](torch.cat([y.transpose(1, 2).flatten(2), v[n:]]))
+
+    for name, m in net.mid_block.named_modules():
+        if name.endswith('attn1'):
+            m.processor = LastThird()
+    text = torch.cat([empty.expand_as(cond), cond, cond])
+
+    def f(x, sigma):
+        t = D.sigma_to_t(torch.full((3 * batch,), sigma))
+        eps = net(x.repeat(3, 1, 1, 1) / math.sqrt(1 + sigma**2), t, text).sample
+        neg, pos, pag = eps.chunk(3)
+        return x - sigma * (pos + 3 * (pos - neg) + (pos - pag))
+
+    return f
+
+
 def cfg_pag(D, batch, repeats, goal):
     """One step of CFG and PAG in the middle, in one forward.
 
-    With rows that join late, with all rows from the start, as the library decides, and against
-    the bare network on three rows per sample.
+    With rows that join late, with all rows from the start, as the library decides, written by
+    hand, and against the bare network on three rows per sample.
     """
     from cf_guidance import perturb
     from cf_guidance.attention import PAG
@@ -231,18 +259,19 @@ def cfg_pag(D, batch, repeats, goal):
 
         return f
 
+    hand = by_hand(D, batch, emb, emb[:1] * 0)
     fs = {'decided': step(own), 'late rows': step(0), 'full rows': step(math.inf)}
-    assert torch.allclose(fs['late rows'](), fs['full rows'](), atol=1e-4), 'the rows differ'
+    fs['by hand'] = lambda: hand(x, 3.0)
+    for k in ('late rows', 'by hand'):
+        assert torch.allclose(fs[k](), fs['full rows'](), atol=1e-4), f'{k}: the result differs'
     fs['three bare rows'] = lambda: net(rows, torch.full((3 * batch,), 500), three)
     t = samplers.seconds(fs, 1, repeats)
     name = f'CFG + PAG, latents of {size}, batch {batch}'
-    fastest = min(t[k] for k in fs if k != 'decided')
-    out = {f'{name}: {k}, ms': (v * 1e3, '') for k, v in t.items()}
-    if goal:
-        out[f'  {name}: ours / three bare rows'] = t['decided'] / t['three bare rows'], goal
-    else:
-        out[f'  {name}: ours / the fastest'] = t['decided'] / fastest, 'goal 1.05'
-    return out
+    fastest = min(t[k] for k in ('late rows', 'full rows', 'by hand'))
+    return {f'{name}: {k}, ms': (v * 1e3, '') for k, v in t.items()} | {
+        f'  {name}: ours / the fastest of three': (t['decided'] / fastest, 'goal 1.05'),
+        f'  {name}: ours / three bare rows': (t['decided'] / t['three bare rows'], goal),
+    }
 
 
 def sd15(size):
@@ -285,7 +314,7 @@ def main():
             **pag(None, args.steps, BATCH, args.repeats),
         }
         for batch in (1, 4, 16):
-            rows |= cfg_pag(D, batch, 3 * args.repeats, None)
+            rows |= cfg_pag(D, batch, 5 * args.repeats, '')
         if args.sd15:
             large = sd15(args.sd15)
             rows |= pag(large, 1, 1, 1)

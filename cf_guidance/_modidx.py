@@ -1591,6 +1591,22 @@ d = {
                 'lab/backends.html#_onnx.fits',
                 'cf_guidance/lab/backends.py',
             ),
+            'cf_guidance.lab.backends._Runs': (
+                'lab/backends.html#_runs',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Runs.__call__': (
+                'lab/backends.html#_runs.__call__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Runs.__init__': (
+                'lab/backends.html#_runs.__init__',
+                'cf_guidance/lab/backends.py',
+            ),
+            'cf_guidance.lab.backends._Runs.session': (
+                'lab/backends.html#_runs.session',
+                'cf_guidance/lab/backends.py',
+            ),
             'cf_guidance.lab.backends._Unfit': (
                 'lab/backends.html#_unfit',
                 'cf_guidance/lab/backends.py',

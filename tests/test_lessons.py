@@ -1,11 +1,24 @@
 "Rows that the lessons show, measured again: some that take seconds, chosen at random."
 
+import os
 import random
 
 import pytest
 from lesson_helpers import part_of
 
+from cf_guidance.lab.fashion import fashion_mnist
 from cf_guidance.lab.store import stored_rows
+
+
+@pytest.fixture(scope='module')
+def photographs():
+    "All of Fashion-MNIST is here, or can be downloaded."
+    try:
+        fashion_mnist('test')
+    except FileNotFoundError as e:
+        if os.environ.get('CI'):
+            raise
+        pytest.skip(str(e))
 
 
 def repeated(lesson, name, cheap, tolerance):
@@ -22,12 +35,12 @@ def test_guidance_is_repeated():
     repeated('guidance', 'guidance', lambda o: True, tolerance)
 
 
-def test_rules_are_repeated():
+def test_rules_are_repeated(photographs):
     # two decimals are stored
     repeated('pipelines', 'rules', lambda o: o['w'] is None, dict(fid=0.01, fid_sd=0.01))
 
 
-def test_photographs_of_continuous_time_are_repeated():
+def test_photographs_of_continuous_time_are_repeated(photographs):
     tolerance = dict(fid=2e-3, kid=2e-4, precision=2e-3, recall=2e-3, accuracy=2e-3)
     repeated('continuous', 'continuous', lambda o: o['row'] == 'photographs', tolerance)
 

@@ -7,15 +7,19 @@ __all__ = ['with_backend', 'backend_of']
 
 # %% ../../nbs/lab/12_backends.ipynb #f1a0b004
 import hashlib
+import itertools
 import json
+import math
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import copy, deepcopy
 from functools import cache, wraps
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -171,6 +175,44 @@ def _suits_onnx(net):
     return net.device.type == 'cpu' and net.dtype == torch.float32
 
 
+_PART = 16  # rows that one thread runs at once: more fall out of the cache of a core
+
+
+class _Runs:
+    "A function from arrays to an array, run by some threads."
+
+    def __init__(self, model, threads):
+        self.model, self.threads, self.sessions = model, threads, {}
+        self.pool = ThreadPoolExecutor(threads, 'onnx')
+
+    def session(self, threads):
+        "The model as something that so many threads run together."
+        if threads not in self.sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+            options.log_severity_level = 3
+            self.sessions[threads] = onnxruntime.InferenceSession(self.model, options)
+        return self.sessions[threads]
+
+    def __call__(self, given, by_row):
+        "The output for all rows; the inputs in `by_row` have one row for each of them."
+        n = max(len(given[k]) for k in by_row)
+        if n < self.threads:
+            return self.session(self.threads).run(None, given)[0]
+        whole = {k for k in by_row if len(given[k]) == n}  # one row stands for all
+        session, per_thread = self.session(1), math.ceil(n / self.threads)
+        parts = self.threads * math.ceil(per_thread / _PART)
+        ends = [n * i // parts for i in range(parts + 1)]
+
+        def run(rows):
+            part = {k: v[slice(*rows)] if k in whole else v for k, v in given.items()}
+            return session.run(None, part)[0]
+
+        spans = [(a, b) for a, b in itertools.pairwise(ends) if a < b]
+        return np.concatenate(list(self.pool.map(run, spans)))
+
+
 class _Onnx:
     "A network that runs by ONNX Runtime."
 
@@ -183,20 +225,16 @@ class _Onnx:
         axes = _free_axes(net, tensors)
         self.like = {k: (v.dtype, v.shape, axes[k]) for k, v in tensors.items()}
         self.unit = 2 ** getattr(net, 'num_upsamplers', 0)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-        options.log_severity_level = 3
-        model = _kept_onnx(net, args, kwargs)
-        self.session = onnxruntime.InferenceSession(model, options)
+        self.runs = _Runs(_kept_onnx(net, args, kwargs), torch.get_num_threads())
 
     def __call__(self, args, kwargs):
         "The output, or None if the inputs are of another kind than the network was written for."
         tensors = _tensors(self.net, args, kwargs)
         if tensors is None or not self.fits(tensors):
             return None
+        by_row = {k for k, (_, _, axes) in self.like.items() if axes.get(0) == 'rows'}
         given = {k: v.contiguous().numpy() for k, v in tensors.items()}
-        return torch.from_numpy(self.session.run(None, given)[0])
+        return torch.from_numpy(self.runs(given, by_row))
 
     def fits(self, tensors):
         "Are the inputs of the kind that the network was written for?"
