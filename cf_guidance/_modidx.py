@@ -2468,6 +2468,10 @@ d = {
                 'lab/leaderboard.html#leaderboard._reference',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard.Leaderboard._row_request': (
+                'lab/leaderboard.html#leaderboard._row_request',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard.Leaderboard._sweep': (
                 'lab/leaderboard.html#leaderboard._sweep',
                 'cf_guidance/lab/leaderboard.py',
@@ -2488,6 +2492,10 @@ d = {
                 'lab/leaderboard.html#leaderboard.comparing',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard.Leaderboard.comparison_rows': (
+                'lab/leaderboard.html#leaderboard.comparison_rows',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard.Leaderboard.from_toml': (
                 'lab/leaderboard.html#leaderboard.from_toml',
                 'cf_guidance/lab/leaderboard.py',
@@ -2498,6 +2506,10 @@ d = {
             ),
             'cf_guidance.lab.leaderboard.Leaderboard.results': (
                 'lab/leaderboard.html#leaderboard.results',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.setting_rows': (
+                'lab/leaderboard.html#leaderboard.setting_rows',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard.Leaderboard.settings': (
@@ -2538,6 +2550,10 @@ d = {
             ),
             'cf_guidance.lab.leaderboard.clip_judge': (
                 'lab/leaderboard.html#clip_judge',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.keep_rows': (
+                'lab/leaderboard.html#keep_rows',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard.leaderboard': (

@@ -12,7 +12,7 @@ from cf_guidance import _cli
 from cf_guidance.lab.compare import paired_differences
 from cf_guidance.lab.draw import Painter
 from cf_guidance.lab.fashion import fashion_path, world_of
-from cf_guidance.lab.leaderboard import Leaderboard, clip_judge, leaderboard
+from cf_guidance.lab.leaderboard import Leaderboard, clip_judge, keep_rows, leaderboard
 from cf_guidance.lab.plan import NEGATIVES, POST_RULES, RULES
 from cf_guidance.lab.store import RESULTS, Store, key_of
 
@@ -370,18 +370,44 @@ def test_clip_judge_gives_the_cosine_of_both_embeddings(tmp_path):
     assert all(-1 <= o <= 1 for o in each)
 
 
-def test_pictures_of_the_lesson_are_drawn_again():
-    rows = Store(RESULTS / 'leaderboard', write=False).rows()
+@pytest.mark.parametrize('plan', ['leaderboard', 'part6'])
+def test_each_setting_of_a_plan_has_a_row(plan):
+    rows = Store(RESULTS / plan, write=False).rows()
+    board = Leaderboard.from_toml(RESULTS.parent / f'{plan}.toml')
+    wanted = {key_of(board._row_request('setting', name)) for name in board.settings}
+    assert wanted == set(rows.index[rows.kind == 'setting'])
+
+
+def test_rows_of_a_lesson_are_kept_once(drawn, tmp_path):
+    board, store, chosen, tables, _ = drawn
+    more = {**tables, ('cfg + pag', 'interval'): tables['interval', 'best']}  # one more rival
+    settings, pairs = (
+        list(o)
+        for o in (board.setting_rows(store, chosen), board.comparison_rows(store, chosen, more))
+    )
+    for _ in range(2):
+        keep_rows(settings, tmp_path)
+        keep_rows(pairs, tmp_path)
+    rows = Store(tmp_path, write=False).rows()
+    assert sorted(rows.index) == sorted(key_of(o) for o, _ in settings + pairs)
+    row = rows[(rows.method == 'cfg + pag') & (rows.row == 'interval')].iloc[0]
+    a, b = (tables[o, 'best'].right.mean() for o in ('cfg + pag', 'interval'))
+    assert row['right difference'] == pytest.approx(a - b)
+
+
+@pytest.mark.parametrize('lesson', ['leaderboard', 'part6'])
+def test_pictures_of_the_lesson_are_drawn_again(lesson):
+    rows = Store(RESULTS / lesson, write=False).rows()
     rows = rows[rows.kind == 'setting']
     few = dict(methods={'cfg': dict(w=2), 'none': dict(negative='none')}, compare_on=(2, 2))
-    board = Leaderboard.from_toml(RESULTS.parent / 'leaderboard.toml', **few)
+    board = Leaderboard.from_toml(RESULTS.parent / f'{lesson}.toml', **few)
     pictures = next(iter(board.settings.values()))
     chance, paint, same = random.Random(2026), Painter(keep_pictures=False), []
-    for _ in range(20):
+    for _ in range(10):
         row, i = rows.iloc[chance.randrange(len(rows))], chance.randrange(len(pictures))
         where = {k: pictures[i][k] for k in ('prompt', 'seed')}
         (drawn,) = paint([{**row.how, **where}])
         right = min(drawn[o] for o in board.parts)
         same.append(int(right) == int(row.pictures[i]))
     # in bfloat16 another processor rounds differently: a picture at the limit may change sides
-    assert sum(same) >= 18
+    assert sum(same) >= 9
