@@ -1288,6 +1288,10 @@ d = {
                 'karras.html#_bounddenoiser.parts',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras._BoundDenoiser.positive': (
+                'karras.html#_bounddenoiser.positive',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._BoundDenoiser.quantize_sigma': (
                 'karras.html#_bounddenoiser.quantize_sigma',
                 'cf_guidance/karras.py',
@@ -1504,6 +1508,10 @@ d = {
             'cf_guidance.karras.ipndm': ('karras.html#ipndm', 'cf_guidance/karras.py'),
             'cf_guidance.karras.lms': ('karras.html#lms', 'cf_guidance/karras.py'),
             'cf_guidance.karras.on_sigmas': ('karras.html#on_sigmas', 'cf_guidance/karras.py'),
+            'cf_guidance.karras.rectified_cfg_pp': (
+                'karras.html#rectified_cfg_pp',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras.res_multistep': (
                 'karras.html#res_multistep',
                 'cf_guidance/karras.py',

@@ -34,6 +34,7 @@ __all__ = [
     'sample_sa_solver',
     'sample_restart',
     'sample_euler_cfg_pp',
+    'sample_rectified_cfg_pp',
     'get_sigmas_karras',
     'get_sigmas_exponential',
     'get_sigmas_polyexponential',
@@ -67,6 +68,7 @@ __all__ = [
     'dpm_fast',
     'dpm_adaptive',
     'euler_cfg_pp',
+    'rectified_cfg_pp',
     'sample_dpm_fast',
     'sample_dpm_adaptive',
     'make_quantizer',
@@ -78,7 +80,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -483,6 +485,14 @@ class _BoundDenoiser:
         if not hasattr(self.D, 'parts'):
             raise TypeError('D: this sampler needs a guided denoiser, such as GuidedDenoiser')
         return [self._checked(o, x, sigma) for o in self._query(self.D.parts, x, sigma)[:3]]
+
+    def positive(self, x, sigma):
+        "The positive estimate: with all terms off, if `D` has terms."
+        terms = getattr(self.D, 'terms', None)
+        if terms is None:
+            return self.parts(x, sigma)[1]
+        off = partial(self.D, off=tuple(range(len(terms))))
+        return self._checked(self._query(off, x, sigma), x, sigma)
 
     def quantize_sigma(self, sigma):
         return getattr(self.D, 'quantize_sigma', lambda o: o)(sigma)
@@ -1498,6 +1508,24 @@ def euler_cfg_pp(D, x, sigma, sigma_next, state):
     return torch.lerp(neg, x, sigma_next / sigma).add_(pred).sub_(neg), state
 
 
+# %% ../nbs/04_karras.ipynb #b386b858
+def rectified_cfg_pp(D, x, sigma, sigma_next, state):
+    """Rectified-CFG++ (arXiv:2510.07631): the positive leads, guidance corrects from halfway.
+
+    `D` has `parts`, as `GuidedDenoiser` has; its weight is 1 + alpha. With one negative that takes
+    three evaluations per step: the positive, and both of them halfway.
+    """
+    x0 = D.positive(x, sigma)
+    noise = (x - x0) / sigma
+    t, end = sigma / (1 + sigma), sigma_next / (1 + sigma_next)
+    middle = (t + end) / 2
+    level = middle / (1 - middle)
+    pred, pos, _ = D.parts(torch.add(x0, noise, alpha=level), level)
+    moved = (pred - pos) * ((t - end) / middle)
+    state = state._replace(x=x, sigma=sigma, x0=x0 + pred - pos)
+    return x0 + sigma_next * noise + (1 + sigma_next) * moved, state
+
+
 # %% ../nbs/04_karras.ipynb #106
 _PARAMETER = inspect.Parameter
 _SHARED = [
@@ -1620,6 +1648,7 @@ sample_er_sde = _as_k_diffusion(er_sde, 'sample_er_sde')
 sample_sa_solver = _as_k_diffusion(sa_solver, 'sample_sa_solver')
 sample_restart = _as_k_diffusion(restart, 'sample_restart')
 sample_euler_cfg_pp = _as_k_diffusion(euler_cfg_pp, 'sample_euler_cfg_pp')
+sample_rectified_cfg_pp = _as_k_diffusion(rectified_cfg_pp, 'sample_rectified_cfg_pp')
 
 
 # %% ../nbs/04_karras.ipynb #4d607052

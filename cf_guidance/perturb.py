@@ -1104,7 +1104,7 @@ def expand(self: _Forward, o):
 
 
 # %% ../nbs/05_perturb.ipynb #637d41fa
-_MIN_POSITIONS_TO_JOIN = 512  # positions (pixels of the latents or tokens) of all copies together
+_MIN_POSITIONS_TO_JOIN = 128  # positions (pixels of the latents or tokens) of all copies together
 
 
 @dataclass

@@ -1007,6 +1007,7 @@ def test_weights_per_step_need_sigmas_or_a_step():
 
 LOOPS = {
     'cfg++': lambda G: sample(G, X, SIGMAS, karras.euler_cfg_pp, C),
+    'rectified': lambda G: sample(G, X, SIGMAS, karras.rectified_cfg_pp, C),
     'euler': lambda G: sample(G, 10 * X, SIGMAS, karras.euler, C),
     'heun': lambda G: sample(G, 10 * X, SIGMAS, karras.heun, C),
     'churn': lambda G: sample(G, 10 * X, SIGMAS, karras.heun, C, generator=1, s_churn=4.0),
@@ -2569,3 +2570,9 @@ def test_a_compiled_network_is_not_compiled_at_each_step():
 def test_what_is_off_must_be_a_term(off):
     with pytest.raises(ValueError, match=r'off: expected numbers of terms, of \(0,\), got'):
         GuidedDenoiser(toy, NONE, w=3.0)(X, 1.0, off=off, **C)
+
+
+def test_rectified_cfg_pp_asks_the_positive_alone_first():
+    G = GuidedDenoiser(toy, NONE, w=3.0)
+    sample(G, X, SIGMAS, karras.rectified_cfg_pp, C)
+    assert G.nfe == 3 * (len(SIGMAS) - 1) * len(X)

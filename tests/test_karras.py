@@ -5,6 +5,7 @@ import math
 import pickle
 import sys
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ from cf_guidance.karras import (
     lms,
     make_quantizer,
     on_sigmas,
+    rectified_cfg_pp,
     res_multistep,
     restart,
     sa_solver,
@@ -275,6 +277,7 @@ STEPS = {
     dpmpp_2m: [0, 1, 2],
     dpmpp_sde: [0, 0, 1, 1, 2],
     euler_cfg_pp: [0, 1, 2],
+    rectified_cfg_pp: [0, 0, 1, 1, 2, 2],
 }
 
 
@@ -1070,9 +1073,43 @@ class Guided(Denoiser):
         neg, pos = (self.inner_model(x, sigma, mean=o) for o in (self.neg, mean))
         return Parts(neg + self.w * (pos - neg), pos, neg)
 
+    def forward(self, x, sigma, mean):
+        return self.parts(x, sigma, mean).pred
+
 
 GUIDED, POS = Guided(D, torch.full((4, 1, 1, 1), -1.0), 0.6), dict(mean=torch.ones(4, 1, 1, 1))
 TEN = get_sigmas_karras(10, 0.0292, 14.6146)
+
+
+def flow_velocity(z, t, mean):
+    "The velocity of a flow model whose estimates are those of `D`."
+    return (z - D(z / (1 - t), t / (1 - t), mean=mean)) / t
+
+
+@each('w', [1.0, 2.5, 6.0])
+def test_rectified_cfg_pp_is_that_of_the_paper_in_velocities(w):
+    neg, pos = GUIDED.neg, POS['mean']
+    times = (TEN / (1 + TEN)).tolist()
+    z = X * (1 - times[0])
+    for t, end in pairwise(times):
+        middle, v = (t + end) / 2, flow_velocity(z, t, pos)
+        half = z + (middle - t) * v
+        apart = flow_velocity(half, middle, pos) - flow_velocity(half, middle, neg)
+        z = z + (end - t) * (v + (w - 1) * apart)
+    got = sample(Guided(D, neg, w), X, TEN, rectified_cfg_pp, POS)
+    assert_close(got, z, atol=1e-3, rtol=1e-4)
+
+
+def test_rectified_cfg_pp_without_guidance_is_euler():
+    got = sample(Guided(D, GUIDED.neg, 1.0), X, TEN, rectified_cfg_pp, POS)
+    assert_close(got, sample(D, X, TEN, euler, POS), atol=1e-4, rtol=1e-5)
+
+
+def test_rectified_cfg_pp_ends_where_plain_guidance_does():
+    fine = get_sigmas_karras(2000, 0.0292, 14.6146)
+    G = Guided(D, GUIDED.neg, 2.0)
+    got, want = (sample(G, X, fine, step, POS) for step in (rectified_cfg_pp, heun))
+    assert (got - want).abs().max() < 5e-3 * want.abs().max()
 
 
 def test_weights_of_cfg_pp_on_karras():
@@ -1135,6 +1172,7 @@ OPTIONS = {
     'ddim': ['eta', 'noise_sampler', 'generator'],
     'ddpm': ['variance', 's_noise', 'noise_sampler', 'generator'],
     'euler_cfg_pp': [],
+    'rectified_cfg_pp': [],
 }
 
 
@@ -1169,9 +1207,10 @@ def test_a_shell_is_its_step(name):
     assert torch.equal(got, want)
 
 
-def test_shell_of_cfg_pp():
-    got = karras.sample_euler_cfg_pp(GUIDED, X, TEN, POS, disable=True)
-    assert torch.equal(got, sample(GUIDED, X, TEN, euler_cfg_pp, POS))
+@each('step', [euler_cfg_pp, rectified_cfg_pp])
+def test_shell_of_cfg_pp(step):
+    got = shell_of(step.__name__)(GUIDED, X, TEN, POS, disable=True)
+    assert torch.equal(got, sample(GUIDED, X, TEN, step, POS))
 
 
 def test_positional_as_in_k_diffusion():

@@ -417,9 +417,10 @@ def test_evaluations_of_samplers():
     assert (counts['euler'], counts['heun'], counts['dpmpp_2m']) == (8, 14, 8)
     assert (counts['sa_solver'], counts['dpm_fast']) == (8, 18)
     assert counts['restart'] == 14 + 2 * 18
+    assert counts['rectified_cfg_pp'] == 4 * 3
     alone = [evaluations_of(r) for r in requests if r['terms'][0]['weights'][0] == 1]
-    both = [o['sampler']['name'] for o in requests[::2] if o['sampler']['name'].endswith('cfg_pp')]
-    assert sum(alone) == sum(counts.values()) / 2 + 4 * len(both)
+    extra = dict(euler_cfg_pp=4, rectified_cfg_pp=6)  # they read both predictions at any weight
+    assert sum(alone) == (sum(counts.values()) + 2 * sum(extra.values())) / 2
 
 
 def test_a_plan_is_the_same_after_its_file(tmp_path):

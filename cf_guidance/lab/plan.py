@@ -30,7 +30,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -486,6 +486,7 @@ class _Levels:
     sigmas: list  # where each step begins, and the end
     takes_eta: bool = False
     both: bool = False  # are both predictions evaluated, also where the weight needs one of them?
+    alone: set = field(default_factory=set)  # numbers of the evaluations of the positive alone
 
 
 @cache
@@ -601,12 +602,15 @@ def _sigmas_for(request, spec):
 class _Recorder:
     "A denoiser that notes the noise level and the step of each evaluation."
 
-    takes_step = True
+    takes_step, terms = True, ()
 
     def __init__(self, D):
-        self.quantize_sigma, self.sigmas, self.steps, self.both = D.quantize_sigma, [], [], False
+        self.quantize_sigma, self.sigmas, self.steps = D.quantize_sigma, [], []
+        self.both, self.alone = False, set()
 
-    def __call__(self, x, sigma, step):
+    def __call__(self, x, sigma, step, off=None):
+        if off is not None:
+            self.alone.add(len(self.sigmas))
         self.sigmas.append(sigma.item())
         self.steps.append(step)
         return torch.zeros_like(x)
@@ -629,7 +633,7 @@ def _sampler_levels(model, scheduler, sampler, sigmas):
     D = _bare_denoiser(model, scheduler)
     x, seen, (step, options) = torch.zeros(1, 1), _Recorder(D), step_of(json.loads(sampler))
     karras.sample(seen, x, sigmas, step, noise=lambda *levels: x, **options)
-    return _Levels(D, seen, list(sigmas), both=seen.both)
+    return _Levels(D, seen, list(sigmas), both=seen.both, alone=seen.alone)
 
 
 # %% ../../nbs/lab/09_plan.ipynb #7a3be0db
@@ -946,9 +950,10 @@ def _count(text):
     alone = alone and not kinds[0].needs_pos and terms[0].every == 1
     alone = alone and not any(issubclass(k, Inside) for k in kinds)
     top, total, ages = levels.D.sigma_max * (1 + 1e-3), 0, [math.inf] * len(terms)
-    for sigma, step in zip(levels.evaluations.sigmas, levels.evaluations.steps, strict=True):
+    evaluations = zip(levels.evaluations.sigmas, levels.evaluations.steps, strict=True)
+    for n, (sigma, step) in enumerate(evaluations):
         here = torch.tensor([sigma]), [sigma], step
-        more = dict(whole=levels.both, may_skip_pos=alone)
+        more = dict(whole=levels.both, may_skip_pos=alone, off=n in levels.alone)
         at = [_active(t, *here, t.w, top, **more) for t in terms]
         total += not any(a.neg_only for a in at)
         for i, (t, a) in enumerate(zip(terms, at, strict=True)):
