@@ -170,11 +170,7 @@ def _kept_onnx(net, args, kwargs):
     return model
 
 
-# %% ../../nbs/lab/12_backends.ipynb #f1a0b00d
-def _suits_onnx(net):
-    return net.device.type == 'cpu' and net.dtype == torch.float32
-
-
+# %% ../../nbs/lab/12_backends.ipynb #735aa8b7
 _PART = 16  # rows that one thread runs at once: more fall out of the cache of a core
 
 
@@ -211,6 +207,11 @@ class _Runs:
 
         spans = [(a, b) for a, b in itertools.pairwise(ends) if a < b]
         return np.concatenate(list(self.pool.map(run, spans)))
+
+
+# %% ../../nbs/lab/12_backends.ipynb #f1a0b00d
+def _suits_onnx(net):
+    return net.device.type == 'cpu' and net.dtype == torch.float32
 
 
 class _Onnx:
