@@ -24,7 +24,7 @@ body {{ margin: 0 }} pre {{ overflow-x: auto; font-size: 12px; width: min(900px,
 </style></head><body>
 <main><h1 id="top">A page</h1><p class="date">today <span class="reading-time">1 min</span></p>
 <p>{BADGE} Some text. <span class="math"><span class="katex">x</span></span></p>
-<pre><code>x = 1</code></pre></main></body></html>"""
+<pre class="cell-code"><code>x = 1</code></pre></main></body></html>"""
 WIDE = '<div style="width: 1500px; height: 9px; background: red"></div>'
 TABLE = (
     '<div style="overflow-x: auto"><table><tr><td><div style="width: 3000px">x</div></table></div>'

@@ -24,7 +24,7 @@ for (const e of all('main pre, main .cell-output-display, main .sd-table, main .
   facts.scrolling++;
   if (wide && (e.tagName === 'PRE' || e.matches('.math'))) say('long line', `${name(e)} is ${e.scrollWidth} px wide in a box of ${e.clientWidth} px: ${e.innerText.split('\n').sort((a, b) => b.length - a.length)[0]}`);
 }
-const code = all('main pre > code').find((e) => e.offsetWidth && !e.closest('.cell-output-stdout'));
+const code = all('main pre.cell-code > code').find((e) => e.offsetWidth);
 if (wide && code) {
   const probe = document.createElement('span'), pre = code.parentElement, style = getComputedStyle(pre);
   probe.textContent = '0'.repeat(100);
