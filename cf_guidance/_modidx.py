@@ -1599,20 +1599,20 @@ d = {
                 'lab/backends.html#_onnx.fits',
                 'cf_guidance/lab/backends.py',
             ),
-            'cf_guidance.lab.backends._Runs': (
-                'lab/backends.html#_runs',
+            'cf_guidance.lab.backends._ThreadedSession': (
+                'lab/backends.html#_threadedsession',
                 'cf_guidance/lab/backends.py',
             ),
-            'cf_guidance.lab.backends._Runs.__call__': (
-                'lab/backends.html#_runs.__call__',
+            'cf_guidance.lab.backends._ThreadedSession.__call__': (
+                'lab/backends.html#_threadedsession.__call__',
                 'cf_guidance/lab/backends.py',
             ),
-            'cf_guidance.lab.backends._Runs.__init__': (
-                'lab/backends.html#_runs.__init__',
+            'cf_guidance.lab.backends._ThreadedSession.__init__': (
+                'lab/backends.html#_threadedsession.__init__',
                 'cf_guidance/lab/backends.py',
             ),
-            'cf_guidance.lab.backends._Runs.session': (
-                'lab/backends.html#_runs.session',
+            'cf_guidance.lab.backends._ThreadedSession.with_threads': (
+                'lab/backends.html#_threadedsession.with_threads',
                 'cf_guidance/lab/backends.py',
             ),
             'cf_guidance.lab.backends._Unfit': (

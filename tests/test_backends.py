@@ -104,13 +104,13 @@ def test_perturbed_layers_run_on_torch(plain):
 
 def test_pag_in_an_interval_is_fast_outside_it(plain):
     fast, calls = with_backend(plain), []
-    runs = fast.unet._fast.run.runs
+    session = fast.unet._fast.run.session
 
     def counted(*args):
         calls.append(args)
-        return runs(*args)
+        return session(*args)
 
-    fast.unet._fast.run.runs = counted
+    fast.unet._fast.run.session = counted
     with pytest.warns(UserWarning, match='perturbed'):
         draw(fast, Term(PAG(fast.unet), 2.0, interval=(1.0, 5.0)), steps=6)
     assert 0 < len(calls) < 6
@@ -120,15 +120,15 @@ def test_pag_in_an_interval_is_fast_outside_it(plain):
 @pytest.mark.parametrize('rows', [1, 2, 3, 16, 17, 50])
 def test_each_thread_runs_some_rows(small, threads, rows):
     run, seen = with_backend(small, 'onnx').unet._fast.run, []
-    run.runs.threads = threads
-    session = run.runs.session(1)
+    run.session.threads = threads
+    session = run.session.with_threads(1)
 
     class Session:
         def run(self, names, given):
             seen.append(len(given['sample']))
             return session.run(names, given)
 
-    run.runs.sessions = {1: Session(), threads: Session()}
+    run.session.sessions = {1: Session(), threads: Session()}
     x = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     text = torch.randn(rows, 12, small.unet.config.cross_attention_dim)
     t = torch.linspace(1, 900, rows)

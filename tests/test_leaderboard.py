@@ -403,11 +403,11 @@ def test_pictures_of_the_lesson_are_drawn_again(lesson):
     board = Leaderboard.from_toml(RESULTS.parent / f'{lesson}.toml', **few)
     pictures = next(iter(board.settings.values()))
     chance, paint, same = random.Random(2026), Painter(keep_pictures=False), []
-    for _ in range(10):
+    for _ in range(20):
         row, i = rows.iloc[chance.randrange(len(rows))], chance.randrange(len(pictures))
         where = {k: pictures[i][k] for k in ('prompt', 'seed')}
         (drawn,) = paint([{**row.how, **where}])
         right = min(drawn[o] for o in board.parts)
         same.append(int(right) == int(row.pictures[i]))
     # in bfloat16 another processor rounds differently: a picture at the limit may change sides
-    assert sum(same) >= 9
+    assert sum(same) >= 18

@@ -171,18 +171,18 @@ def _kept_onnx(net, args, kwargs):
 
 
 # %% ../../nbs/lab/12_backends.ipynb #735aa8b7
-_PART = 16  # rows that one thread runs at once: more fall out of the cache of a core
+_PART = 16  # rows at most that one thread runs at once: the fastest of those tried
 
 
-class _Runs:
-    "A function from arrays to an array, run by some threads."
+class _ThreadedSession:
+    "A network of ONNX Runtime, of which each thread runs some rows."
 
     def __init__(self, model, threads):
         self.model, self.threads, self.sessions = model, threads, {}
         self.pool = ThreadPoolExecutor(threads, 'onnx')
 
-    def session(self, threads):
-        "The model as something that so many threads run together."
+    def with_threads(self, threads):
+        "A session of ONNX Runtime in which so many threads work on each operation."
         if threads not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
@@ -195,9 +195,9 @@ class _Runs:
         "The output for all rows; the inputs in `by_row` have one row for each of them."
         n = max(len(given[k]) for k in by_row)
         if n < self.threads:
-            return self.session(self.threads).run(None, given)[0]
+            return self.with_threads(self.threads).run(None, given)[0]
         whole = {k for k in by_row if len(given[k]) == n}  # one row stands for all
-        session, per_thread = self.session(1), math.ceil(n / self.threads)
+        session, per_thread = self.with_threads(1), math.ceil(n / self.threads)
         parts = self.threads * math.ceil(per_thread / _PART)
         ends = [n * i // parts for i in range(parts + 1)]
 
@@ -205,8 +205,7 @@ class _Runs:
             part = {k: v[slice(*rows)] if k in whole else v for k, v in given.items()}
             return session.run(None, part)[0]
 
-        spans = [(a, b) for a, b in itertools.pairwise(ends) if a < b]
-        return np.concatenate(list(self.pool.map(run, spans)))
+        return np.concatenate(list(self.pool.map(run, itertools.pairwise(ends))))
 
 
 # %% ../../nbs/lab/12_backends.ipynb #f1a0b00d
@@ -226,7 +225,7 @@ class _Onnx:
         axes = _free_axes(net, tensors)
         self.like = {k: (v.dtype, v.shape, axes[k]) for k, v in tensors.items()}
         self.unit = 2 ** getattr(net, 'num_upsamplers', 0)
-        self.runs = _Runs(_kept_onnx(net, args, kwargs), torch.get_num_threads())
+        self.session = _ThreadedSession(_kept_onnx(net, args, kwargs), torch.get_num_threads())
 
     def __call__(self, args, kwargs):
         "The output, or None if the inputs are of another kind than the network was written for."
@@ -235,7 +234,7 @@ class _Onnx:
             return None
         by_row = {k for k, (_, _, axes) in self.like.items() if axes.get(0) == 'rows'}
         given = {k: v.contiguous().numpy() for k, v in tensors.items()}
-        return torch.from_numpy(self.runs(given, by_row))
+        return torch.from_numpy(self.session(given, by_row))
 
     def fits(self, tensors):
         "Are the inputs of the kind that the network was written for?"

@@ -408,7 +408,7 @@ def setting_rows(
     chosen: pd.DataFrame,  # from `choose`
     kind: str = 'setting',  # a word that is kept with the rows
 ):  # pairs (request, columns)
-    "Means of each setting, and which of its pictures have all parts right. Of embedded models."
+    "Means of each setting, and which of its pictures have all parts right; for embedded models."
     store = store if isinstance(store, Store) else Store(store)
     means, table = self.means(store), store.table()
     for name, requests in self.settings.items():
@@ -427,7 +427,7 @@ def comparison_rows(
     # from `compare`; tables of more rivals may be added under other names of rows
     tables: dict,
 ):  # pairs (request, columns)
-    "Measurements with intervals, and differences to rivals with verdicts. Of embedded models."
+    "Measurements with intervals, and differences to rivals with verdicts; for embedded models."
     store = store if isinstance(store, Store) else Store(store)
     results = self.results(store, chosen, tables).sort_index()
     best = dict(chosen.index[chosen.best])
