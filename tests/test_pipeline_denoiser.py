@@ -342,9 +342,11 @@ def test_family_of_ones_own(monkeypatch):
 
 
 def test_all_families_exist():
+    "By the names that diffusers lists: importing them can need packages that are not installed."
+    names = dir(diffusers)
     for name, family in FAMILIES.items():
         there = Version(diffusers.__version__) >= Version(family.since)
-        assert hasattr(diffusers, name) == there
+        assert (name in names) == there
 
 
 def test_negative():
