@@ -4732,6 +4732,10 @@ d = {
                 'pipelines.html#_firststep.check',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._FirstStep.evaluate': (
+                'pipelines.html#_firststep.evaluate',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._FirstStep.family': (
                 'pipelines.html#_firststep.family',
                 'cf_guidance/pipelines.py',

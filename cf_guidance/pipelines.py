@@ -1115,9 +1115,10 @@ class _FirstStep:
     "The first step of a pipeline alone: what its network gets and returns, and its scheduler gets."
 
     def __init__(self, sd, net, args, kwargs):
-        self.net, self.name = net, _stock_class(sd).__name__
+        self.net, self.name, self.most = net, _stock_class(sd).__name__, sd._guidance.max_batch
         self.calls, self.outputs, self.given, self.second_time = [], [], None, None
         self.times = None
+        self.nfe = None  # evaluations per image that it took to try and to check; None: unchecked
         clone = object.__new__(type(sd)._plain)
         vars(clone).update(vars(sd), scheduler=deepcopy(sd.scheduler))
         vars(clone)[next(iter(_networks(sd)))] = _stand_in(net, self.forward)
@@ -1143,7 +1144,7 @@ class _FirstStep:
         if self.given is not None:
             self.second_time = call.time[0].item()
             raise _Stop
-        out = self.net(*args, **kwargs)
+        out = self.evaluate(call, args, kwargs)
         if isinstance(out, tuple) and len(out) > 1:  # such as pictures and sound
             raise _not_plain(self.name)
         self.calls.append(call)
@@ -1155,6 +1156,24 @@ class _FirstStep:
             self.given, self.times = output, self.scheduler.timesteps.tolist()
             return step(output, *args, **kwargs)
         raise _Stop
+
+
+# %% ../nbs/09_pipelines.ipynb #676aaa70
+@patch
+def evaluate(self: _FirstStep, call, args, kwargs):
+    "What the network returns, evaluated for at most `max_batch` rows at a time."
+    rows = len(call.latents)
+    if self.most is None or rows <= self.most:
+        return self.net(*args, **kwargs)
+
+    def piece(s):
+        some = {k: v[s] for k, v in call.conditions.items()}
+        return call.query(self.net, call.latents[s], call.time[s], some)
+
+    first, *others = Microbatched(nn.Identity(), self.most).map(piece, rows)
+    if isinstance(first, tuple):
+        return torch.cat([first[0], *(o[0] for o in others)]), *first[1:]
+    return type(first)(sample=torch.cat([first.sample, *(o.sample for o in others)]))
 
 
 # %% ../nbs/09_pipelines.ipynb #d3f292b0
@@ -1236,12 +1255,14 @@ def check(self: _FirstStep, run, x, sigma, cond, negative):
     "Raise unless plain guidance in our way gives what the scheduler got."
     D, most = run.D, run.options.max_batch
     D = D if most is None else Microbatched(D, most)
+    self.nfe = sum(len(c.latents) for c in self.calls) // len(x)
     if negative is not None:
         neg = _PromptOfCall(run)
         neg.cond = negative
         D = GuidedDenoiser(D, neg, w=run.guidance_scale())
     c_skip, c_out, _ = run.scalings(sigma)
     pred = run.pack((D(x, sigma, **cond) - c_skip * x) / c_out)
+    self.nfe += 1 if negative is None else int(D.last_nfe.max())
     tol = 1e-3 if self.given.dtype == torch.float32 else 3e-2
     if pred.shape != self.given.shape or not (
         (pred - self.given).abs().max() < tol * self.given.abs().max()
@@ -1363,7 +1384,7 @@ def guide(self: _Run, call, negative):
     sigma, step = at.sigmas[self.index], at.steps[self.index]
     (x, cond), (c_skip, c_out, c_in) = self.inputs(call), self.scalings(sigma)
     x = x / c_in
-    if self.first_step is not None and self.G.run.last is None:
+    if self.first_step is not None and self.first_step.nfe is None:
         self.first_step.check(self, x, sigma, cond, negative)
     if step < self.options.zero_init:
         # a pipeline that divides by the norm must not get 0
@@ -1602,6 +1623,7 @@ class _Report:
     nfe: list  # network evaluations of each image
     terms: list  # one `_TermReport` each
     joins: str = ''  # where the rows of a perturbed network join the batch
+    tried: int = 0  # how many of `nfe` tried the first step of a pipeline that is not listed
 
     def __repr__(self):
         n, images = len(self.sigmas), len(self.nfe)
@@ -1609,6 +1631,8 @@ class _Report:
             f'{n} evaluations from sigma {self.sigmas[0]:.3g} to {self.sigmas[-1]:.3g}, '
             f'{sum(self.nfe)} of the network ({sum(self.nfe) / images:g} per image)'
         ]
+        if self.tried:
+            lines.append(f'  of these {self.tried} per image tried the first step')
         for t in self.terms:
             scale = '' if math.isnan(t.scale) else f', effective scale {t.scale:.3g}'
             lines.append(f'  {t.negative}: guided {t.guided:g} of {n}{scale}')
@@ -1626,6 +1650,7 @@ def _report_of(run):
     walked = walked[-max(1, state.evaluations) :]
     n = state.n or 1
     nfe = [0] * n if state.nfe_per_sample is None else state.nfe_per_sample.tolist()
+    tried = 0 if run.first_step is None else run.first_step.nfe
     terms = []
     for i, t in enumerate(run.G.terms):
         name = type(t.neg).__name__.replace('_PromptOfCall', 'NegativePrompt')
@@ -1634,7 +1659,7 @@ def _report_of(run):
         if not state.guided[i] and run.options.warns:
             warnings.warn(f'{name} never guided: {_why_idle(t, walked)}', stacklevel=4)
     joins = state.perturbed[1].joins if state.perturbed else ''
-    return _Report(walked, nfe, terms, joins)
+    return _Report(walked, [tried + o for o in nfe], terms, joins, tried)
 
 
 def _why_idle(term, sigmas):

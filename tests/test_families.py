@@ -1,6 +1,7 @@
 "Families of pipelines: guidance in each gives what its definition says."
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,10 +167,74 @@ def test_unlisted(what, monkeypatch):
         with pytest.raises(ValueError, match=says):
             run(sd, call)
         return
-    assert off(run(sd, call), own) < 1e-5
-    assert sd.report.nfe == [2 * STEPS] * 2
+    with counted(pipe) as rows:
+        assert off(run(sd, call), own) < 1e-5
+    assert sd.report.nfe == [2 * STEPS + 4] * 2  # with the two trials of the first step
+    assert sum(rows) == sum(sd.report.nfe)
     listed = guided(pipe, w=[W] + [1.0] * (STEPS - 1))
     assert off(run(listed, call), own) > 1e-4
+
+
+@contextmanager
+def counted(pipe):
+    "Inside, a list gets the number of rows of each forward of the network."
+    net, rows = getattr(pipe, 'unet', None) or pipe.transformer, []
+
+    def count(net, args, kwargs):
+        latents = args[0] if args else kwargs.get('hidden_states', kwargs.get('sample'))
+        rows.append(len(latents))
+
+    handle = net.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize('what', [k for k, says in UNLISTED.items() if not says])
+def test_unlisted_in_small_batches(what, monkeypatch):
+    "The trial of the first step, too, evaluates at most `max_batch` rows at a time."
+    pipe, call = make(what)
+    own = run(pipe, call)
+    monkeypatch.delitem(FAMILIES, type(pipe).__name__)
+    sd = guided(pipe, max_batch=1)
+    with counted(pipe) as rows:
+        assert off(run(sd, call), own) < 1e-5
+    assert set(rows) == {1}
+    assert sum(rows) == sum(sd.report.nfe) == 2 * (2 * STEPS + 4)
+
+
+def test_the_report_says_what_the_trial_cost(monkeypatch):
+    pipe, call = make('AuraFlow')
+    sd = guided(pipe)
+    run(sd, call)
+    assert sd.report.tried == 0
+    assert 'tried' not in repr(sd.report)
+    monkeypatch.delitem(FAMILIES, type(pipe).__name__)
+    run(sd, call)
+    assert sd.report.tried == 4
+    assert f'of the network ({2 * STEPS + 4} per image)' in repr(sd.report)
+    assert 'of these 4 per image tried the first step' in repr(sd.report)
+
+
+def test_a_trial_without_a_negative_prompt_costs_two_evaluations(monkeypatch):
+    pipe, call = make('AuraFlow')
+    monkeypatch.delitem(FAMILIES, type(pipe).__name__)
+    sd = guided(pipe, SLG(pipe.transformer), w=3.0)
+    with counted(pipe) as rows:
+        run(sd, call, guidance_scale=1.0)
+    assert sd.report.nfe == [2 * STEPS + 2] * 2
+    assert sum(rows) == sum(sd.report.nfe)
+
+
+def test_an_unlisted_flow_model_may_stand_still(monkeypatch):
+    "The first step is tried once, also if the denoiser is first evaluated in a later one."
+    pipe, call = make('AuraFlow')
+    listed = run(guided(pipe, zero_init=2), call)
+    monkeypatch.delitem(FAMILIES, type(pipe).__name__)
+    sd = guided(pipe, zero_init=2)
+    assert off(run(sd, call), listed) < 1e-5
+    assert sd.report.nfe == [2 * (STEPS - 2) + 4] * 2
 
 
 WRONG = {  # a row with one mistake -> what is found
