@@ -2094,6 +2094,7 @@ d = {
                 'lab/draw.html#_by_scheduler',
                 'cf_guidance/lab/draw.py',
             ),
+            'cf_guidance.lab.draw._cads_of': ('lab/draw.html#_cads_of', 'cf_guidance/lab/draw.py'),
             'cf_guidance.lab.draw._checked': ('lab/draw.html#_checked', 'cf_guidance/lab/draw.py'),
             'cf_guidance.lab.draw._checked_shard': (
                 'lab/draw.html#_checked_shard',
@@ -2827,6 +2828,7 @@ d = {
                 'lab/plan.html#_bare_denoiser',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._cads': ('lab/plan.html#_cads', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._check_history': (
                 'lab/plan.html#_check_history',
                 'cf_guidance/lab/plan.py',
@@ -4974,6 +4976,10 @@ d = {
             ),
             'cf_guidance.pipelines._as_tokens': (
                 'pipelines.html#_as_tokens',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._check_cads': (
+                'pipelines.html#_check_cads',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._check_prompts': (

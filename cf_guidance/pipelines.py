@@ -1800,10 +1800,16 @@ def guided(
     _check_whole('zero_init', zero_init)
     if max_batch is not None:
         _check_whole('max_batch', max_batch, low=1)
-    if cads is not None:
-        _hiding(nn.Identity(), _family_of(pipe), cads, time=abs)  # an error, if any, belongs here
+    _check_cads(pipe, cads)
     posts = None if post is None else checked.posts
     return _guide(pipe, _Guidance(checked.terms, posts, zero_init, max_batch, cads))
+
+
+# %% ../nbs/09_pipelines.ipynb #ec602b3c
+def _check_cads(pipe, settings):
+    "Raise for settings of `CADS` that cannot be; None is without."
+    if settings is not None:
+        _hiding(nn.Identity(), _family_of(pipe), settings, time=abs)
 
 
 def _hiding(G, family, settings, **more):
@@ -2072,6 +2078,7 @@ def sample(
     num_steps: int | None = None,  # None: that of `self`, or as many as there are weights
     return_nfe: bool = False,  # also return the network evaluations of each image?
     post=None,  # a post-rule such as `rescale`, or a list of them, for the sum of all terms
+    cads: dict | None = None,  # settings of `CADS`, see `guided`
     return_report: bool = False,  # also return what guidance did, as `sd.report` tells it?
     **kwargs,  # of the pipeline's call, such as `eta`
 ) -> torch.Tensor:  # (n, 3, H, W) in [0, 1]; or a pair of it and what else is returned
@@ -2086,8 +2093,9 @@ def sample(
     prompts, negatives, generators = _per_image(terms, prompt, negative_prompt, seeds)
     _check_words('prompt', prompts, self.model_name)
     _check_words('negative_prompt', negatives, self.model_name)
+    _check_cads(self.pipe, cads)
     posts = None if post is None else _as_posts(post)
-    sd = _guide(self.pipe, _Guidance(terms, posts, 0, self.batch_size, warns=False))
+    sd = _guide(self.pipe, _Guidance(terms, posts, 0, self.batch_size, cads, warns=False))
     sd.set_progress_bar_config(disable=not self.progress)
     _seed_noise(sd.scheduler, generators)
     size = dict(output_type='latent', height=self.height, width=self.width)

@@ -169,6 +169,23 @@ def test_samplers_and_whole_numbers_on_the_command_line():
     assert sweep.requests[0]['sampler']['s_churn'] == 2
 
 
+@pytest.mark.parametrize('option', ['--axis', '--cads'])
+def test_cads_on_the_command_line(option):
+    values = 'none,0.1,cads(s=0.5, tau1=0.3)'
+    words = [option, f'cads={values}' if option == '--axis' else values]
+    args = commands._parser().parse_args(['draw', '--prompt', BAG, '--steps', '3', *words])
+    requests = commands._sweep_of(args).requests
+    assert [r['cads']['s'] if 'cads' in r else None for r in requests] == [None, 0.1, 0.5]
+    assert requests[2]['cads']['tau1'] == 0.3
+
+
+def test_a_mistake_in_cads_is_found_before_any_work(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_command(['--prompt', BAG, '--axis', 'cads=cads(s=-1)', '--out', str(tmp_path / 'a')])
+    assert 'cads: s: expected a finite number from 0' in capsys.readouterr().err
+    assert not (tmp_path / 'a').exists()
+
+
 def test_an_axis_of_no_values_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_command(['draw', '--w', '1:2:0', '--prompt', 'a red bag', '--out', str(tmp_path / 'a')])

@@ -319,6 +319,11 @@ def test_the_twin_of_plain_guidance_is_itself():
     assert twin == request(w=2.5, negative_prompt='a coat')
 
 
+def test_opponents_have_no_cads():
+    assert cfg_twin(request(w=4.0, cads=0.5), 4.0) == request(w=4.0)
+    assert cfg_with_evaluations(request(w=4.0, cads=0.5), 20) == request(w=4.0)
+
+
 def test_evaluations_without_guidance_count_as_1():
     some = request(w=4.0, interval=(1.0, 5.0))
     share = evaluations_of(some) / 10 - 1

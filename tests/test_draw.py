@@ -26,8 +26,9 @@ from cf_guidance.lab.draw import (
 )
 from cf_guidance.lab.plan import SAMPLERS, Sweep, evaluations_of, fingerprint
 from cf_guidance.lab.store import Store, key_of
+from cf_guidance.negatives import CADS
 from cf_guidance.noise import randn
-from cf_guidance.pipelines import embedded_path, pipeline_denoiser
+from cf_guidance.pipelines import embedded_path, guided, pipeline_denoiser
 
 BATCH, KILLS = 10, 20  # as in killed_draws.py
 BAG, COAT = 'a red bag on a blue background', 'a yellow coat on a black background'
@@ -378,3 +379,50 @@ def test_without_pictures(tmp_path):
     assert table.garment.notna().all()
     with pytest.raises(ValueError, match='has no picture: drawn with keep_pictures=False'):
         store.picture(table.index[0])
+
+
+def painted(**settings):
+    "Pictures of a sweep as numbers, all in one batch, and the evaluations of each."
+    requests = Sweep(prompt=[BAG, COAT], seed=[3, 4], w=3.0, steps=3, **settings).requests
+    seen = []
+    rows = Painter(lambda pixels, requests: seen.append(pixels) or {})(requests)
+    assert [o['error'] for o in rows] == [None] * 4
+    return seen[0], [o['nfe'] for o in rows], requests
+
+
+def test_a_scheduler_with_cads_draws_what_the_guided_pipeline_draws():
+    got, nfe, requests = painted(cads=0.5, scheduler='DDIMScheduler')
+    pipe = StableDiffusionPipeline.from_pretrained(embedded_path('fashion-sd'))
+    pipe.set_progress_bar_config(disable=True)
+    sd = guided(pipe, w=3.0, cads=dict(s=0.5, seed=[r['seed'] for r in requests]))
+    noise = [torch.Generator().manual_seed(r['seed']) for r in requests]
+    prompts = [r['prompt'] for r in requests]
+    want = sd(prompts, generator=noise, num_inference_steps=3, output_type='pt').images
+    plain, _, _ = painted(scheduler='DDIMScheduler')
+    assert (got - want).abs().max() < 1e-4
+    assert (got - plain).abs().max() > 0.1
+    assert nfe == [evaluations_of(r) for r in requests] == [6] * 4
+
+
+def test_a_sampler_with_cads_draws_what_a_denoiser_with_cads_draws():
+    got, nfe, requests = painted(cads=dict(s=0.5, tau1=0.3), sampler='dpmpp_2m')
+    pipe = StableDiffusionPipeline.from_pretrained(embedded_path('fashion-sd'))
+    D, seeds, first = pipeline_denoiser(pipe, False), [r['seed'] for r in requests], requests[0]
+    G = GuidedDenoiser(D, Conditions(D.cond('')), w=3.0)
+    C = CADS(G, tau1=0.3, s=0.5, seed=seeds, names=['encoder_hidden_states'])
+    x = randn((4, *D.latent_shape), seeds) * first['sigmas'][0]
+    with torch.no_grad():
+        x = sample_dpmpp_2m(C, x, first['sigmas'], D.cond([r['prompt'] for r in requests]))
+        want = D.decode(x)
+    plain, _, _ = painted(sampler='dpmpp_2m')
+    assert (got - want).abs().max() < 1e-4
+    assert (got - plain).abs().max() > 0.1
+    assert nfe == [evaluations_of(r) for r in requests] == [6] * 4
+
+
+@pytest.mark.parametrize('how', [{}, dict(sampler='euler_cfg_pp'), dict(negative='nag')], ids=str)
+def test_a_picture_with_cads_does_not_depend_on_its_batch(how):
+    together, _, requests = painted(cads=0.5, **how)
+    seen = []
+    Painter(lambda pixels, requests: seen.append(pixels) or {})(requests[2:3])
+    assert (seen[0][0] - together[2]).abs().max() < 1e-4

@@ -258,6 +258,7 @@ def test_script_stays_in_its_place(small):
         dict(schedule='cosine', rule='apg', interval=(0.3, 5.0), stop=0.99),
         dict(negative='pag', w=3.0, post='rescale(phi=0.7)', size=(64, 32)),
         dict(negative_prompt='a blue bag', w=2.0, scheduler='EulerDiscreteScheduler'),
+        dict(w=2.0, cads='cads(s=0.5, tau1=0.3)'),
         dict(guidance=[dict(w=2.0), dict(negative='seg(sigma=inf)', w=1.5)], eta=0.5),
         dict(negative=dict(name='autoguidance'), dtype='bfloat16', device='cuda', backend='auto'),
     ],

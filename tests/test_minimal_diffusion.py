@@ -232,6 +232,20 @@ def test_report_of_each_image(md):
     assert report.terms[0].scales[2] < 5
 
 
+def test_cads_of_a_guided_pipeline(md):
+    term, cads = Term(NegativePrompt(), 3.0), dict(s=0.5, seed=[1, 2, 3])
+    x = md.sample(PROMPTS, term, generator=1, num_steps=3, cads=cads)
+    sd = guided(md.pipe, term, cads=cads)
+    sd.set_progress_bar_config(disable=True)
+    own = dict(generator=split_generator(1, 3), num_inference_steps=3, output_type='pt')
+    near(x, sd(PROMPTS, **own).images)
+    assert (x - md.sample(PROMPTS, term, generator=1, num_steps=3)).abs().max() > 0.1
+    with pytest.raises(ValueError, match='s: expected a finite number from 0, got -1'):
+        md.sample(PROMPTS, term, cads=dict(s=-1))
+    with pytest.raises(TypeError, match=r'cads: expected settings such as dict\(s=0.1\), got 0.5'):
+        md.sample(PROMPTS, term, cads=0.5)
+
+
 def test_micro_batches(md):
     small = minimal(batch_size=2)
     for guide in (CFG, Term(NegativePrompt(), 4.0, apg)):

@@ -28,6 +28,7 @@ from cf_guidance.lab.plan import (
     scheduler_of,
     terms_of,
 )
+from cf_guidance.lab.store import key_of
 from cf_guidance.pipelines import MinimalDiffusion, embedded_path, sigmas_of
 
 PROMPT = 'a red sneaker on a blue background'
@@ -244,6 +245,10 @@ BAD = {
         *('karas', 'karras(foo=1)', "karras(rho='x')", 'karras(rho=0)', 'linear(rho=2)', 3),
         *('karras(sigma_max=100)', 'karras(sigma_max=.01)', [1, 2], [-1.0], [100.0, 1], [[1, 'x']]),
     ],
+    'cads': [
+        *(-0.1, 'cds', 'cads(', 'cads(s=-1)', 'cads(seed=1)', 'cads(tau1=.9, tau2=.5)', True),
+        *({'psi': 2}, {'s': 'x'}, {'names': ['text']}, {'name': 'pag'}, [0.25, 'cads'], []),
+    ],
     'steps': [0, -5, 1.5, 'many', 1001, [5, 5]],
     'eta': [-1, 'x', float('nan')],
     'size': [0, [(1, 2, 3)], 'x', (32, 'x')],
@@ -341,6 +346,56 @@ def test_requests_are_json_and_do_not_change():
     again = Sweep(**settings)
     assert json.dumps(again.requests) == text
     assert {type(posts_of(r)[0]) for r in sweep.requests} == {type(POST_RULES['rescale'])}
+
+
+OLD = [  # requests without CADS, and their keys before it was an axis (without what a machine adds)
+    (
+        dict(w=3, seed=1, steps=2),
+        'bf7472181b724085f0ea2ff8b9bcc6216da29d27ee7f03906d6a2d06083afa8f',
+    ),
+    (
+        dict(sampler='heun(s_churn=3)', sigmas=[10, 1], rule='apg', every=2),
+        '17b1ce3a06cac0163400f6530c39fc7cfbfbd19bbe1543cc97431be8a5ca2d86',
+    ),
+    (
+        dict(negative='none', post='rescale', steps=2),
+        'db3fb471d7cad66a149c681cb1d9c9eb1d23766f77428aa66509c7a5136fdddf',
+    ),
+]
+
+
+@pytest.mark.parametrize('settings, key', OLD, ids=['scheduler', 'sampler', 'none'])
+def test_requests_without_cads_keep_their_keys(settings, key):
+    for more in ({}, dict(cads='none'), dict(cads=None)):
+        (r,) = Sweep(prompt=PROMPT, **settings, **more).requests
+        r['model']['fingerprint'] = 'x'
+        r['sigmas'] = r['sigmas'] if 'sampler' in r else None
+        assert key_of(r) == key
+
+
+def test_cads_is_an_axis():
+    sweep = Sweep(prompt=PROMPT, w=3, steps=2, cads=['none', 0.5, dict(s=0.5, tau1=0.3)])
+    usual = dict(tau1=0.6, tau2=0.9, s=0.5, psi=1.0)
+    assert [r.get('cads') for r in sweep.requests] == [None, usual, dict(usual, tau1=0.3)]
+    assert [o['cads'] for o in sweep.labels] == ['none', 0.5, '(s=0.5, tau1=0.3)']
+    assert len({key_of(r) for r in sweep.requests}) == 3
+    assert len({batch_key(r) for r in sweep.requests}) == 3
+    assert {evaluations_of(r) for r in sweep.requests} == {4}  # it costs nothing
+
+
+def test_spellings_of_cads():
+    def of(cads):
+        return Sweep(prompt=PROMPT, steps=2, cads=cads).requests
+
+    assert of('cads') == of({}) == of(0.25) == of('cads(s=0.25)') == of({'name': 'cads'})
+    assert of('cads(s=1, psi=0)') == of(dict(psi=0.0, s=1.0))
+    assert of([None, 0.5]) == of(['none', 'cads(s=.5)'])
+
+
+def test_a_plan_with_cads_is_the_same_after_its_file(tmp_path):
+    sweep = Sweep(prompt=PROMPT, steps=2, cads=['none', 0.5, dict(s=0.5, tau1=0.3), 'cads(psi=0)'])
+    sweep.to_toml(tmp_path / 'plan.toml')
+    assert Sweep.from_toml(tmp_path / 'plan.toml').requests == sweep.requests
 
 
 def test_each_schedule_makes_weights():

@@ -597,7 +597,8 @@ def _cfg(request, w, steps):
     negatives = [t['negative'] for t in request['terms'] if t['negative']['name'] == 'prompt']
     values = dict(negative=(negatives or [None])[0], w=float(w))
     term = _term(values, range(steps))  # a constant weight needs no noise levels
-    return _checked_request({**request, 'terms': [term], 'post': [], 'steps': steps})
+    rest = {k: v for k, v in request.items() if k != 'cads'}
+    return _checked_request({**rest, 'terms': [term], 'post': [], 'steps': steps})
 
 
 # %% ../../nbs/lab/16_compare.ipynb #c16a0072

@@ -50,7 +50,12 @@ with needs('lab', 'cf_guidance.lab.draw'):
     )
     from cf_guidance.lab.store import Store
     from cf_guidance.lab.sweeps import _to_pil
-    from cf_guidance.pipelines import MinimalDiffusion, pipeline_denoiser
+    from cf_guidance.pipelines import (
+        MinimalDiffusion,
+        _family_of,
+        _hiding,
+        pipeline_denoiser,
+    )
 
 
 # %% ../../nbs/lab/13_draw.ipynb #5d0c11b1
@@ -226,6 +231,13 @@ def paint(
     return [dict(zip(columns, o, strict=True), error=None) for o in values]
 
 
+# %% ../../nbs/lab/13_draw.ipynb #74ef4364
+def _cads_of(requests):
+    "Settings of CADS for a batch, with the seed of each picture; None: without."
+    settings = requests[0].get('cads')
+    return None if settings is None else dict(settings, seed=[r['seed'] for r in requests])
+
+
 # %% ../../nbs/lab/13_draw.ipynb #7a3be0e1
 def _by_scheduler(md, requests):
     "Pixels, evaluations and effective scales, by the pipeline's loop and its scheduler."
@@ -236,6 +248,7 @@ def _by_scheduler(md, requests):
         [r['seed'] for r in requests],
         num_steps=first['steps'],
         post=posts_of(first),
+        cads=_cads_of(requests),
         return_report=True,
         **({'eta': first['eta']} if first['eta'] else {}),
     )
@@ -250,10 +263,12 @@ def _by_sampler(md, requests):
     G = GuidedDenoiser(
         Microbatched(D, md.batch_size), *terms_of(requests, md.pipe), post=posts_of(first)
     )
+    settings = _cads_of(requests)
+    hidden = G if settings is None else _hiding(G, _family_of(md.pipe), settings)
     x = randn((len(seeds), *D.latent_shape), seeds, md.device) * first['sigmas'][0]
     step, options = step_of(first['sampler'])
     cond = D.cond([r['prompt'] for r in requests])
-    x = karras.sample(G, x, first['sigmas'], step, cond, seeds, **options)
+    x = karras.sample(hidden, x, first['sigmas'], step, cond, seeds, **options)
     return md._decode(x), G.run.nfe_per_sample.tolist(), G.run.effective_scales(0)
 
 

@@ -123,6 +123,7 @@ def repeat_line(
     terms = [_term_arguments(o) for o in request['terms']]
     guidance = {1: terms[:1], 0: [dict(negative='none')]}.get(len(terms), [dict(guidance=terms)])
     given = dict(prompt=request['prompt'], seed=request['seed'], **guidance[0])
+    given |= {'cads': request['cads']} if 'cads' in request else {}
     given |= dict(scheduler=_short_form(request['scheduler']), steps=request['steps'])
     if 'sampler' in request:
         given |= dict(sampler=_short_form(request['sampler']), sigmas=request['sigmas'])

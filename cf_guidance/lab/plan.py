@@ -728,6 +728,28 @@ def _value(name, value):
     return _VALUES[name](name, value)
 
 
+# %% ../../nbs/lab/09_plan.ipynb #d22759af
+_OF_CADS = _parameters(negatives.CADS, ('inner_model', 'seed', 'time', 'names'))
+
+
+def _cads(name, value):
+    "Settings of CADS as in a request; a number is `s`."
+    if _is_number(value):
+        value = dict(s=value)
+    if isinstance(value, Mapping):
+        value = {'name': 'cads', **value}
+    _, given = _name_and_settings(name, value, {'cads': negatives.CADS})
+    for k in given:
+        if k not in _OF_CADS:
+            raise ValueError(f'{name}: expected {_listed(_OF_CADS)}, got {_short(k)}')
+    settings = {k: given.get(k, p.default) for k, p in _OF_CADS.items()}
+    try:
+        negatives.CADS(torch.nn.Identity(), time=abs, **settings)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'{name}: {e}') from None
+    return {k: float(v) + 0.0 for k, v in settings.items()}
+
+
 # %% ../../nbs/lab/09_plan.ipynb #0915aa33
 _TERM = dict(
     w=_from_zero,
@@ -746,6 +768,7 @@ _VALUES = dict(
     **_TERM,
     guidance=_guidance,
     post=_posts,
+    cads=_cads,
     scheduler=_scheduler,
     sampler=_sampler,
     sigmas=_sigmas,
@@ -757,7 +780,7 @@ _VALUES = dict(
     backend=_one_of('torch', 'auto', 'onnx', 'compile', 'bf16'),
 )
 _MAY_BE_NONE = (
-    *('w', 'interval', 'stop', 'schedule', 'post', 'scheduler', 'sampler', 'sigmas'),
+    *('w', 'interval', 'stop', 'schedule', 'post', 'cads', 'scheduler', 'sampler', 'sigmas'),
     *('size', 'steps'),
 )
 SAMPLING_VERSION = 1  # goes up when the same request gives another picture
@@ -863,6 +886,8 @@ def _request(values):
         backend=values.get('backend', 'torch'),
         code=SAMPLING_VERSION,
     )
+    if values.get('cads'):  # without it, a request is what it always was
+        request['cads'] = values['cads']
     if values.get('sampler'):
         sigmas = _sigmas_for(request, values.get('sigmas'))
         request |= dict(sampler=values['sampler'], sigmas=sigmas)
