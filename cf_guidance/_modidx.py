@@ -574,10 +574,12 @@ d = {
                 'cf_guidance/families.py',
             ),
             'cf_guidance.families._another': ('families.html#_another', 'cf_guidance/families.py'),
+            'cf_guidance.families._change': ('families.html#_change', 'cf_guidance/families.py'),
             'cf_guidance.families._check_time': (
                 'families.html#_check_time',
                 'cf_guidance/families.py',
             ),
+            'cf_guidance.families._compile': ('families.html#_compile', 'cf_guidance/families.py'),
             'cf_guidance.families._cut_batch': (
                 'families.html#_cut_batch',
                 'cf_guidance/families.py',
@@ -595,12 +597,14 @@ d = {
                 'families.html#_is_refusal',
                 'cf_guidance/families.py',
             ),
+            'cf_guidance.families._nag': ('families.html#_nag', 'cf_guidance/families.py'),
             'cf_guidance.families._negative_prompt': (
                 'families.html#_negative_prompt',
                 'cf_guidance/families.py',
             ),
             'cf_guidance.families._network': ('families.html#_network', 'cf_guidance/families.py'),
             'cf_guidance.families._off': ('families.html#_off', 'cf_guidance/families.py'),
+            'cf_guidance.families._offload': ('families.html#_offload', 'cf_guidance/families.py'),
             'cf_guidance.families._pag': ('families.html#_pag', 'cf_guidance/families.py'),
             'cf_guidance.families._per_sample': (
                 'families.html#_per_sample',
@@ -615,9 +619,17 @@ d = {
                 'families.html#_property',
                 'cf_guidance/families.py',
             ),
+            'cf_guidance.families._refusals': (
+                'families.html#_refusals',
+                'cf_guidance/families.py',
+            ),
             'cf_guidance.families._require': ('families.html#_require', 'cf_guidance/families.py'),
             'cf_guidance.families._rule_in_its_space': (
                 'families.html#_rule_in_its_space',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._same_prompts': (
+                'families.html#_same_prompts',
                 'cf_guidance/families.py',
             ),
             'cf_guidance.families._schedule': (
@@ -645,6 +657,10 @@ d = {
             ),
             'cf_guidance.families._weight_one': (
                 'families.html#_weight_one',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._with_layers_left_out': (
+                'families.html#_with_layers_left_out',
                 'cf_guidance/families.py',
             ),
             'cf_guidance.families.check_family': (

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 
 import torch
@@ -30,6 +30,7 @@ from .pipelines import (
     _signature,
     guided,
 )
+from .text import NAG
 
 # %% ../nbs/15_families.ipynb #a48cd03a
 _all_ = ['FAMILIES', 'Family']
@@ -286,13 +287,18 @@ def _two_terms(trial):
     return _off(trial(_guided(trial, n=2)), trial(_guided(trial, 2 * trial.w - 1)))
 
 
-@_property('negative prompt')
-def _negative_prompt(trial):
-    "If the negative prompt is the prompt, guidance does nothing."
+def _same_prompts(trial):
+    "Arguments with which the negative prompt is the prompt."
     names = [k for k, v in trial.call.items() if k.startswith('negative_') and v is not None]
     if not (trial.prompted and names):
         raise _NotPossible('the call has no negative prompt')
-    same = {k: trial.call[k.removeprefix('negative_')] for k in names}
+    return {k: trial.call[k.removeprefix('negative_')] for k in names}
+
+
+@_property('negative prompt')
+def _negative_prompt(trial):
+    "If the negative prompt is the prompt, guidance does nothing."
+    same = _same_prompts(trial)
     _require(_off(trial.plain, trial.unguided) > 1e-3, 'it has no effect')
     return _off(trial(guided(trial.pipe), **same), trial.unguided)
 
@@ -333,28 +339,100 @@ def _is_refusal(error):
     return frame.f_globals['__name__'].partition('.')[0] == 'cf_guidance'
 
 
-def _perturbed(trial, kind):
-    "What a negative of the network itself changes."
-    own = NegativePrompt() if trial.prompted else None
-    terms = [Term(own, trial.w)] if own else []
+@contextmanager
+def _refusals():
+    "Inside, an error of this library says why a family cannot have a property."
     try:
-        out = trial(guided(trial.pipe, *terms, Term(kind(_network(trial)), 3.0)))
+        yield
     except (ValueError, RuntimeError) as e:
         if not _is_refusal(e):
             raise
         raise _NotPossible(str(e)) from e
-    plain = trial.plain if own else trial.own
-    return _off(out, plain)
+
+
+def _perturbed(trial, kind):
+    "Latents under plain guidance and a negative of the network itself."
+    own = [Term(NegativePrompt(), trial.w)] if trial.prompted else []
+    with _refusals():
+        return trial(guided(trial.pipe, *own, Term(kind(_network(trial)), 3.0)))
+
+
+def _change(trial, kind):
+    return _off(_perturbed(trial, kind), trial.plain if trial.prompted else trial.own)
 
 
 @_property('PAG', acts=True)
 def _pag(trial):
-    return _perturbed(trial, PAG)
+    return _change(trial, PAG)
 
 
 @_property('SLG', acts=True)
 def _slg(trial):
-    return _perturbed(trial, SLG)
+    return _change(trial, SLG)
+
+
+# %% ../nbs/15_families.ipynb #e90e7a33
+@_property('NAG', acts=True)
+def _nag(trial):
+    "It costs what it says, and does nothing where the negative prompt is the prompt."
+    same = _same_prompts(trial)
+    with _refusals():
+        neg = NAG(_network(trial))
+        sd = guided(trial.pipe, Term(neg, 3.0))
+        out = trial(sd)
+    nfe = (1 + neg.nfe) * trial.steps
+    _require(set(sd.report.nfe) == {nfe}, f'expected {nfe} evaluations: {sd.report}')
+    _require(_off(trial(sd, **same), trial.unguided) < 1e-4, 'the prompt itself has an effect')
+    return _off(out, trial.unguided)
+
+
+# %% ../nbs/15_families.ipynb #53b801dd
+def _with_layers_left_out(trial):
+    try:
+        return _perturbed(trial, SLG)
+    except _NotPossible:
+        return trial.plain
+
+
+@_property('offload')
+def _offload(trial):
+    "With weights that come for the forward of their layer only."
+    from accelerate import cpu_offload
+
+    other = replace(trial, pipe=deepcopy(trial.pipe))
+    for part in other.pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, torch.device('cpu'), offload_buffers=bool(part._parameters))
+    places = {p.device.type for p in _network(other).parameters()}
+    _require(places == {'meta'}, f'expected no weights in memory, got some on {places}')
+    try:
+        own = other.own
+    except RuntimeError as e:
+        raise _NotPossible(f'the pipeline alone fails: {e}') from e
+    _require(_off(own, trial.own) < 1e-4, 'the pipeline alone gives something else')
+    return _off(_with_layers_left_out(other), _with_layers_left_out(trial))
+
+
+# %% ../nbs/15_families.ipynb #be5d6a69
+@_property('compile')
+def _compile(trial):
+    "With blocks, or a network, that TorchDynamo traces."
+    other, graphs = replace(trial, pipe=deepcopy(trial.pipe)), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for net in _networks(other.pipe).values():
+        blocks = getattr(net, '_repeated_blocks', None)
+        (net.compile_repeated_blocks if blocks else net.compile)(backend=backend)
+    try:
+        out = _with_layers_left_out(other)
+    finally:
+        torch.compiler.reset()
+    _require(graphs, 'nothing was compiled')
+    return _off(out, _with_layers_left_out(trial))
 
 
 # %% ../nbs/15_families.ipynb #8933b3aa

@@ -13,7 +13,7 @@ from pipeline_helpers import seeded
 from tiny_families import FAMILIES as MADE
 from tiny_families import STEPS, W, run
 
-from cf_guidance import families
+from cf_guidance import families, perturb, text
 from cf_guidance.attention import SLG, Perturbation, blurred
 from cf_guidance.families import check_family
 from cf_guidance.guided import Term
@@ -342,3 +342,46 @@ def test_a_fault_in_a_perturbation_is_not_taken_for_a_refusal(monkeypatch):
     monkeypatch.setattr(families, 'PAG', broken)
     with pytest.raises(RuntimeError, match='shapes'):
         check_family(*make('Sana'), steps=3)
+
+
+def test_an_offload_that_goes_past_the_hooks_is_a_fault(monkeypatch):
+    "Blocks of Wan have weights of their own, which only their hook can fetch."
+    monkeypatch.setattr(
+        perturb, '_rebind_forward', lambda f, m, new, name: type(m).forward.__get__(new)
+    )
+    with pytest.raises(RuntimeError, match='meta'):
+        check_family(*make('Wan'), steps=3)
+
+
+def test_a_compiler_that_compiles_nothing_is_found():
+    with torch._dynamo.config.patch(disable=True):
+        with pytest.raises(AssertionError, match='compile: nothing was compiled'):
+            check_family(*make('Wan'), steps=3)
+
+
+def test_weights_that_compiled_blocks_do_not_see_are_found(monkeypatch):
+    "A change that only a compiled network has."
+    own = torch.nn.Module.compile
+
+    def compile(net, **kw):
+        own(net, **kw)
+        next(net.parameters()).data.mul_(1.5)
+
+    monkeypatch.setattr(torch.nn.Module, 'compile', compile)
+    with pytest.raises(AssertionError, match='compile: the results differ by'):
+        check_family(*make('Wan'), steps=3)
+
+
+def test_offload_and_compile_leave_the_pipeline_alone():
+    pipe, call = make('Wan')
+    before = {k: (id(v), v.device) for k, v in pipe.transformer.named_parameters()}
+    check_family(pipe, call, steps=3)
+    assert {k: (id(v), v.device) for k, v in pipe.transformer.named_parameters()} == before
+    assert not any('_hf_hook' in vars(m) for m in pipe.transformer.modules())
+    assert all(m._compiled_call_impl is None for m in pipe.transformer.modules())
+
+
+def test_nag_that_acts_on_equal_prompts_is_found(monkeypatch):
+    monkeypatch.setattr(text, '_normalised', lambda neg, pos, w, tau, alpha: 1.1 * pos)
+    with pytest.raises(AssertionError, match='NAG: the prompt itself has an effect'):
+        check_family(*make('Kolors'), steps=3)
