@@ -809,6 +809,10 @@ d = {
                 'guided.html#inside.change',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.Inside.second_row': (
+                'guided.html#inside.second_row',
+                'cf_guidance/guided.py',
+            ),
             'cf_guidance.guided.Microbatched': (
                 'guided.html#microbatched',
                 'cf_guidance/guided.py',
@@ -1023,6 +1027,10 @@ d = {
             ),
             'cf_guidance.guided._refuse_inner_memory': (
                 'guided.html#_refuse_inner_memory',
+                'cf_guidance/guided.py',
+            ),
+            'cf_guidance.guided._refuse_same_layers': (
+                'guided.html#_refuse_same_layers',
                 'cf_guidance/guided.py',
             ),
             'cf_guidance.guided._reuse': ('guided.html#_reuse', 'cf_guidance/guided.py'),
@@ -5401,6 +5409,7 @@ d = {
             'cf_guidance.text.NAG': ('text.html#nag', 'cf_guidance/text.py'),
             'cf_guidance.text.NAG.__init__': ('text.html#nag.__init__', 'cf_guidance/text.py'),
             'cf_guidance.text.NAG.change': ('text.html#nag.change', 'cf_guidance/text.py'),
+            'cf_guidance.text.NAG.second_row': ('text.html#nag.second_row', 'cf_guidance/text.py'),
             'cf_guidance.text.PLADIS': ('text.html#pladis', 'cf_guidance/text.py'),
             'cf_guidance.text.PLADIS.__init__': (
                 'text.html#pladis.__init__',
@@ -5416,9 +5425,18 @@ d = {
             'cf_guidance.text.VSF.__init__': ('text.html#vsf.__init__', 'cf_guidance/text.py'),
             'cf_guidance.text.VSF.change': ('text.html#vsf.change', 'cf_guidance/text.py'),
             'cf_guidance.text.VSF.check': ('text.html#vsf.check', 'cf_guidance/text.py'),
+            'cf_guidance.text.VSF.second_row': ('text.html#vsf.second_row', 'cf_guidance/text.py'),
             'cf_guidance.text._Normalised': ('text.html#_normalised', 'cf_guidance/text.py'),
             'cf_guidance.text._Normalised.__call__': (
                 'text.html#_normalised.__call__',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._NormalisedJoint': (
+                'text.html#_normalisedjoint',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._NormalisedJoint.__call__': (
+                'text.html#_normalisedjoint.__call__',
                 'cf_guidance/text.py',
             ),
             'cf_guidance.text._OtherText': ('text.html#_othertext', 'cf_guidance/text.py'),
@@ -5434,6 +5452,10 @@ d = {
                 'text.html#_othertext.check',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._OtherText.rows': (
+                'text.html#_othertext.rows',
+                'cf_guidance/text.py',
+            ),
             'cf_guidance.text._OtherText.texts': (
                 'text.html#_othertext.texts',
                 'cf_guidance/text.py',
@@ -5447,6 +5469,14 @@ d = {
                 'text.html#_signflipped.__call__',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._SignFlippedJoint': (
+                'text.html#_signflippedjoint',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._SignFlippedJoint.__call__': (
+                'text.html#_signflippedjoint.__call__',
+                'cf_guidance/text.py',
+            ),
             'cf_guidance.text._Sparse': ('text.html#_sparse', 'cf_guidance/text.py'),
             'cf_guidance.text._Sparse.__call__': (
                 'text.html#_sparse.__call__',
@@ -5454,6 +5484,10 @@ d = {
             ),
             'cf_guidance.text._as_layers_get_it': (
                 'text.html#_as_layers_get_it',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._attend_flipped': (
+                'text.html#_attend_flipped',
                 'cf_guidance/text.py',
             ),
             'cf_guidance.text._check_text': ('text.html#_check_text', 'cf_guidance/text.py'),
@@ -5465,12 +5499,25 @@ d = {
                 'text.html#_checked_tokens',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._chosen_layers': ('text.html#_chosen_layers', 'cf_guidance/text.py'),
             'cf_guidance.text._cross_attentions': (
                 'text.html#_cross_attentions',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._joint_attentions': (
+                'text.html#_joint_attentions',
+                'cf_guidance/text.py',
+            ),
             'cf_guidance.text._normalised': ('text.html#_normalised', 'cf_guidance/text.py'),
             'cf_guidance.text._per_row': ('text.html#_per_row', 'cf_guidance/text.py'),
+            'cf_guidance.text._refuse_transformed_text': (
+                'text.html#_refuse_transformed_text',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._with_one_image': (
+                'text.html#_with_one_image',
+                'cf_guidance/text.py',
+            ),
             'cf_guidance.text.entmax': ('text.html#entmax', 'cf_guidance/text.py'),
             'cf_guidance.text.word_tokens': ('text.html#word_tokens', 'cf_guidance/text.py'),
         },

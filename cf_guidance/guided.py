@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from numbers import Integral, Real
 from operator import itemgetter
 from typing import NamedTuple
@@ -330,6 +331,17 @@ class Inside(Negative):
         "The change of the network. Its function may find the samples in `site.samples`."
         raise NotImplementedError(f'{type(self).__name__}.change')
 
+    def second_row(
+        self,
+        cond: dict,  # conditions of the positive, tensors with one row per sample
+    ):  # None, or conditions by name: those of a second row for each sample
+        """What the network evaluates beside the positive, in the same forward, if `nfe` is 1.
+
+        The change is for both: it is given the positive's rows, and after them as many second
+        rows, of the same samples. What the network predicts for these is not used.
+        """
+        return None
+
 
 # %% ../nbs/06_guided.ipynb #d65befc7
 def _expand_rows(cond, n, device):
@@ -483,7 +495,8 @@ class Term:
         _check_whole('every', self.every, low=1)
         skips = [k for k, v in (('stop', self.stop is None), ('every', self.every == 1)) if not v]
         if skips and isinstance(neg, (History, Inside)):
-            raise ValueError(f'{skips[0]}: {type(neg).__name__} costs no evaluation to save')
+            why = 'costs no evaluation to save' if neg.nfe == 0 else 'is a part of each evaluation'
+            raise ValueError(f'{skips[0]}: {type(neg).__name__} {why}')
         if isinstance(neg, Inside) and self.rule != cfg:
             name = getattr(self.rule, '__name__', type(self.rule).__name__)
             raise ValueError(f'rule: {type(neg).__name__} combines inside the network, got {name}')
@@ -1121,7 +1134,7 @@ def _changed_rows(group):
     first, n = group[0], len(group[0].query.x)
     row_of = {}  # the row in which a sample's positive is
     as_rows = partial(torch.tensor, dtype=torch.long)  # an empty list, too
-    applied, copy_of = [], []
+    shared, copy_of = {}, []  # by identity of a change: the change, its rows and their samples
     for e in group:
         samples = range(n) if e.rows is None else e.rows.tolist()
         rows = range(len(copy_of), len(copy_of) + len(samples))
@@ -1130,10 +1143,13 @@ def _changed_rows(group):
         at = dict(zip(samples, rows, strict=True))
         for change, own in e.changes:
             some = samples if own is None else [s for s in own.tolist() if s in at]
-            applied.append(Applied(change, as_rows([at[s] for s in some]), as_rows(some)))
+            _, own_rows, of_samples = shared.setdefault(id(change), (change, [], []))
+            own_rows += [at[s] for s in some]
+            of_samples += some
         if e.changes and e is not first and _same_inputs(e.query, first.query):
             rows = [row_of.get(s, row) for s, row in zip(samples, rows, strict=True)]
         copy_of += rows
+    applied = [Applied(c, as_rows(rows), as_rows(some)) for c, rows, some in shared.values()]
     return applied, as_rows(copy_of)
 
 
@@ -1176,9 +1192,8 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
         elif 'pos' not in known and (observation := t.neg.observe(sigma, cond)) is not None:
             change, records[i] = observation
             pos_changes.append((change, torch.arange(len(x)) if rows is None else rows))
-    everywhere = self._inside_changes(sigma, cond, active, pos_changes)
-    if everywhere:
-        entries = [(i, rows, q, (*changes, *everywhere)) for i, rows, q, changes in entries]
+    everywhere, second_rows = self._inside_changes(x, sigma, cond, active, pos_changes)
+    entries = second_rows + [(*entry[:3], (*entry[3], *everywhere)) for entry in entries]
     if 'pos' not in known and active[0].neg_only is not True:
         not_all = torch.is_tensor(active[0].neg_only)
         rows = (~active[0].neg_only).nonzero().flatten() if not_all else None
@@ -1198,9 +1213,9 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
 
 # %% ../nbs/06_guided.ipynb #753173c3
 @patch
-def _inside_changes(self: GuidedDenoiser, sigma, cond, active, pos_changes):
-    "Add the changes of terms that guide inside the network; return those for all queries."
-    everywhere = []
+def _inside_changes(self: GuidedDenoiser, x, sigma, cond, active, pos_changes):
+    "Add the changes of terms that guide inside the network; those for all queries; second rows."
+    everywhere, second_rows, paired = [], [], []
     for i in self._inside:
         neg, on = self.terms[i].neg, active[i].on
         if on is not False:
@@ -1208,7 +1223,24 @@ def _inside_changes(self: GuidedDenoiser, sigma, cond, active, pos_changes):
             change = neg.change(active[i].w, sigma, cond), samples
             pos_changes.append(change)
             everywhere += [change] if neg.everywhere else []
-    return everywhere
+            if (beside := neg.second_row(cond)) is not None:
+                paired.append((type(neg).__name__, *change))
+                second = Query(x, sigma, {**cond, **beside})
+                second_rows.append((i, samples, second, ((change[0], None),)))
+    _refuse_same_layers(paired)
+    return everywhere, second_rows
+
+
+# %% ../nbs/06_guided.ipynb #48537fe6
+def _refuse_same_layers(paired):
+    "Raise where two changes with a second row are for one layer and sample: one would be lost."
+    for (a, one, some), (b, other, more) in combinations(paired, 2):
+        same = [n for n in one.layers if n in other.layers]
+        if same and torch.isin(some, more).any():
+            raise ValueError(
+                f'terms: {a} and {b} both change {same[0]}; expected one of them, or intervals '
+                'that differ'
+            )
 
 
 # %% ../nbs/06_guided.ipynb #5b6fde08
