@@ -471,10 +471,6 @@ d = {
                 'denoisers.html#_is_positive',
                 'cf_guidance/denoisers.py',
             ),
-            'cf_guidance.denoisers._is_sigma': (
-                'denoisers.html#_is_sigma',
-                'cf_guidance/denoisers.py',
-            ),
             'cf_guidance.denoisers._levels_of': (
                 'denoisers.html#_levels_of',
                 'cf_guidance/denoisers.py',

@@ -105,20 +105,16 @@ def _per_sample(sigma, x):
                 f'got shape {tuple(sigma.shape)}'
             )
     elif not isinstance(sigma, torch.Tensor):
-        value = _check_number('sigma', sigma, 'a finite number from 0 up', _is_sigma)
-        return torch.full((len(x),), value, **like)
+        value = _check_number('sigma', sigma, 'a finite number from 0 up')
+        sigma = torch.full((len(x),), value, **like)
     # reading a tensor on a GPU would make the CPU wait, so only those on the CPU are checked
     if sigma.device.type == 'cpu' and sigma.numel():
-        if not all(map(_is_sigma, sigma.flatten().tolist())):
-            raise ValueError(
-                f'sigma: expected finite numbers from 0 up, got {sigma.tolist()!s:.60}'
-            )
+        lo, hi = sigma.aminmax()  # both are NaN if any is
+        if not 0 <= lo.item() <= hi.item() < math.inf:
+            got = f'{sigma.tolist()!s:.60}'
+            raise ValueError(f'sigma: expected finite numbers from 0 up, got {got}')
     sigma = sigma.to(**like)
     return sigma if sigma.ndim else sigma.repeat(len(x))
-
-
-def _is_sigma(value):
-    return 0 <= value < math.inf
 
 
 def _column(sigma, x):

@@ -1192,8 +1192,9 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
         elif 'pos' not in known and (observation := t.neg.observe(sigma, cond)) is not None:
             change, records[i] = observation
             pos_changes.append((change, torch.arange(len(x)) if rows is None else rows))
-    everywhere, second_rows = self._inside_changes(x, sigma, cond, active, pos_changes)
-    entries = second_rows + [(*entry[:3], (*entry[3], *everywhere)) for entry in entries]
+    if self._inside:
+        everywhere, second_rows = self._inside_changes(x, sigma, cond, active, pos_changes)
+        entries = second_rows + [(*entry[:3], (*entry[3], *everywhere)) for entry in entries]
     if 'pos' not in known and active[0].neg_only is not True:
         not_all = torch.is_tensor(active[0].neg_only)
         rows = (~active[0].neg_only).nonzero().flatten() if not_all else None
