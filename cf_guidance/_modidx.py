@@ -3230,6 +3230,58 @@ d = {
                 'cf_guidance/lab/plots.py',
             ),
         },
+        'cf_guidance.lab.scenes': {
+            'cf_guidance.lab.scenes._apart': (
+                'lab/scenes.html#_apart',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes._check_scenes': (
+                'lab/scenes.html#_check_scenes',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes._halves': (
+                'lab/scenes.html#_halves',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes._not_swapped': (
+                'lab/scenes.html#_not_swapped',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes._parse_scene': (
+                'lab/scenes.html#_parse_scene',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes._say': ('lab/scenes.html#_say', 'cf_guidance/lab/scenes.py'),
+            'cf_guidance.lab.scenes._scene_features': (
+                'lab/scenes.html#_scene_features',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes._scene_photographs': (
+                'lab/scenes.html#_scene_photographs',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes._seen': ('lab/scenes.html#_seen', 'cf_guidance/lab/scenes.py'),
+            'cf_guidance.lab.scenes._some_prompts': (
+                'lab/scenes.html#_some_prompts',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes.random_scene_prompts': (
+                'lab/scenes.html#random_scene_prompts',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes.random_scenes': (
+                'lab/scenes.html#random_scenes',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes.scene_adherence': (
+                'lab/scenes.html#scene_adherence',
+                'cf_guidance/lab/scenes.py',
+            ),
+            'cf_guidance.lab.scenes.scene_caption': (
+                'lab/scenes.html#scene_caption',
+                'cf_guidance/lab/scenes.py',
+            ),
+        },
         'cf_guidance.lab.search': {
             'cf_guidance.lab.search.Found': ('lab/search.html#found', 'cf_guidance/lab/search.py'),
             'cf_guidance.lab.search.Found.__repr__': (
@@ -3712,6 +3764,18 @@ d = {
                 'lab/training.html#_loss.forward',
                 'cf_guidance/lab/training.py',
             ),
+            'cf_guidance.lab.training._Naming': (
+                'lab/training.html#_naming',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Naming.__init__': (
+                'lab/training.html#_naming.__init__',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._Naming.forward': (
+                'lab/training.html#_naming.forward',
+                'cf_guidance/lab/training.py',
+            ),
             'cf_guidance.lab.training._Run': (
                 'lab/training.html#_run',
                 'cf_guidance/lab/training.py',
@@ -3776,6 +3840,14 @@ d = {
                 'lab/training.html#_draw_captions',
                 'cf_guidance/lab/training.py',
             ),
+            'cf_guidance.lab.training._draw_scene_captions': (
+                'lab/training.html#_draw_scene_captions',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._draw_scenes': (
+                'lab/training.html#_draw_scenes',
+                'cf_guidance/lab/training.py',
+            ),
             'cf_guidance.lab.training._encode_colourings': (
                 'lab/training.html#_encode_colourings',
                 'cf_guidance/lab/training.py',
@@ -3812,8 +3884,16 @@ d = {
                 'lab/training.html#_make_folder',
                 'cf_guidance/lab/training.py',
             ),
+            'cf_guidance.lab.training._naming_loss': (
+                'lab/training.html#_naming_loss',
+                'cf_guidance/lab/training.py',
+            ),
             'cf_guidance.lab.training._net_loss': (
                 'lab/training.html#_net_loss',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._noise_loss': (
+                'lab/training.html#_noise_loss',
                 'cf_guidance/lab/training.py',
             ),
             'cf_guidance.lab.training._one_cycle': (
@@ -3834,6 +3914,14 @@ d = {
             ),
             'cf_guidance.lab.training._save_network': (
                 'lab/training.html#_save_network',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._scene_unet': (
+                'lab/training.html#_scene_unet',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training._scene_vae_loss': (
+                'lab/training.html#_scene_vae_loss',
                 'cf_guidance/lab/training.py',
             ),
             'cf_guidance.lab.training._shard': (
@@ -3886,6 +3974,10 @@ d = {
             ),
             'cf_guidance.lab.training.train_fashion_ddpm': (
                 'lab/training.html#train_fashion_ddpm',
+                'cf_guidance/lab/training.py',
+            ),
+            'cf_guidance.lab.training.train_fashion_scenes': (
+                'lab/training.html#train_fashion_scenes',
                 'cf_guidance/lab/training.py',
             ),
             'cf_guidance.lab.training.train_fashion_weak': (

@@ -17,6 +17,7 @@ __all__ = [
 # %% ../nbs/09_pipelines.ipynb #3
 import inspect
 import math
+import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -55,10 +56,10 @@ with needs('diffusers', 'cf_guidance.pipelines'):
 
 # %% ../nbs/09_pipelines.ipynb #52e29cf8
 def embedded_path(
-    # 'fashion-sd', the pipeline; 'fashion-sd-weak', a weaker U-Net for it; 'fashion-ddpm', a
-    # pixel-space U-Net; or 'fashion-net', a classifier
+    # 'fashion-sd' and 'fashion-scenes', the pipelines; 'fashion-sd-weak', a weaker U-Net for the
+    # first; 'fashion-ddpm', a pixel-space U-Net; or 'fashion-net', a classifier
     name: str = 'fashion-sd',
-) -> Path:  # a folder; `StableDiffusionPipeline.from_pretrained` takes that of fashion-sd
+) -> Path:  # a folder; `StableDiffusionPipeline.from_pretrained` takes that of a pipeline
     "Where an embedded model is."
     models = Path(find_spec('cf_guidance').origin).parent / 'models'
     known = sorted(p.name for p in models.iterdir() if p.is_dir())
@@ -2152,7 +2153,10 @@ _WORDS = frozenset(
     'black blue green orange purple red white yellow'.split()
 )
 # of embedded models: their words, and how many a prompt may have
-_VOCABULARIES = {'fashion-sd': (_WORDS, 10)}
+_VOCABULARIES = {
+    'fashion-sd': (_WORDS, 10),
+    'fashion-scenes': (_WORDS | {'left', 'right', 'of', ','}, 18),
+}
 
 
 def _check_words(name, prompts, model):
@@ -2161,7 +2165,7 @@ def _check_words(name, prompts, model):
         return
     known, most = _VOCABULARIES[model]
     for p in dict.fromkeys(prompts):
-        words = p.lower().split()
+        words = re.findall(r'[^\s,]+|,', p.lower())
         unknown = [w for w in words if w not in known]
         if unknown:
             raise ValueError(
@@ -2174,6 +2178,7 @@ def _check_words(name, prompts, model):
             )
 
 
+# %% ../nbs/09_pipelines.ipynb #8b9adc6c
 def _seed_noise(scheduler, generators):
     "Give a scheduler that draws its own noise one seed per image; raise if it takes none."
     if getattr(scheduler, 'noise_sampler_seed', 0) is None:

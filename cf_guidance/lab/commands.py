@@ -35,7 +35,7 @@ from ..lab.sweeps import (
     summarise,
 )
 from ..schedules import get_cos_sched
-from .fashion import PARTS, _write_whole, quiet
+from .fashion import _write_whole, quiet, world_of
 from .metrics import step_distance
 
 # %% ../../nbs/lab/14_commands.ipynb #6e0c1404
@@ -267,9 +267,8 @@ def _sheet_table(pictures, found, settings):
     places = itertools.product(*(settings[k] for k in names))
     df = pd.DataFrame(places, columns=['prompt', 'seed', 'value'])
     df.insert(2, 'param', settings['param'])
-    for name in PARTS:
-        if name in found:
-            df[name] = found[name].to_numpy()
+    for name in getattr(world_of(settings['model']), 'parts', ()):
+        df[name] = found[name].to_numpy()
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
     rows = pixels.unflatten(0, (-1, len(settings['values'])))
     df['step'] = step_distance(rows).flatten().numpy()

@@ -370,12 +370,13 @@ class FashionNet(nn.Module):
 
 
 # %% ../../nbs/lab/00_fashion.ipynb #87
-_MODELS = ('fashion-sd', 'fashion-sd-weak', 'fashion-ddpm', 'fashion-net')
+_MODELS = ('fashion-sd', 'fashion-scenes', 'fashion-sd-weak', 'fashion-ddpm', 'fashion-net')
 
 
 def fashion_path(
-    name: str = 'fashion-sd',  # 'fashion-sd', 'fashion-sd-weak', 'fashion-ddpm' or 'fashion-net'
-) -> Path:  # for fashion-sd: what `StableDiffusionPipeline.from_pretrained` takes
+    # 'fashion-sd', 'fashion-scenes', 'fashion-sd-weak', 'fashion-ddpm' or 'fashion-net'
+    name: str = 'fashion-sd',
+) -> Path:  # for the first two: what `StableDiffusionPipeline.from_pretrained` takes
     "The folder of an embedded model."
     if name not in _MODELS:
         raise ValueError(f'name: expected one of {", ".join(_MODELS)}, got {_got(name)}')
@@ -513,7 +514,8 @@ class World:
     photographs: Callable  # (prompts, each) -> real pictures in [0, 1], `each` of every prompt
 
 
-_WORLDS = {'fashion-sd': 'fashion'}  # model -> the module beside this one that has its `WORLD`
+# model -> the module beside this one that has its `WORLD`
+_WORLDS = {'fashion-sd': 'fashion', 'fashion-scenes': 'scenes'}
 
 
 def world_of(
