@@ -109,10 +109,10 @@ def _per_sample(sigma, x):
         sigma = torch.full((len(x),), value, **like)
     # reading a tensor on a GPU would make the CPU wait, so only those on the CPU are checked
     if sigma.device.type == 'cpu' and sigma.numel():
-        lo, hi = sigma.aminmax()  # both are NaN if any is
-        if not 0 <= lo.item() <= hi.item() < math.inf:
-            got = f'{sigma.tolist()!s:.60}'
-            raise ValueError(f'sigma: expected finite numbers from 0 up, got {got}')
+        lo, hi = torch.stack(sigma.aminmax()).tolist()  # both are NaN if any is
+        if not 0 <= lo <= hi < math.inf:
+            bad = hi if lo >= 0 else lo
+            raise ValueError(f'sigma: expected finite numbers from 0 up, got {bad:g}')
     sigma = sigma.to(**like)
     return sigma if sigma.ndim else sigma.repeat(len(x))
 
