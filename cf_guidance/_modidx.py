@@ -3952,6 +3952,10 @@ d = {
                 'lab/training.html#_with_file',
                 'cf_guidance/lab/training.py',
             ),
+            'cf_guidance.lab.training._write_vocabulary': (
+                'lab/training.html#_write_vocabulary',
+                'cf_guidance/lab/training.py',
+            ),
             'cf_guidance.lab.training.fine_tune': (
                 'lab/training.html#fine_tune',
                 'cf_guidance/lab/training.py',

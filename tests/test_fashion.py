@@ -34,7 +34,13 @@ from cf_guidance.lab.fashion import (
     shares,
     wilson,
 )
-from cf_guidance.lab.training import _draw_captions, _train_tokenizer
+from cf_guidance.lab.scenes import _parse_scene, random_scenes
+from cf_guidance.lab.training import (
+    _draw_captions,
+    _draw_scene_captions,
+    _draw_scenes,
+    _train_tokenizer,
+)
 
 nan, inf = math.nan, math.inf
 GREY, KIND = fashion_mnist()
@@ -178,6 +184,41 @@ def test_each_word_is_a_token(tmp_path):
     tok = _train_tokenizer(tmp_path)
     for w in {*fashion._WORDS} - {'t-shirt'}:
         assert tok.tokenize(w) == [w + '</w>']
+
+
+def test_a_resumed_training_keeps_its_tokens(tmp_path):
+    "The trainer of tokenizers breaks ties at random, so it must run once only."
+    first = _train_tokenizer(tmp_path).get_vocab()
+    (tmp_path / 'vocab.json').touch()
+    again = [_train_tokenizer(tmp_path).get_vocab() for _ in range(3)]
+    assert again == [first] * 3
+
+
+def test_scene_captions_for_training():
+    scenes = random_scenes(20_000, 0)
+    captions = _draw_scene_captions(scenes, torch.Generator().manual_seed(1))
+    said = [_parse_scene(c) for c in captions]
+    full = [s == tuple(o) for s, o in zip(said, scenes.tolist(), strict=True)]
+    assert abs(sum(c == '' for c in captions) / 20_000 - 0.1) < 0.01
+    assert abs(sum(full) / 20_000 - 0.8) < 0.015
+    for s, o in zip(said, scenes.tolist(), strict=True):
+        assert all(a is None or a == b for a, b in zip(s, o, strict=True))
+    assert abs(sum(' right of ' in c for c in captions) / 20_000 - 0.45) < 0.015
+    assert abs(sum(c.startswith('on ') for c in captions) / 20_000 - 0.42) < 0.02
+
+
+def test_latents_of_scenes_are_those_of_their_halves():
+    labels = torch.stack([torch.arange(4000) % n for n in (10, 8, 7)], 1)
+    latents = torch.arange(4000.0).view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
+    z, captions = _draw_scenes(latents, labels)(500, torch.Generator().manual_seed(0))
+    assert z.shape == (500, 4, 8, 16)
+    left, right = z[:, 0, 0, 0].long(), z[:, 0, 0, 8].long()
+    assert torch.equal(labels[left, 2], labels[right, 2])
+    assert (labels[left, :2] != labels[right, :2]).all()
+    for i, j, text in zip(left, right, captions, strict=True):
+        parts = (*labels[i, :2].tolist(), *labels[j].tolist())
+        said = _parse_scene(text)
+        assert all(a is None or a == b for a, b in zip(said, parts, strict=True))
 
 
 # loading

@@ -408,8 +408,17 @@ def _check_data_images(x):
 # %% ../../nbs/lab/10_training.ipynb #994a3f98
 def _train_tokenizer(folder, words=_WORDS, length=12):
     "A `CLIPTokenizer` in which each word is one token; a prompt has `length` tokens at most."
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
+
+    files = folder / 'vocab.json', folder / 'merges.txt'
+    if not files[-1].exists():  # a second training numbers the tokens in another way
+        _write_vocabulary(*files, words)
+    return CLIPTokenizer(*map(str, files), model_max_length=length)
+
+
+def _write_vocabulary(vocab_file, merges_file, words):
+    "Find the merges that make each word one token, and write the two files of a tokenizer."
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix='</w>'))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -421,11 +430,10 @@ def _train_tokenizer(folder, words=_WORDS, length=12):
     chars = list("abcdefghijklmnopqrstuvwxyz0123456789-.,'!")
     tokens = [*chars, *(c + '</w>' for c in chars), *map(''.join, merges)]
     vocab = dict.fromkeys([*tokens, '<|startoftext|>', '<|endoftext|>'])
-    folder = _make_folder(folder)
-    (folder / 'vocab.json').write_text(json.dumps({k: i for i, k in enumerate(vocab)}))
-    (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *map(' '.join, merges)]) + '\n')
-    files = str(folder / 'vocab.json'), str(folder / 'merges.txt')
-    return CLIPTokenizer(*files, model_max_length=length)
+    _make_folder(vocab_file.parent)
+    vocab_file.write_text(json.dumps({k: i for i, k in enumerate(vocab)}))
+    lines = ['#version: 0.2', *map(' '.join, merges)]
+    _write_whole(lambda o, file: file.write_text(o), '\n'.join(lines) + '\n', merges_file)
 
 
 # %% ../../nbs/lab/10_training.ipynb #fa362fe7
@@ -896,7 +904,7 @@ def train_fashion_scenes(
     out,  # folder for the model, and for the state of the training
     path=None,  # folder with the files of Fashion-MNIST; None: see `fashion_mnist`
     device: str = 'cpu',  # 'cuda' is much faster
-    steps: tuple = (400, 2500, 1000),  # of reading, of the U-Net, and of the autoencoder
+    steps: tuple = (400, 1000, 600),  # of reading, of the U-Net, and of the autoencoder
     seed: int = 0,  # of the first weights; batches have seeds of their own
 ) -> Path:  # `out`, now with fashion-scenes
     "Train fashion-scenes, starting from fashion-sd. Call it again to resume."
@@ -921,7 +929,7 @@ def train_fashion_scenes(
         nn.ModuleDict(dict(unet=unet, text_encoder=text)),
         _noise_loss(draw, tok, device, 64),
     )
-    both = _stage(both, loss, state / 'unet', steps=steps[1], lr=1e-3)
+    both = _stage(both, loss, state / 'unet', steps=steps[1], lr=1e-3, ema=0.995)
     vae, loss = copy.deepcopy(base).requires_grad_(True), _scene_vae_loss(base, grey, device)
     vae = _stage(vae, loss, state / 'vae', steps=steps[2], lr=1e-3, ema=0.99)
     vae.register_to_config(scaling_factor=scale)
