@@ -871,7 +871,8 @@ def _scene_unet():
     from diffusers import UNet2DConditionModel
 
     base = UNet2DConditionModel.from_pretrained(fashion_path() / 'unet').float()
-    config = {**base.config, 'sample_size': (8, 16), 'cross_attention_dim': 128}
+    config = {k: v for k, v in base.config.items() if not k.startswith('_')}
+    config.update(sample_size=(8, 16), cross_attention_dim=128)
     net = UNet2DConditionModel.from_config(config)
     own = net.state_dict()
     known = {k: v for k, v in base.state_dict().items() if v.shape == own[k].shape}
@@ -930,7 +931,8 @@ def train_fashion_scenes(
         _noise_loss(draw, tok, device, 64),
     )
     both = _stage(both, loss, state / 'unet', steps=steps[1], lr=1e-3, ema=0.995)
-    vae, loss = copy.deepcopy(base).requires_grad_(True), _scene_vae_loss(base, grey, device)
+    vae, loss = _fashion_vae().to(device), _scene_vae_loss(base, grey, device)
+    vae.load_state_dict(base.state_dict())
     vae = _stage(vae, loss, state / 'vae', steps=steps[2], lr=1e-3, ema=0.99)
     vae.register_to_config(scaling_factor=scale)
     models = vae, both['unet'], both['text_encoder']
