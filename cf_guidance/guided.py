@@ -42,6 +42,7 @@ from .noise import _check_whole, split_generator
 from .perturb import (
     Applied,
     Change,
+    Layers,
     PerturbedDenoiser,
     _refuse_tracing,
     _wrapped_models,
@@ -1216,26 +1217,28 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
 @patch
 def _inside_changes(self: GuidedDenoiser, x, sigma, cond, active, pos_changes):
     "Add the changes of terms that guide inside the network; those for all queries; second rows."
-    everywhere, second_rows, paired = [], [], []
+    everywhere, second_rows, inside = [], [], []
     for i in self._inside:
         neg, on = self.terms[i].neg, active[i].on
         if on is not False:
             samples = _as_tensor_mask(on, len(sigma)).nonzero().flatten()
             change = neg.change(active[i].w, sigma, cond), samples
             pos_changes.append(change)
+            inside.append((type(neg).__name__, *change))
             everywhere += [change] if neg.everywhere else []
             if (beside := neg.second_row(cond)) is not None:
-                paired.append((type(neg).__name__, *change))
                 second = Query(x, sigma, {**cond, **beside})
                 second_rows.append((i, samples, second, ((change[0], None),)))
-    _refuse_same_layers(paired)
+    _refuse_same_layers(inside)
     return everywhere, second_rows
 
 
 # %% ../nbs/06_guided.ipynb #48537fe6
-def _refuse_same_layers(paired):
-    "Raise where two changes with a second row are for one layer and sample: one would be lost."
-    for (a, one, some), (b, other, more) in combinations(paired, 2):
+def _refuse_same_layers(inside):
+    "Raise where two terms change one layer for one sample: only the last would act."
+    for (a, one, some), (b, other, more) in combinations(inside, 2):
+        if not (isinstance(one.layers, Layers) and isinstance(other.layers, Layers)):
+            continue
         same = [n for n in one.layers if n in other.layers]
         if same and torch.isin(some, more).any():
             raise ValueError(

@@ -75,7 +75,7 @@ def mixed(**settings):
     [
         *(dict(negative=o) for o in NEGATIVES if o not in ('perpneg', 'vsf')),
         dict(negative=f'vsf(prompt={OTHER!r})'),
-        dict(guidance=[{}, dict(negative='nag', w=4), dict(negative='pladis', w=2)]),
+        dict(guidance=[{}, dict(negative='pladis', w=2)]),
         dict(negative=f'perpneg(prompts={[OTHER, "a bag"]}, weights=[0.5, 2])', interval=(0.5, 9)),
         dict(negative='tpg', every=2, interval=(0.5, 9)),
         dict(rule='apg', schedule='linear', interval=(0.5, 5)),

@@ -724,6 +724,20 @@ def test_pladis_is_refused_beside_a_negative_that_calls_the_denoiser(pipe):
         GuidedDenoiser(nn.Identity(), Term(PLADIS(pipe.unet)), Term(SAG(pipe.unet)))
 
 
+def test_two_terms_in_one_attention_are_refused(pipe):
+    "Only the last would act."
+    D, args, cond = at_noise(pipe)
+    nag, pladis = NAG(pipe.unet, cond), PLADIS(pipe.unet)
+    message = 'terms: NAG and PLADIS both change .*attn2; expected one of them'
+    with pytest.raises(ValueError, match=message):
+        GuidedDenoiser(D, Term(nag, 4.0), Term(pladis, 2.0))(*args, **cond)
+    high, low = Term(nag, 4.0, interval=(5.0, 100)), Term(pladis, 2.0, interval=(0.0, 5.0))
+    assert GuidedDenoiser(D, high, low)(*args, **cond).isfinite().all()
+    names = list(pladis.layers)
+    apart = Term(NAG(pipe.unet, cond, layers=names[:1])), Term(PLADIS(pipe.unet, layers=names[1:]))
+    assert GuidedDenoiser(D, *apart)(*args, **cond).isfinite().all()
+
+
 def test_a_text_must_be_a_tensor(pipe):
     D, args, cond = at_noise(pipe)
     bad = {'encoder_hidden_states': [1, 2]}
