@@ -395,7 +395,7 @@ def test_rows_of_a_lesson_are_kept_once(drawn, tmp_path):
     assert row['right difference'] == pytest.approx(a - b)
 
 
-@pytest.mark.parametrize('lesson', ['leaderboard', 'part6'])
+@pytest.mark.parametrize('lesson', ['leaderboard', 'part6', 'scenes'])
 def test_pictures_of_the_lesson_are_drawn_again(lesson):
     rows = Store(RESULTS / lesson, write=False).rows()
     rows = rows[rows.kind == 'setting']
