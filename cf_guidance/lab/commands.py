@@ -268,7 +268,8 @@ def _sheet_table(pictures, found, settings):
     df = pd.DataFrame(places, columns=['prompt', 'seed', 'value'])
     df.insert(2, 'param', settings['param'])
     for name in getattr(world_of(settings['model']), 'parts', ()):
-        df[name] = found[name].to_numpy()
+        if name in found:  # pictures of another size are not judged
+            df[name] = found[name].to_numpy()
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
     rows = pixels.unflatten(0, (-1, len(settings['values'])))
     df['step'] = step_distance(rows).flatten().numpy()
