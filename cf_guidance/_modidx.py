@@ -467,6 +467,10 @@ d = {
                 'cf_guidance/denoisers.py',
             ),
             'cf_guidance.denoisers._column': ('denoisers.html#_column', 'cf_guidance/denoisers.py'),
+            'cf_guidance.denoisers._is_from_0': (
+                'denoisers.html#_is_from_0',
+                'cf_guidance/denoisers.py',
+            ),
             'cf_guidance.denoisers._is_positive': (
                 'denoisers.html#_is_positive',
                 'cf_guidance/denoisers.py',
@@ -2265,12 +2269,20 @@ d = {
                 'lab/fashion.html#_article',
                 'cf_guidance/lab/fashion.py',
             ),
+            'cf_guidance.lab.fashion._as_numbers': (
+                'lab/fashion.html#_as_numbers',
+                'cf_guidance/lab/fashion.py',
+            ),
             'cf_guidance.lab.fashion._as_path': (
                 'lab/fashion.html#_as_path',
                 'cf_guidance/lab/fashion.py',
             ),
             'cf_guidance.lab.fashion._caption_of': (
                 'lab/fashion.html#_caption_of',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._check_described': (
+                'lab/fashion.html#_check_described',
                 'cf_guidance/lab/fashion.py',
             ),
             'cf_guidance.lab.fashion._check_paint': (
@@ -2323,6 +2335,10 @@ d = {
             ),
             'cf_guidance.lab.fashion._read_weights': (
                 'lab/fashion.html#_read_weights',
+                'cf_guidance/lab/fashion.py',
+            ),
+            'cf_guidance.lab.fashion._seen': (
+                'lab/fashion.html#_seen',
                 'cf_guidance/lab/fashion.py',
             ),
             'cf_guidance.lab.fashion._sync_folder': (
@@ -3235,10 +3251,6 @@ d = {
                 'lab/scenes.html#_apart',
                 'cf_guidance/lab/scenes.py',
             ),
-            'cf_guidance.lab.scenes._check_scenes': (
-                'lab/scenes.html#_check_scenes',
-                'cf_guidance/lab/scenes.py',
-            ),
             'cf_guidance.lab.scenes._halves': (
                 'lab/scenes.html#_halves',
                 'cf_guidance/lab/scenes.py',
@@ -3260,7 +3272,6 @@ d = {
                 'lab/scenes.html#_scene_photographs',
                 'cf_guidance/lab/scenes.py',
             ),
-            'cf_guidance.lab.scenes._seen': ('lab/scenes.html#_seen', 'cf_guidance/lab/scenes.py'),
             'cf_guidance.lab.scenes._some_prompts': (
                 'lab/scenes.html#_some_prompts',
                 'cf_guidance/lab/scenes.py',

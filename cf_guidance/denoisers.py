@@ -105,8 +105,8 @@ def _per_sample(sigma, x):
                 f'got shape {tuple(sigma.shape)}'
             )
     elif not isinstance(sigma, torch.Tensor):
-        value = _check_number('sigma', sigma, 'a finite number from 0 up')
-        sigma = torch.full((len(x),), value, **like)
+        value = _check_number('sigma', sigma, 'a finite number from 0 up', _is_from_0)
+        return torch.full((len(x),), value, **like)
     # reading a tensor on a GPU would make the CPU wait, so only those on the CPU are checked
     if sigma.device.type == 'cpu' and sigma.numel():
         lo, hi = torch.stack(sigma.aminmax()).tolist()  # both are NaN if any is
@@ -115,6 +115,10 @@ def _per_sample(sigma, x):
             raise ValueError(f'sigma: expected finite numbers from 0 up, got {bad:g}')
     sigma = sigma.to(**like)
     return sigma if sigma.ndim else sigma.repeat(len(x))
+
+
+def _is_from_0(value):
+    return 0 <= value < math.inf
 
 
 def _column(sigma, x):

@@ -474,6 +474,13 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize('sigma', [-1.0, math.inf, nan])
+def test_a_number_is_checked_on_any_device(sigma):
+    "A tensor on a GPU is not read, since the CPU would wait for it; a number costs nothing."
+    with pytest.raises(ValueError, match='sigma: expected a finite number from 0 up, got '):
+        Denoiser(lambda x, sigma: x)(torch.empty(2, 3, device='meta'), sigma)
+
+
 @pytest.mark.parametrize('call,error,message', BAD.values(), ids=BAD)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message) as e:

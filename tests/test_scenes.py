@@ -121,6 +121,15 @@ def test_open_parts_are_nan():
     }
 
 
+def test_no_verdict_without_two_garments():
+    "A picture must not count as right because the prompt was not understood."
+    real = scene('red sneaker', 'green bag')
+    assert all(math.isnan(o) for o in judged(real, '').values())
+    assert all(math.isnan(o) for o in judged(real, 'a red sneaker').values())
+    seen = judged(real, 'a red sneaker on a white background')
+    assert {k for k, v in seen.items() if not math.isnan(v)} == {'background'}
+
+
 def test_batch_equals_singles():
     prompts = random_scene_prompts(6, 3)
     x = WORLD.photographs(prompts, 2)
@@ -145,10 +154,12 @@ REAL = scene('red sneaker', 'green bag')
     [
         (lambda: scene_adherence(REAL[..., :32], [SAID]), ValueError, r'x: .*\(N, 3, 32, 64\)'),
         (lambda: scene_adherence(REAL, SAID), TypeError, 'prompts: expected a list of 1'),
-        (lambda: scene_adherence(REAL, []), ValueError, 'prompts: expected 1, one per scene'),
+        (lambda: scene_adherence(REAL, []), ValueError, 'prompts: expected 1, one per image'),
         (lambda: scene_adherence(REAL, [3]), TypeError, 'prompt: expected a text, got 3'),
         (lambda: scene_adherence(REAL * math.nan, [SAID]), ValueError, 'x: expected finite'),
         (lambda: scene_adherence(REAL + 1, [SAID]), ValueError, r'x: expected images in \[0, 1\]'),
+        (lambda: scene_adherence(REAL, ['a pink hat']), ValueError, "does not know 'pink'"),
+        (lambda: scene_adherence(REAL, ['a ' * 18]), ValueError, 'at most 17 words'),
         (lambda: scene_caption('hat', 'bag'), ValueError, "left: .* got 'hat'"),
         (lambda: scene_caption('bag', 'bag red'), ValueError, "right: .* got 'bag red'"),
         (lambda: scene_caption('bag', 'boot', 'pink'), ValueError, "background: .* got 'pink'"),

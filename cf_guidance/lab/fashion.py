@@ -275,18 +275,18 @@ def caption(
 
 
 # %% ../../nbs/lab/00_fashion.ipynb #33
-def _check_prompt(prompt):
+def _check_prompt(prompt, known=_WORDS, most=10):
     "The prompt; an error if it has a word that the embedded model has never seen."
     if not isinstance(prompt, str):
         raise TypeError(f'prompt: expected a text, got {_got(prompt)}')
-    for w in prompt.lower().split():
-        if w not in _WORDS:
+    for w in re.findall(r'[^\s,]+|,', prompt.lower()):
+        if w not in known:
             raise ValueError(
                 f'prompt: the embedded model does not know {_got(w)}; '
                 'see GARMENTS and COLOURS in cf_guidance.lab.fashion for its words'
             )
-    if len(re.findall(r'\w+|-', prompt)) > 10:
-        raise ValueError('prompt: expected at most 10 words, where t-shirt counts as three')
+    if len(re.findall(r'\w+|-', prompt)) > most:
+        raise ValueError(f'prompt: expected at most {most} words, where t-shirt counts as three')
     return prompt
 
 
@@ -471,24 +471,39 @@ def adherence(
     net: FashionNet = None,  # the classifier; None: the embedded one
 ) -> torch.Tensor:  # (N, 3) for `PARTS`: 1 if right, 0 if wrong, nan if left open
     "Does the classifier see what the prompt describes?"
+    _check_described(x, prompts, (3, 32, 32))
+    wanted, seen = _as_numbers(map(_parse_prompt, prompts), 3), _seen(x, net)
+    return torch.where(wanted.isnan(), wanted, (seen == wanted).float())
+
+
+def _as_numbers(parts, n):
+    "What prompts name, (N, n); nan is what they leave open."
+    rows = [[math.nan if o is None else o for o in some] for some in parts]
+    return torch.tensor(rows, dtype=torch.float32).view(-1, n)
+
+
+def _seen(x, net):
+    "Garment, colour and background (N, 3) that a classifier sees; None: the embedded one."
+    if net is not None and not callable(net):
+        raise TypeError(f'net: expected a FashionNet, or None, got {_got(net)}')
+    net = _classifier(str(x.device)) if net is None else net
+    logits = [net(b.float() * 2 - 1) for b in x.split(500)]
+    return torch.cat([torch.stack([o.argmax(1) for o in b], 1) for b in logits]).cpu()
+
+
+# %% ../../nbs/lab/00_fashion.ipynb #fd12e01b
+def _check_described(x, prompts, shape):
+    "An error unless `x` has pictures of this shape, and there is a prompt for each."
     _check_pictures(x)
-    if x.shape[1:] != (3, 32, 32):
-        raise ValueError(f'x: expected images (N, 3, 32, 32), got shape {tuple(x.shape)}')
+    if x.shape[1:] != shape:
+        sizes = ', '.join(map(str, shape))
+        raise ValueError(f'x: expected images (N, {sizes}), got shape {tuple(x.shape)}')
     if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)):
         raise TypeError(f'prompts: expected a list of {len(x)} texts, got {_got(prompts)}')
     if len(x) != len(prompts):
         raise ValueError(f'prompts: expected {len(x)}, one per image, got {len(prompts)}')
-    if net is not None and not callable(net):
-        raise TypeError(f'net: expected a FashionNet, or None, got {_got(net)}')
-    wanted = [[math.nan if o is None else o for o in _parse_prompt(p)] for p in prompts]
-    wanted = torch.tensor(wanted, dtype=torch.float32).view(len(x), 3)
-    net = _classifier(str(x.device)) if net is None else net
-    logits = [net(b.float() * 2 - 1) for b in x.split(500)]
-    seen = torch.cat([torch.stack([o.argmax(1) for o in b], 1) for b in logits]).cpu()
-    return torch.where(wanted.isnan(), wanted, (seen == wanted).float())
 
 
-# %% ../../nbs/lab/00_fashion.ipynb #fd12e01b
 def _check_pictures(x):
     "An error unless `x` is a tensor of pictures (N, C, H, W) with finite values in [0, 1]."
     if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4:

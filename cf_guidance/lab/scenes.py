@@ -21,19 +21,24 @@ import torch
 from ..continuous import _got
 from ..lab.fashion import (
     _COLOUR_NAMES,
+    _WORDS,
     COLOURS,
     GARMENTS,
     FashionNet,
     World,
     _article,
-    _check_pictures,
-    _classifier,
+    _as_numbers,
+    _check_described,
+    _check_prompt,
+    _features,
+    _seen,
     caption,
     photographs,
 )
 from ..noise import _as_generator, _check_whole
 
 # %% ../../nbs/lab/04_scenes.ipynb #394fc700
+_SCENE_WORDS = (*_WORDS, 'left', 'right', 'of', ',')
 _COLOUR, _GARMENT = '|'.join(COLOURS), '|'.join(GARMENTS)
 _THING = rf'\ban? (?:({_COLOUR}) )?({_GARMENT})\b'
 
@@ -71,9 +76,7 @@ _PLACE = re.compile(rf'\bon an? ({_COLOUR}) background\b')
 
 def _parse_scene(prompt):
     "Indices of garment and colour on the left, the same on the right, and of the background."
-    if not isinstance(prompt, str):
-        raise TypeError(f'prompt: expected a text, got {_got(prompt)}')
-    text = ' '.join(prompt.lower().split())
+    text = ' '.join(_check_prompt(prompt, _SCENE_WORDS, 17).lower().split())
     pair, place = _PAIR.search(text), _PLACE.search(text)
     background = place and _COLOUR_NAMES.index(place[1])
     if not pair:
@@ -153,42 +156,24 @@ def scene_adherence(
     net: FashionNet = None,  # the classifier; None: the embedded one
 ) -> torch.Tensor:  # (N, 8) for `SCENE_PARTS`: 1 if right, 0 if wrong, nan if left open
     "Does the classifier see the scene that the prompt describes?"
-    _check_scenes(x, prompts)
-    wanted = [[math.nan if o is None else o for o in _parse_scene(p)] for p in prompts]
-    wanted = torch.tensor(wanted, dtype=torch.float32).view(len(x), 5)
-    garments, colours, grounds = _seen(x, _classifier(str(x.device)) if net is None else net)
+    _check_described(x, prompts, (3, 32, 64))
+    wanted = _as_numbers(map(_parse_scene, prompts), 5)
+    # (N, 2) each, left and right
+    garments, colours, grounds = _seen(_halves(x), net).view(2, -1, 3).permute(2, 1, 0)
     seen = torch.stack([garments[:, 0], colours[:, 0], garments[:, 1], colours[:, 1]], 1)
     ground = grounds == wanted[:, 4:]
-    named = torch.cat([seen == wanted[:, :4], ground.all(1, keepdim=True)], 1).float()
-    named = torch.where(wanted.isnan(), wanted, named)
+    right = torch.cat([seen == wanted[:, :4], ground.all(1, keepdim=True)], 1).float()
+    right = torch.where(wanted.isnan(), wanted, right)
     binding = _not_swapped(colours, wanted[:, [1, 3]])
     side = _not_swapped(garments, wanted[:, [0, 2]])
-    apart = _apart(x.cpu(), grounds)
-    return torch.cat([named, torch.stack([binding, side, apart], 1)], 1)
-
-
-# %% ../../nbs/lab/04_scenes.ipynb #1fd0918f
-def _check_scenes(x, prompts):
-    _check_pictures(x)
-    if x.shape[1:] != (3, 32, 64):
-        raise ValueError(f'x: expected scenes (N, 3, 32, 64), got shape {tuple(x.shape)}')
-    if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)):
-        raise TypeError(f'prompts: expected a list of {len(x)} texts, got {_got(prompts)}')
-    if len(x) != len(prompts):
-        raise ValueError(f'prompts: expected {len(x)}, one per scene, got {len(prompts)}')
+    apart = torch.where(side.isnan(), side, _apart(x.cpu(), grounds))
+    return torch.cat([right, torch.stack([binding, side, apart], 1)], 1)
 
 
 # %% ../../nbs/lab/04_scenes.ipynb #fece2514
 def _halves(x):
     "The left and the right halves of scenes, (2N, 3, 32, 32)."
     return torch.cat(x.chunk(2, -1))
-
-
-def _seen(x, net):
-    "What a classifier sees in both halves: garments, colours and backgrounds, (N, 2) each."
-    logits = [net(b.float() * 2 - 1) for b in _halves(x).split(500)]
-    heads = [torch.cat([o.argmax(1) for o in head]).cpu() for head in zip(*logits, strict=True)]
-    return [head.view(2, -1).T for head in heads]
 
 
 def _not_swapped(seen, wanted):
@@ -210,9 +195,7 @@ def _apart(x, grounds):
 @torch.no_grad()
 def _scene_features(x):
     "Features (N, 256) of scenes in [0, 1]: those of the left half, then those of the right one."
-    net = _classifier(str(x.device))
-    halves = torch.cat([net.features(b.float() * 2 - 1) for b in _halves(x).split(500)])
-    return torch.cat(halves.chunk(2), 1)
+    return torch.cat(_features(_halves(x)).chunk(2), 1)
 
 
 def _some_prompts():

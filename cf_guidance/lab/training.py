@@ -49,7 +49,7 @@ from ..lab.fashion import (
     random_colours,
 )
 from ..noise import _check_whole, step_generator
-from .scenes import _halves, _parse_scene, scene_caption
+from .scenes import _SCENE_WORDS, _halves, _parse_scene, scene_caption
 
 
 # %% ../../nbs/lab/10_training.ipynb #23670a10
@@ -784,7 +784,6 @@ def train_fashion_weak(
 
 
 # %% ../../nbs/lab/10_training.ipynb #0d8437fe
-_SCENE_WORDS = (*_WORDS, 'left', 'right', 'of')
 _SCENE_KINDS = (len(GARMENTS), len(COLOURS)) * 2 + (len(COLOURS),)
 
 
@@ -913,7 +912,7 @@ def train_fashion_scenes(
         from diffusers import AutoencoderKL
     out, (grey, kind) = _make_folder(out), fashion_mnist('train', path)
     state, vocabulary = out / 'training' / 'scenes', out / 'training' / 'scenes' / 'tokenizer'
-    tok = _train_tokenizer(vocabulary, _SCENE_WORDS, 20)
+    tok = _train_tokenizer(vocabulary, [o for o in _SCENE_WORDS if o != ','], 20)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = _Naming(_fashion_text_encoder(tok, 128)), _scene_unet()
