@@ -4700,6 +4700,10 @@ d = {
             ),
             'cf_guidance.perturb._path': ('perturb.html#_path', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._path_copy': ('perturb.html#_path_copy', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._picture_tokens': (
+                'perturb.html#_picture_tokens',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._positions': ('perturb.html#_positions', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._possible_grids': (
                 'perturb.html#_possible_grids',
@@ -4970,6 +4974,18 @@ d = {
                 'pipelines.html#_loopnet.forward',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._NetworkOfCall': (
+                'pipelines.html#_networkofcall',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._NetworkOfCall.__call__': (
+                'pipelines.html#_networkofcall.__call__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._NetworkOfCall.__init__': (
+                'pipelines.html#_networkofcall.__init__',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._PipelineNet': (
                 'pipelines.html#_pipelinenet',
                 'cf_guidance/pipelines.py',
@@ -5174,6 +5190,10 @@ d = {
                 'pipelines.html#_grid_of_ids',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._grid_of_last_position': (
+                'pipelines.html#_grid_of_last_position',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._grid_of_positions': (
                 'pipelines.html#_grid_of_positions',
                 'cf_guidance/pipelines.py',
@@ -5184,6 +5204,10 @@ d = {
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._hiding': ('pipelines.html#_hiding', 'cf_guidance/pipelines.py'),
+            'cf_guidance.pipelines._ideogram_levels': (
+                'pipelines.html#_ideogram_levels',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._in_its_precision': (
                 'pipelines.html#_in_its_precision',
                 'cf_guidance/pipelines.py',

@@ -251,8 +251,8 @@ class Change:
 # %% ../nbs/05_perturb.ipynb #516719c9
 _IMAGE_FIRST = 'SD3 HunyuanImage HunyuanVideo HiDreamImage ZImage'.split()
 _IMAGE_LAST = (
-    'AuraFlow Bria Chroma CogVideoX CogView3Plus CogView4 Flux Flux2 GlmImage Krea2 LongCatImage '
-    'OvisImage QwenImage'
+    'AuraFlow Bria Chroma CogVideoX CogView3Plus CogView4 Flux Flux2 GlmImage Ideogram4 Krea2 '
+    'LongCatImage OvisImage QwenImage'
 ).split()
 
 
@@ -560,7 +560,7 @@ class _Forward:
 
     net: nn.Module
     n: int  # rows
-    first: torch.Tensor  # what the network was given first
+    first: torch.Tensor  # what the network was given first, without tokens of a text
     applied: list  # an `Applied` for each change; no rows: nothing to do
     img_ids: torch.Tensor = None
     patch: object = None  # see `_patch_size`
@@ -634,6 +634,14 @@ def _with_first_input(new, args, kwargs):
         return (new, *args[1:]), kwargs
     old = _first_input(args, kwargs)
     return args, {k: new if v is old else v for k, v in kwargs.items()}
+
+
+def _picture_tokens(first, given):
+    "The part of a network's first input that is a picture; its positions, if they are told."
+    if 'indicator' in given:  # of Ideogram 4, which is given text and picture in one sequence
+        n = int((given['indicator'][0] == 2).sum())
+        return first[:, -n:], given['position_ids'][:, -n:]
+    return first, given.get('img_ids', given.get('img_shapes'))
 
 
 @functools.cache
@@ -1232,8 +1240,8 @@ class _ShadowForward:
             _refuse_checkpointing(plan.net)
         if first.device.type != 'cpu':
             applied = [Applied(c, r.to(first.device), s) for c, r, s in applied]
-        ids = kwargs.get('img_ids', kwargs.get('img_shapes'))
-        call = _Forward(plan.net, len(first), first, applied, ids, plan.patch)
+        picture, ids = _picture_tokens(first, kwargs)
+        call = _Forward(plan.net, len(first), picture, applied, ids, plan.patch)
         args, kwargs, why = plan.late(call, copy_of, args, kwargs)
         before, _thread.call = _thread.call, call
         try:

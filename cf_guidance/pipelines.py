@@ -40,6 +40,7 @@ from .guided import (
     Conditions,
     GuidedDenoiser,
     Microbatched,
+    Model,
     Negative,
     Term,
     Weight,
@@ -82,13 +83,16 @@ class Family:
     pack: int = 1  # latent pixels along the side of a token, beyond the network's own patches
     # of a network that reads tokens: frames, height and width in tokens, from its arguments
     grid: Callable | None = None
+    text_first: bool = False  # do tokens of the text stand before those of the picture,
+    channels_last: bool = False  # and has a token all channels of its first pixel, then the next?
     frames_first: bool = False  # are latents (B, frames, channels, height, width)?
     time_unit: float = 1.0  # of the network's time, in that of the scheduler
     rising: bool = False  # does the network's time rise from noise to image,
     inverted: bool = False  # and the scheduler's too (`invert_sigmas`)?
     sign: int = 1  # -1: the network predicts the opposite, image minus noise
-    # where the negative prompt is: 'first' or 'last' in the batch, or in a 'second call'; None:
-    # there is none, the weight is told to the network
+    # where the negative prompt is: 'first' or 'last' in the batch, or in a 'second call';
+    # 'second network': another network predicts the negative; None: there is no negative, the
+    # weight is told to the network
     negative: str | None = 'first'
     unguided: float = 1.0  # value of the pipeline's scale at which there is no guidance
     masks: dict = field(default_factory=dict)  # masks that may be None, and the text they belong to
@@ -99,9 +103,10 @@ class Family:
     post: Callable | None = None
     without: dict = field(default_factory=dict)
     cut: Callable | None = None  # `cut(run)`: does the pipeline drop the negative in this step?
-    second: str | None = None  # a second network, for the later steps, and its weight
+    second: str | None = None  # the second network: for the negative, or for the later steps
     refused: dict = field(default_factory=dict)  # arguments that cannot be, and what to use
-    levels: Callable | None = None  # `levels(n)`: flow times of `n` steps; None: the scheduler's
+    # `levels(n)`: flow times of `n` steps, perhaps with `height` and `width`; None: the scheduler's
+    levels: Callable | None = None
     since: str = '0.33'  # version of diffusers that has it
 
 
@@ -165,13 +170,15 @@ _PIXART = Family(
 
 
 # %% ../nbs/09_pipelines.ipynb #87
-def _as_tokens(x, patch):
+def _as_tokens(x, patch, channels_last=False):
     "(B, C, H, W) or (B, C, F, H, W) as tokens (B, N, C*patch*patch)."
-    return nn.functional.pixel_unshuffle(x.contiguous(), patch).flatten(2).mT
+    z = nn.functional.pixel_unshuffle(x.contiguous(), patch).flatten(2).mT
+    return z.unflatten(-1, (-1, patch**2)).mT.flatten(2) if channels_last else z
 
 
-def _as_pictures(z, grid, patch):
+def _as_pictures(z, grid, patch, channels_last=False):
     "Tokens (B, N, C*patch*patch) that form a grid, as pictures or videos."
+    z = z.unflatten(-1, (patch**2, -1)).mT.flatten(2) if channels_last else z
     x = z[:, : math.prod(grid)].unflatten(1, grid).movedim(-1, 1)
     return nn.functional.pixel_shuffle(x.contiguous(), patch)
 
@@ -278,6 +285,18 @@ def _mochi_levels(n):
     return [float(o) for o in linear_quadratic_schedule(n, 0.025)]
 
 
+def _ideogram_levels(n, height=2048, width=2048):
+    from diffusers.pipelines.ideogram4 import pipeline_ideogram4 as ideogram
+
+    mu = ideogram._resolution_aware_mu(height, width, base_mu=0.0)
+    return ideogram._logit_normal_sigmas(n, mu, std=1.5).tolist()
+
+
+def _grid_of_last_position(args):
+    "Grid of Ideogram 4: its last token is the last of the picture, whose positions begin at 65536."
+    return 1, *(int(o) - 65535 for o in args['position_ids'][0, -1, 1:])
+
+
 def _grid_of_positions(args):
     "Grid of Krea 2, whose table has the positions of the text first."
     ids = args['position_ids']
@@ -341,6 +360,18 @@ _HUNYUAN_DIT = Family()
 _MOCHI = Family(levels=_mochi_levels, inverted=True, **_REVERSED)
 _SKYREELS = Family(negative='second call', since='0.35')
 _HIDREAM = Family(sign=-1, enter=_samples_first, leave=_samples_first, since='0.34')
+_IDEOGRAM4 = Family(
+    pack=2,
+    grid=_grid_of_last_position,
+    text_first=True,
+    channels_last=True,
+    time_unit=1000.0,
+    negative='second network',
+    second='unconditional_transformer',
+    levels=_ideogram_levels,
+    since='0.39',
+    **_REVERSED,
+)
 _KREA2 = Family(grid=_grid_of_positions, unguided=0.0, since='0.39', **_TOKENS)
 
 # %% ../nbs/09_pipelines.ipynb #89
@@ -389,6 +420,7 @@ _NAMES += [
     (_SKYREELS, 'SkyReelsV2'),
     (_HIDREAM, 'HiDreamImage'),
     (_KREA2, 'Krea2'),
+    (_IDEOGRAM4, 'Ideogram4'),
 ]
 FAMILIES = {f'{name}Pipeline': family for family, names in _NAMES for name in names.split()}
 
@@ -787,7 +819,8 @@ def _weight_at_infinity(w):
 def sigmas_of(
     pipe,  # a pipeline of diffusers
     num_steps: int | None = None,  # of a call; None: as many as `timesteps` or `sigmas` has
-    # further arguments of the scheduler's `set_timesteps`, such as `timesteps`, `sigmas`, or `mu`
+    # further arguments of the scheduler's `set_timesteps`, such as `timesteps`, `sigmas`, or `mu`;
+    # for Ideogram 4 `height` and `width`
     **kwargs,
 ) -> torch.Tensor:  # (num_steps+1,) noise levels that end in 0; (num_steps,) where they rise
     "The noise levels at which the steps of a call begin, to choose an interval or make a schedule."
@@ -803,7 +836,9 @@ def sigmas_of(
     if num_steps is not None and trained and num_steps > trained:
         raise ValueError(f'num_steps: expected at most {trained}, got {num_steps}')
     if family.levels and not kwargs.keys() & {'timesteps', 'sigmas'} and _is_flow(scheduler):
-        kwargs['sigmas'] = torch.tensor(family.levels(num_steps)).numpy()
+        known = kwargs.keys() & inspect.signature(family.levels).parameters.keys()
+        levels = family.levels(num_steps, **{k: kwargs.pop(k) for k in known})
+        kwargs['sigmas'] = torch.tensor(levels).numpy()
     if scheduler.config.get('use_dynamic_shifting') and 'mu' not in kwargs:
         raise TypeError('mu: expected a number, since this scheduler shifts with the image size')
     retrieve_timesteps(scheduler, num_steps, None, **kwargs)
@@ -988,7 +1023,7 @@ class _Loop:
         "Latents as pictures, and conditions, from what the network is given."
         z, cond = call.latents, dict(call.conditions)
         n = math.prod(self.grid()) if self.family.grid else 0
-        if n and z.shape[1] > n:
+        if z.shape[1] > n > 0 and not self.family.text_first:
             z, cond[_AFTER] = z[:, :n], z[:, n:]
         z, c = self.unpack(z), self.channels()
         if z.ndim > 3 and z.shape[1] > c:
@@ -1008,7 +1043,9 @@ class _Loop:
         twice = own.get('learn_sigma') or own.get('out_channels') == 2 * pred.shape[1]
         if twice and self.first_step is None:
             pred = torch.cat([pred, torch.zeros_like(pred)], 1)
-        return self.pack(self.family.sign * pred).to(latents.dtype)
+        z = self.pack(self.family.sign * pred)
+        # two networks have two outputs, and their pipeline combines them in single precision
+        return z if self.family.negative == 'second network' else z.to(latents.dtype)
 
 
 # %% ../nbs/09_pipelines.ipynb #3402450e
@@ -1032,7 +1069,9 @@ def grid(self: _Loop):
 def unpack(self: _Loop, z):
     "The network's latents as pictures (B, C, H, W) or videos (B, C, F, H, W)."
     if self.family.grid:
-        return _as_pictures(z, self.grid(), self.family.pack)
+        grid = self.grid()
+        z = z[:, -math.prod(grid) :] if self.family.text_first else z
+        return _as_pictures(z, grid, self.family.pack, self.family.channels_last)
     return z.transpose(1, 2) if self.family.frames_first else z
 
 
@@ -1040,10 +1079,13 @@ def unpack(self: _Loop, z):
 def pack(self: _Loop, x):
     "Pictures or videos as the network's latents."
     if self.family.grid:
-        return _as_tokens(x, self.family.pack)
+        z = _as_tokens(x, self.family.pack, self.family.channels_last)
+        before = self.call.latents.shape[1] - z.shape[1] if self.family.text_first else 0
+        return nn.functional.pad(z, (0, 0, before, 0)) if before else z
     return x.transpose(1, 2) if self.family.frames_first else x
 
 
+# %% ../nbs/09_pipelines.ipynb #5be1c0a7
 @patch
 def network_time(self: _Loop, t):
     "The time that the network is told at the model's time `t`."
@@ -1097,6 +1139,24 @@ class _PromptOfCall(NegativePrompt):
 
     def w(self, sigma):
         return self.run.guidance_scale()
+
+
+class _NetworkOfCall(Model):
+    "The second network of a call that is running, if it predicts the negative."
+
+    wants_prompt, w = True, _PromptOfCall.w
+
+    def __init__(self, run):
+        net, most = run.nets[run.family.second], run.options.max_batch
+        self.run, self.cond = run, {}  # the conditions with which the pipeline calls it
+        self.loop = _Loop(net, run.family, run.device, run.clone)
+        self.loop.D = D = self.loop.denoiser(run.clone.scheduler)
+        super().__init__(D if most is None else Microbatched(D, most))
+
+    def __call__(self, D, x, sigma, cond, pos=None, rows=None, generators=None, seen=None):
+        self.loop.call, self.loop.time = self.run.negative_call, self.run.time
+        rows = rows.to(x.device)
+        return self.model(x, sigma, **{k: v[rows] for k, v in self.cond.items()})
 
 
 # %% ../nbs/09_pipelines.ipynb #25930104
@@ -1295,8 +1355,8 @@ class _Run(_Loop):
             vars(self.clone)['_guidance_scale'] = self.given['guidance_scale']
         self.prompted = [i for i, t in enumerate(self.options.terms) if t.neg.wants_prompt]
         self.timesteps, self.evaluations, self.index = None, None, -1
-        self.G = self.report = None
-        self.waiting = None  # Flux: the prompt's call, and the output that it was given
+        self.G = self.report = self.negative_call = None
+        self.waiting = None  # Flux: the prompt's call, the output that it was given, its `second`
         self.watching = ExitStack()
         _refuse_own_guidance(self)
 
@@ -1322,7 +1382,7 @@ class _Run(_Loop):
         self.call = call = self.read(args, kwargs)
         if not self.has_negative() or self.family.cut and self.family.cut(self):
             out = self.guide(call, None)
-        elif self.family.negative == 'second call':
+        elif self.family.negative in ('second call', 'second network'):
             out = self._second_call(call)
         else:
             out = self._both_halves(call)
@@ -1362,15 +1422,16 @@ def _second_call(self: _Run, call):
     "The prompt comes first, and its output is filled in with the negative prompt."
     if self.waiting is None:
         output = self.output(torch.full_like(self.inputs(call)[0], math.nan), call.latents)
-        self.waiting = call, output
+        self.waiting = call, output, self.second
         return output
-    (pos, output), self.waiting = self.waiting, None
+    (pos, output, self.second), self.waiting = self.waiting, None
+    self.negative_call, n = call, call.latents.shape[1]  # a second network may get no text
     always = self.first_step is not None
-    if (self.evaluations is None or always) and not torch.equal(pos.latents, call.latents):
+    if (self.evaluations is None or always) and not torch.equal(pos.latents[:, -n:], call.latents):
         raise ValueError(
             'pipe: expected the same latents for prompt and negative prompt, got different ones'
         )
-    return output.copy_(self.guide(pos, _conditions_like(call, pos)))
+    return output.copy_(self.guide(pos, _conditions_like(call, pos)))[:, -n:]
 
 
 # %% ../nbs/09_pipelines.ipynb #8d24b4a4
@@ -1457,13 +1518,15 @@ def _posts(self: _Run):
     return self.options.posts
 
 
+# %% ../nbs/09_pipelines.ipynb #9c0f2d61
 @patch
 def _terms(self: _Run, n):
     "The terms of the call, for `n` images."
     k, out = self.given.get('num_images_per_prompt') or 1, []
     for t in self.options.terms:
         if isinstance(t.neg, NegativePrompt):
-            neg = _PromptOfCall(self)
+            other = self.family.negative == 'second network'
+            neg = (_NetworkOfCall if other else _PromptOfCall)(self)
             w = Weight.of(neg.w) if t.w.function == t.neg.w else t.w
         else:
             neg, w = copy(t.neg), t.w
@@ -1498,6 +1561,8 @@ def guidance_scale(self: _Run):
     if 'true_cfg_scale' in given:
         return float(given['true_cfg_scale'])
     scale = self.clone._guidance_scale
+    if given.get('guidance_schedule') is not None:
+        scale = given['guidance_schedule'][self.evaluations.steps[self.index]]
     if self.second is not None and given.get('guidance_scale_2') is not None:
         scale = given['guidance_scale_2']
     return float(scale) + 1 - self.family.unguided
@@ -1507,7 +1572,7 @@ def guidance_scale(self: _Run):
 def has_negative(self: _Run):
     "Does the pipeline evaluate a negative prompt in this call?"
     given = self.given
-    if self.family.negative is None or self.first_step is not None:
+    if self.family.negative in (None, 'second network') or self.first_step is not None:
         return self.family.negative is not None
     if 'true_cfg_scale' in given:
         names = ('negative_prompt_embeds', 'negative_pooled_prompt_embeds')
@@ -1535,7 +1600,8 @@ def _refuse_own_guidance(run):
     for name, instead in run.family.refused.items():
         if given.get(name):
             raise ValueError(f'{name}: {instead}')
-    if len(run.nets) > 1 and any(t.neg.perturbs for t in run.options.terms):
+    steps = len(run.nets) > 1 and run.family.negative != 'second network'
+    if steps and any(t.neg.perturbs for t in run.options.terms):
         raise ValueError(
             f'{run.stock.__name__}: expected no perturbed layers, since its steps have two '
             f'networks, {" and ".join(run.nets)}'
@@ -1654,7 +1720,7 @@ def _report_of(run):
     tried = 0 if run.first_step is None else run.first_step.nfe
     terms = []
     for i, t in enumerate(run.G.terms):
-        name = type(t.neg).__name__.replace('_PromptOfCall', 'NegativePrompt')
+        name = type(run.options.terms[i].neg).__name__
         scales = state.effective_scale(i), state.effective_scales(i)
         terms.append(_TermReport(name, state.guided[i] / n, *scales))
         if not state.guided[i] and run.options.warns:

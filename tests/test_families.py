@@ -1,6 +1,7 @@
 "Families of pipelines: guidance in each gives what its definition says."
 
 import json
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,15 @@ import torch
 from packaging.version import Version
 from pipeline_helpers import seeded
 from tiny_families import FAMILIES as MADE
-from tiny_families import STEPS, W, run
+from tiny_families import STEPS, W, flux2_vae, run
 
 from cf_guidance import families, perturb, text
+from cf_guidance import transforms as T
 from cf_guidance.attention import SLG, Perturbation, blurred
 from cf_guidance.families import check_family
 from cf_guidance.guided import Term
 from cf_guidance.perturb import find_layers
-from cf_guidance.pipelines import FAMILIES, NegativePrompt, guided
+from cf_guidance.pipelines import FAMILIES, NegativePrompt, guided, sigmas_of
 from cf_guidance.text import PLADIS
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore:[\\s\\S]*utocast')
@@ -122,6 +124,111 @@ def test_two_experts_and_perturbed_layers():
         run(guided(pipe, SLG(pipe.transformer)), call)
 
 
+def test_the_second_network_predicts_the_negative():
+    "One evaluation of each network per step; a negative that is not needed costs none."
+    pipe, call = make('Ideogram 4')
+    for sd, second in [
+        (guided(pipe), STEPS),
+        (guided(pipe, w=1.0), 0),
+        (guided(pipe, SLG(pipe.transformer), w=3.0), 0),
+        (guided(pipe, w=torch.tensor([3.0, 1.0])), STEPS),
+    ]:
+        with counted(pipe.unconditional_transformer) as rows, warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            run(sd, call)
+        assert len(rows) == second
+    assert sum(rows) == STEPS
+    assert sd.report.nfe == [2 * STEPS, STEPS]
+    assert sd.report.terms[0].negative == 'NegativePrompt'
+
+
+def test_the_schedule_of_ideogram():
+    "Its default is 7 in 45 steps, then 3; a weight of your own replaces it."
+    pipe, call = make('Ideogram 4')
+    del call['guidance_scale'], call['guidance_schedule']
+    own, sd = run(pipe, call, num_inference_steps=48), guided(pipe)
+    assert off(run(sd, call, num_inference_steps=48), own) < 1e-5
+    listed = guided(pipe, w=[7.0] * 45 + [3.0] * 3)
+    assert torch.equal(
+        run(listed, call, num_inference_steps=48), run(sd, call, num_inference_steps=48)
+    )
+    constant = run(guided(pipe, w=7.0), call, num_inference_steps=48)
+    assert off(constant, own) > 1e-4
+    assert (
+        off(
+            constant,
+            run(
+                pipe, dict(call, guidance_scale=7.0, guidance_schedule=None), num_inference_steps=48
+            ),
+        )
+        < 1e-5
+    )
+    schedule = torch.tensor([5.0, 4.0, 1.0, 0.5])
+    call['guidance_schedule'] = schedule
+    assert off(run(sd, call), run(pipe, call)) < 1e-5
+
+
+def test_ideogram_in_bfloat16():
+    "The pipeline combines the outputs of its networks in single precision."
+    pipe, call = make('Ideogram 4')
+    pipe.to(torch.bfloat16)
+    call |= dict(guidance_scale=None, guidance_schedule=[7.0] * 45 + [3.0] * 3)
+    sd = guided(pipe)
+    out, own = (run(o, call, num_inference_steps=48) for o in (sd, pipe))
+    assert out.dtype == own.dtype == torch.float32
+    assert off(out, own) < 1e-3
+
+
+def test_pictures_of_ideogram():
+    "Rules see the pixels as the autoencoder does: the last estimate is what it decodes."
+    pipe, call = make('Ideogram 4')
+    pipe, seen, decoded = MADE['Ideogram 4'][1](flux2_vae())[0], [], []
+    pipe.vae.bn.running_mean.zero_()
+    pipe.vae.bn.running_var.fill_(1 - pipe.vae.config.batch_norm_eps)
+
+    @T.post_rule('x0', axes=3)
+    def look(pred, pos):
+        seen.append(pred)
+        return pred
+
+    def decode(z, **kw):
+        decoded.append(z)
+        return (torch.zeros(len(z), 3, *call_size),)
+
+    call |= dict(height=16, width=24)
+    call_size = (16, 24)
+    pipe.vae.decode = decode
+    run(guided(pipe, post=look), call, output_type='pt')
+    assert seen[-1].shape == decoded[0].shape == (2, 4, 8, 12)
+    assert off(seen[-1], decoded[0]) < 1e-5
+
+
+def test_noise_levels_of_ideogram():
+    "They depend on the size of the picture."
+    pipe, call = make('Ideogram 4')
+    sd = guided(pipe)
+    run(sd, call)
+    levels = sigmas_of(pipe, STEPS, height=64, width=96)
+    assert off(torch.tensor(sd.report.sigmas), levels[:-1]) < 1e-5
+    assert not torch.allclose(sigmas_of(pipe, STEPS), levels)
+    assert torch.equal(sigmas_of(pipe, STEPS), sigmas_of(pipe, STEPS, height=2048, width=2048))
+
+
+def test_several_pictures_of_a_prompt():
+    pipe, call = make('Ideogram 4')
+    call |= dict(num_images_per_prompt=2)
+    assert off(run(guided(pipe), call), run(pipe, call)) < 1e-5
+    w = torch.tensor([3.0, 1.0])
+    rows = torch.cat([run(pipe, call)[:2], run(pipe, dict(call, guidance_scale=1.0))[2:]])
+    assert off(run(guided(pipe, w=w), call), rows) < 1e-5
+
+
+def test_layers_of_the_second_network_are_refused():
+    pipe, call = make('Ideogram 4')
+    with pytest.raises(ValueError, match='its layers belong to another network'):
+        run(guided(pipe, SLG(pipe.unconditional_transformer)), call)
+
+
 def test_times_of_tokens():
     "The network of Wan 2.2 may have a time for each token."
     make('Wan, two experts')  # skips before Wan 2.2
@@ -177,8 +284,8 @@ def test_unlisted(what, monkeypatch):
 
 @contextmanager
 def counted(pipe):
-    "Inside, a list gets the number of rows of each forward of the network."
-    net, rows = getattr(pipe, 'unet', None) or pipe.transformer, []
+    "Inside, a list gets the number of rows of each forward of the network, or of a pipeline's."
+    net, rows = getattr(pipe, 'unet', None) or getattr(pipe, 'transformer', pipe), []
 
     def count(net, args, kwargs):
         latents = args[0] if args else kwargs.get('hidden_states', kwargs.get('sample'))
@@ -247,6 +354,7 @@ WRONG = {  # a row with one mistake -> what is found
     'HiDream': dict(sign=1),
     'Kolors': dict(negative='last'),
     'Krea 2': dict(unguided=1.0),
+    'Ideogram 4': dict(text_first=False),
 }
 
 
@@ -260,7 +368,7 @@ def test_wrong_rows_are_found(what, monkeypatch):
 
 
 JOINT = ['Qwen-Image', 'Z-Image', 'Flux.2', 'Chroma', 'CogVideoX', 'HunyuanVideo', 'AuraFlow']
-JOINT += ['CogView 4', 'HiDream', 'Krea 2']
+JOINT += ['CogView 4', 'HiDream', 'Krea 2', 'Ideogram 4']
 
 
 @pytest.mark.parametrize('what', JOINT)

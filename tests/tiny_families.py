@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -469,6 +470,35 @@ def hidream():
     return pipe, dict(guidance_scale=W, height=64, width=64, **text, **llama)
 
 
+def ideogram4(vae=None):
+    "Two networks. A call has prompts, so in place of a text encoder there are embeddings."
+    net = partial(
+        network,
+        'Ideogram4Transformer2DModel',
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        intermediate_size=16,
+        adaln_dim=8,
+        llm_features_dim=12,
+        mrope_section=(2, 2, 2),
+    )
+    parts = dict(unconditional_transformer=net(seed=2), vae=vae)
+    pipe, text = made('Ideogram4Pipeline', net(seed=1), flow(), **parts), embeddings(10, N, 7, 12)
+    lengths = [5, 7]
+
+    def encode_prompt(prompt, grid_h, grid_w, max_sequence_length, device):
+        n = [lengths[i] for i, _ in enumerate(prompt)]
+        ids = type(pipe)._prepare_ids(n, grid_h, grid_w, max_sequence_length, device)
+        none = torch.zeros(len(n), grid_h * grid_w, 12)
+        return torch.cat([text[: len(n)], none], 1), *ids
+
+    pipe.encode_prompt = encode_prompt
+    call = dict(prompt=['', ''], max_sequence_length=7, height=64, width=96)
+    return pipe, dict(call, guidance_scale=W, guidance_schedule=None)
+
+
 # name -> class of the pipeline, and how it is made
 FAMILIES = {
     'Qwen-Image': ('QwenImagePipeline', qwen_image),
@@ -491,6 +521,7 @@ FAMILIES = {
     'SkyReels V2': ('SkyReelsV2Pipeline', skyreels),
     'HiDream': ('HiDreamImagePipeline', hidream),
     'Krea 2': ('Krea2Pipeline', krea2),
+    'Ideogram 4': ('Ideogram4Pipeline', ideogram4),
 }
 
 
