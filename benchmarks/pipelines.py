@@ -34,7 +34,8 @@ def own_time(device, batch, size, share_of, repeats, calls):
 
     def run(k, f):
         if isinstance(f, PostRule):
-            return lambda: f(neg, pos)  # the prediction to correct is as large as a negative
+            sigma = (torch.ones(batch, device=device),) if f.takes_sigma else ()
+            return lambda: f(neg, pos, *sigma)  # the prediction to correct is like a negative
         if not f.stateful:
             return lambda: f(neg, pos, 5.0)
 

@@ -13,7 +13,7 @@ SMALLEST = {
     'pipelines': '--steps 3 --repeats 1 --calls 1 --sd15 0',
     'samplers': '--steps 3 --repeats 1',
     'continuous': '--steps 3 --repeats 1 --train 3',
-    'metrics': '--repeats 1',
+    'metrics': '--repeats 1 --images 500',
     'sweep': '--steps 2 --repeats 1 --values 2 --batches 1 2',
     'gpu': '--steps 2 --repeats 1 --no-compile',
 }
@@ -35,3 +35,11 @@ def test_benchmark(name, tmp_path):
     rows = json.loads(kept.read_text())['rows']
     assert rows
     assert all(math.isfinite(v) for v in rows.values())
+
+
+def test_each_rule_has_its_time():
+    code = "import pipelines as p; print(len(p.own_time('cpu', 2, 8, 1.0, 1, 1)), len(p.rules()))"
+    r = python('-c', code, cwd=ROOT / 'benchmarks', env=ENV)
+    assert r.returncode == 0, r.stderr[-3000:]
+    rows, rules = map(int, r.stdout.split())
+    assert rows == 2 * rules > 40

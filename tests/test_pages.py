@@ -72,7 +72,9 @@ def found(tmp_path_factory):
     for page, (_, old, new) in BROKEN.items():
         assert old in GOOD, page
         (site / f'{page}.html').write_text(GOOD.replace(old, new), encoding='utf-8')
-    problems, facts = check(site, site / 'pictures')
+    problems, facts = check(site, site / 'pictures', patience=0.1)
+    # the good page could be found wrong too early
+    problems = [p for p in problems if p[0] != 'good.html'] + check(site, None, ['good.html'])[0]
     assert len(list((site / 'pictures').iterdir())) == 4 * len(facts)
     kinds = {page: set() for page in facts}
     for page, _, kind, _ in problems:

@@ -112,7 +112,7 @@ def strangers(driver, home):
                 yield 'other host', url[:160]
 
 
-def look(driver, home, page, folder):
+def look(driver, home, page, folder, patience=1):
     "The problems of one page as (view, kind, what), and the facts of its widest view."
     found, facts = [], {}
     for width in WIDTHS:
@@ -126,7 +126,7 @@ def look(driver, home, page, folder):
             settle(driver)
             seen = driver.execute_script(LOOK, width >= 1000, mode == 'light')
             if seen['problems']:  # on a busy machine a page may still be changing its colours
-                time.sleep(1)
+                time.sleep(patience)
                 seen = driver.execute_script(LOOK, width >= 1000, mode == 'light')
             facts[view] = seen['facts']
             found += [(view, *p) for p in seen['problems']]
@@ -155,8 +155,11 @@ def broken_links(site, home, facts):
                 yield page, link.removeprefix(home)
 
 
-def check(site, folder=None, pages=None):
-    "Problems of a site as (page, view, kind, what), and the facts of each page."
+def check(site, folder=None, pages=None, patience=1):
+    """Problems of a site as (page, view, kind, what), and the facts of each page.
+
+    Where there is a problem, it looks again after `patience` seconds.
+    """
     if not pages:
         files = sorted(site.rglob('*.html'))
         pages = [f.relative_to(site).as_posix() for f in files if 'site_libs' not in f.parts]
@@ -165,7 +168,7 @@ def check(site, folder=None, pages=None):
     problems, facts = [], {}
     with served(site) as home, chromium() as driver:
         for page in pages:
-            found, facts[page] = look(driver, home, page, folder)
+            found, facts[page] = look(driver, home, page, folder, patience)
             problems += [(page, *p) for p in found]
     wide = {page: f['1280 light'] for page, f in facts.items()}
     problems += [(page, '', 'broken link', link) for page, link in broken_links(site, home, wide)]
