@@ -5203,6 +5203,10 @@ d = {
                 'pipelines.html#_guided_class',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._guides_sound': (
+                'pipelines.html#_guides_sound',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._hiding': ('pipelines.html#_hiding', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._ideogram_levels': (
                 'pipelines.html#_ideogram_levels',

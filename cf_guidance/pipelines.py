@@ -433,9 +433,11 @@ def _stock_class(pipe):
         if cls.__name__ in FAMILIES:
             return cls
     name = own.__name__
-    if _may_be_tried(own, pipe):
+    if not _guides_sound(own) and _may_be_tried(own, pipe):
         return own
-    if name.endswith('PAGPipeline'):
+    if _guides_sound(own):
+        what = 'it guides pictures and sound at once: call it alone with its own scales'
+    elif name.endswith('PAGPipeline'):
         what = 'use the pipeline without PAG and the term PAG(pipe.unet)'
     elif hasattr(pipe, 'components'):
         what = 'use GuidedDenoiser in a loop of your own, or Guider for modular pipelines'
@@ -456,6 +458,12 @@ def _may_be_tried(cls, pipe):
     nets = [k for k in parts if 'unet' in k or 'transformer' in k]
     one = nets in (['unet'], ['transformer'])
     return bool(scales) and one and hasattr(parts.get('scheduler'), 'step')
+
+
+def _guides_sound(cls):
+    "Has it a second guidance scale, for sound (LTX-2)?"
+    known = issubclass(cls, diffusers.DiffusionPipeline)
+    return known and 'audio_guidance_scale' in inspect.signature(cls.__call__).parameters
 
 
 _UNLISTED = Family(negative=None)

@@ -282,6 +282,16 @@ def test_unlisted(what, monkeypatch):
     assert off(run(listed, call), own) > 1e-4
 
 
+@pytest.mark.parametrize('name', ['LTX2Pipeline', 'LTX2ImageToVideoPipeline'])
+def test_pictures_with_sound_are_refused(name):
+    "Before any work starts, and by name."
+    if not hasattr(diffusers, name):
+        pytest.skip('needs LTX-2')
+    pipe = object.__new__(getattr(diffusers, name))
+    with pytest.raises(TypeError, match=f'got {name}: it guides pictures and sound at once: call'):
+        guided(pipe)
+
+
 @contextmanager
 def counted(pipe):
     "Inside, a list gets the number of rows of each forward of the network, or of a pipeline's."
