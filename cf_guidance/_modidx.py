@@ -2885,6 +2885,10 @@ d = {
                 'lab/plan.html#_checksum',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._class_of': (
+                'lab/plan.html#_class_of',
+                'cf_guidance/lab/plan.py',
+            ),
             'cf_guidance.lab.plan._combinations': (
                 'lab/plan.html#_combinations',
                 'cf_guidance/lab/plan.py',
@@ -2973,9 +2977,14 @@ d = {
                 'lab/plan.html#_read_toml',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._reading': ('lab/plan.html#_reading', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._request': ('lab/plan.html#_request', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._resolved': (
                 'lab/plan.html#_resolved',
+                'cf_guidance/lab/plan.py',
+            ),
+            'cf_guidance.lab.plan._revision': (
+                'lab/plan.html#_revision',
                 'cf_guidance/lab/plan.py',
             ),
             'cf_guidance.lab.plan._rule_from': (
@@ -5635,6 +5644,7 @@ d = {
                 'text.html#_cross_attentions',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._is_joint': ('text.html#_is_joint', 'cf_guidance/text.py'),
             'cf_guidance.text._joint_attentions': (
                 'text.html#_joint_attentions',
                 'cf_guidance/text.py',

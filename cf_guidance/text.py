@@ -45,9 +45,14 @@ def _cross_attentions(who, net, others=''):
     return known
 
 
+def _is_joint(name):
+    "Do text and image attend together in networks of this class?"
+    return name in [f'{o}Transformer2DModel' for o in _JOINT]
+
+
 def _joint_attentions(net):
     "The layers by name in which text and image attend together; {}: not such a network."
-    if type(net).__name__ not in [f'{o}Transformer2DModel' for o in _JOINT]:
+    if not _is_joint(type(net).__name__):
         return {}
     # the attn2 of Stable Diffusion 3.5 Medium is for the image alone
     return {n: m for n, m in _attentions(net).items() if not n.endswith('.attn2')}

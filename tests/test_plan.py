@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from pipeline_helpers import flow, flux, sd3
 
-from cf_guidance import attention, negatives, schedules, text, weak
-from cf_guidance.guided import Inside, Negative
+from cf_guidance import attention, karras, negatives, schedules, text, weak
+from cf_guidance.guided import GuidedDenoiser, Inside, Negative
 from cf_guidance.lab.backends import with_backend
 from cf_guidance.lab.plan import (
     NEGATIVES,
@@ -26,10 +27,18 @@ from cf_guidance.lab.plan import (
     fingerprint,
     posts_of,
     scheduler_of,
+    step_of,
     terms_of,
 )
 from cf_guidance.lab.store import key_of
-from cf_guidance.pipelines import MinimalDiffusion, embedded_path, sigmas_of
+from cf_guidance.noise import randn
+from cf_guidance.pipelines import (
+    MinimalDiffusion,
+    embedded_path,
+    guided,
+    pipeline_denoiser,
+    sigmas_of,
+)
 
 PROMPT = 'a red sneaker on a blue background'
 OTHER = 'a yellow coat on a black background'
@@ -175,6 +184,72 @@ def test_guidance_inside_the_network_has_its_own_prompt_or_that_of_the_plan(md, 
     pixels, nfe = draw(md, [a])
     assert nfe == [2]
     assert (pixels - draw(md, [plain])[0]).abs().max() > 0.05
+
+
+# where text and image attend together, the other text is a second row
+
+
+@pytest.fixture(scope='module', params=[sd3, flux])
+def joint(request, tmp_path_factory):
+    "A pipeline of such a network, and the folder that a plan reads."
+    pipe, folder = request.param(flow()), tmp_path_factory.mktemp('joint')
+    pipe.save_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, str(folder)
+
+
+WEIGHTS = [  # settings of 3 steps, and how many of them guide
+    (dict(w=4), 3),
+    (dict(w=1), 0),
+    (dict(schedule=[1, 4, 4]), 2),
+    (dict(w=4, interval=(1, 4)), 1),
+]
+
+
+@pytest.mark.filterwarnings('ignore:NAG never guided')
+@pytest.mark.parametrize('settings, guided_steps', WEIGHTS)
+def test_a_second_row_is_counted(joint, settings, guided_steps):
+    pipe, folder = joint
+    same = dict(prompt=PROMPT, negative_prompt=OTHER, negative='nag', steps=3)
+    (r,) = Sweep(folder, **same, **settings).requests
+    sd = guided(pipe, *terms_of([r], pipe))
+    sd(PROMPT, num_inference_steps=3, height=16, width=16, output_type='latent')
+    assert sd.report.nfe == [3 + guided_steps]
+    assert evaluations_of(r) == 3 + guided_steps
+
+
+@pytest.mark.parametrize('settings, guided_steps', WEIGHTS)
+@pytest.mark.parametrize(('sampler', 'each'), [('heun', 2), ('euler_cfg_pp', 1)])
+def test_a_second_row_is_counted_by_samplers(joint, sampler, each, settings, guided_steps):
+    pipe, folder = joint
+    same = dict(prompt=PROMPT, negative_prompt=OTHER, negative='nag', size=16)
+    (r,) = Sweep(folder, sampler=sampler, sigmas=[9, 3, 0.5], **same, **settings).requests
+    D = pipeline_denoiser(pipe, False, 16, 16)
+    G = GuidedDenoiser(D, *terms_of([r], pipe))
+    step, options = step_of(r['sampler'])
+    x = 9 * randn((1, *D.latent_shape), 0)
+    karras.sample(G, x, r['sigmas'], step, D.cond([PROMPT]), 0, **options)
+    assert evaluations_of(r) == G.nfe
+    if settings == dict(w=4):
+        assert G.nfe == 2 * (3 * each - (each == 2))
+
+
+def test_a_second_row_beside_a_negative_prompt(joint):
+    pipe, folder = joint
+    nag = dict(negative='nag', negative_prompt=OTHER, w=4)
+    (r,) = Sweep(folder, prompt=PROMPT, guidance=[dict(w=3), nag], steps=2).requests
+    sd = guided(pipe, *terms_of([r], pipe))
+    sd(PROMPT, num_inference_steps=2, height=16, width=16, output_type='latent')
+    assert sd.report.nfe == [6]
+    assert evaluations_of(r) == 6
+
+
+def test_a_second_row_saves_nothing(joint):
+    same = dict(prompt=PROMPT, negative='nag', steps=2)
+    with pytest.raises(ValueError, match='every: nag is a part of each evaluation'):
+        Sweep(joint[1], every=2, **same)
+    with pytest.raises(ValueError, match='stop: nag is a part of each evaluation'):
+        Sweep(joint[1], stop=0.9, **same)
 
 
 @pytest.mark.parametrize(

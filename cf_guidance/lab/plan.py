@@ -29,6 +29,7 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -425,23 +426,41 @@ def _source(model):
     return str(model) if folder is None else str(folder)
 
 
-@cache
-def _own_scheduler(model, commit):
-    "The scheduler of a checkpoint, or None."
-    source = _source(model)
-    where = {} if Path(source).is_dir() else dict(revision=commit)
+def _revision(source, commit):
+    return {} if Path(source).is_dir() else dict(revision=commit)
+
+
+@contextmanager
+def _reading(model):
+    "What goes wrong in here is an error about the model."
     try:
-        parts = diffusers.DiffusionPipeline.load_config(source, **where)
-        name = (parts.get('scheduler') or [None, None])[1]
-        if name is None or not where and not (Path(source) / 'scheduler').is_dir():
-            return None
-        cls = getattr(diffusers, name)
-        return cls.from_pretrained(source, subfolder='scheduler', **where)
+        yield
     except Exception as e:
         raise ValueError(
             f"model: expected a pipeline in diffusers' format, got "
             f'{_short(str(model))} ({_first_line(e)})'
         ) from None
+
+
+@cache
+def _class_of(model, commit, component):
+    "The name of the class of a checkpoint's component; None: it has none."
+    source = _source(model)
+    with _reading(model):
+        parts = diffusers.DiffusionPipeline.load_config(source, **_revision(source, commit))
+        return (parts.get(component) or [None, None])[1]
+
+
+# %% ../../nbs/lab/09_plan.ipynb #6fb90010
+@cache
+def _own_scheduler(model, commit):
+    "The scheduler of a checkpoint, or None."
+    source, name = _source(model), _class_of(model, commit, 'scheduler')
+    where = _revision(source, commit)
+    if name is None or not where and not (Path(source) / 'scheduler').is_dir():
+        return None
+    with _reading(model):
+        return getattr(diffusers, name).from_pretrained(source, subfolder='scheduler', **where)
 
 
 def scheduler_of(
@@ -787,7 +806,7 @@ SAMPLING_VERSION = 1  # goes up when the same request gives another picture
 
 
 # %% ../../nbs/lab/09_plan.ipynb #0915aa35
-def _term(given, sigmas):
+def _term(given, sigmas, model):
     "A term of a request; None: no guidance."
     negative = given.get('negative') or dict(name='prompt', prompt='')
     if negative['name'] == 'none':
@@ -795,12 +814,14 @@ def _term(given, sigmas):
     negative = _with_prompts(negative, given.get('negative_prompt', ''))
     usual = NEGATIVES[negative['name']].w
     weights = _schedule_values(given.get('schedule'), given.get('w'), usual, sigmas)
-    every = given.get('every', 1)
-    if not _cost(negative) and (every > 1 or given.get('stop') is not None):
+    every, cost = given.get('every', 1), _cost(negative, model)
+    inside = issubclass(NEGATIVES[negative['name']], Inside)
+    if (inside or not cost) and (every > 1 or given.get('stop') is not None):
         name = 'every' if every > 1 else 'stop'
-        raise ValueError(f'{name}: {negative["name"]} costs no evaluation to save')
+        why = 'is a part of each evaluation' if cost else 'costs no evaluation to save'
+        raise ValueError(f'{name}: {negative["name"]} {why}')
     rule = given.get('rule') or _of_rule('rule', 'cfg', RULES)
-    if issubclass(NEGATIVES[negative['name']], Inside) and rule['name'] != 'cfg':
+    if inside and rule['name'] != 'cfg':
         name = negative['name']
         raise ValueError(f'rule: {name} combines inside the network, got {rule["name"]}')
     return dict(
@@ -836,10 +857,13 @@ def _with_prompts(negative, text):
     return {**negative, 'prompts': prompts, 'weights': weights}
 
 
-def _cost(negative):
+def _cost(negative, model):
     "Network evaluations of a negative, where it is not reused."
     if negative['name'] == 'perpneg':  # the empty prompt, and each of its own
         return 1 + len(negative['prompts'])
+    if negative['name'] in ('nag', 'vsf'):  # a second row where text and image attend together
+        name = _class_of(model['name'], model['fingerprint'], 'transformer')
+        return int(text_guidance._is_joint(name))
     nfe = NEGATIVES[negative['name']].nfe
     return nfe if isinstance(nfe, int) else 1  # of another model it is known in a run only
 
@@ -892,7 +916,7 @@ def _request(values):
         sigmas = _sigmas_for(request, values.get('sigmas'))
         request |= dict(sampler=values['sampler'], sigmas=sigmas)
     begins = _levels_of(request).sigmas[:steps]
-    request['terms'] = [t for t in (_term(o, begins) for o in given) if t]
+    request['terms'] = [t for t in (_term(o, begins, model) for o in given) if t]
     _check_sampler(values, request['terms'])
     return _checked_request(request)
 
@@ -947,7 +971,7 @@ def evaluations_of(
     names += ('sampler', 'sigmas') if 'sampler' in request else ()
     parts = {k: request[k] for k in names}
     terms = [
-        {**t, 'negative': t['negative']['name'], 'cost': _cost(t['negative'])}
+        {**t, 'negative': t['negative']['name'], 'cost': _cost(t['negative'], request['model'])}
         for t in request['terms']
     ]
     return _count(json.dumps(dict(parts, terms=terms), sort_keys=True))
@@ -961,6 +985,7 @@ def _count(text):
     levels = _levels_of(request)
     given = [t for t in request['terms'] if t['cost']]
     kinds = [NEGATIVES[t['negative']] for t in request['terms']]
+    own = [NEGATIVES[t['negative']] for t in given]
     terms = [
         Term(
             Conditions({}),
@@ -978,8 +1003,11 @@ def _count(text):
     evaluations = zip(levels.evaluations.sigmas, levels.evaluations.steps, strict=True)
     for n, (sigma, step) in enumerate(evaluations):
         here = torch.tensor([sigma]), [sigma], step
-        more = dict(whole=levels.both, may_skip_pos=alone, off=n in levels.alone)
-        at = [_active(t, *here, t.w, top, **more) for t in terms]
+        more = dict(may_skip_pos=alone, off=n in levels.alone)
+        at = []
+        for t, k in zip(terms, own, strict=True):  # inside the network, a weight of 1 is no change
+            whole = levels.both and not issubclass(k, Inside)
+            at.append(_active(t, *here, t.w, top, whole=whole, **more))
         total += not any(a.neg_only for a in at)
         for i, (t, a) in enumerate(zip(terms, at, strict=True)):
             evaluated = a.on and ages[i] >= t.every
