@@ -2557,10 +2557,6 @@ d = {
                 'lab/leaderboard.html#leaderboard.setting_rows',
                 'cf_guidance/lab/leaderboard.py',
             ),
-            'cf_guidance.lab.leaderboard.Leaderboard.settings': (
-                'lab/leaderboard.html#leaderboard.settings',
-                'cf_guidance/lab/leaderboard.py',
-            ),
             'cf_guidance.lab.leaderboard._check_methods': (
                 'lab/leaderboard.html#_check_methods',
                 'cf_guidance/lab/leaderboard.py',
@@ -2587,6 +2583,10 @@ d = {
             ),
             'cf_guidance.lab.leaderboard._parser': (
                 'lab/leaderboard.html#_parser',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._settings_of': (
+                'lab/leaderboard.html#_settings_of',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard._shuffled': (

@@ -45,6 +45,7 @@ import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from numbers import Real
 from types import MappingProxyType
 
@@ -164,6 +165,7 @@ def _check_facts(space, axes, limits):
             raise ValueError(f'{k}: expected limits (low, high), got {_short(v)}')
 
 
+@lru_cache(maxsize=1024)
 def _defaults(formula, args):
     "The keyword-only parameters of a formula, if its others are `args`."
     wanted = f'expected a function of ({", ".join(args)})'

@@ -14,7 +14,7 @@ SMALLEST = {
     'samplers': '--steps 3 --repeats 1',
     'continuous': '--steps 3 --repeats 1 --train 3',
     'metrics': '--repeats 1 --images 500',
-    'sweep': '--steps 2 --repeats 1 --values 2 --batches 1 2',
+    'sweep': '--steps 2 --repeats 1 --values 2 --batches 1 2 --warm',
     'gpu': '--steps 2 --repeats 1 --no-compile',
 }
 

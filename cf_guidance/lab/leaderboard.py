@@ -85,6 +85,7 @@ class Leaderboard:
             )
         self.seed = seed
         self.choices = {k: self._sweep(o, self.choosing) for k, o in self.methods.items()}
+        self.settings = _settings_of(self.choices)  # the requests of each method and setting
 
     def _sweep(self, axes, where):
         prompts, seeds = where
@@ -120,11 +121,10 @@ def comparing(self: Leaderboard):
 
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #4f51d8b8
-@patch(as_prop=True)
-def settings(self: Leaderboard):
-    "The requests of each setting, by method and setting. Nothing is drawn."
+def _settings_of(choices):
+    "The requests of each setting, by method and setting."
     settings = {}
-    for method, sweep in self.choices.items():
+    for method, sweep in choices.items():
         for request, label in zip(sweep.requests, sweep.labels, strict=True):
             setting = {k: v for k, v in label.items() if k not in ('prompt', 'seed')}
             text = ', '.join(f'{k}={v}' for k, v in setting.items()) or method
