@@ -584,6 +584,10 @@ d = {
                 'families.html#_cut_batch',
                 'cf_guidance/families.py',
             ),
+            'cf_guidance.families._denoiser': (
+                'families.html#_denoiser',
+                'cf_guidance/families.py',
+            ),
             'cf_guidance.families._first_output': (
                 'families.html#_first_output',
                 'cf_guidance/families.py',
@@ -642,6 +646,11 @@ d = {
             ),
             'cf_guidance.families._slg': ('families.html#_slg', 'cf_guidance/families.py'),
             'cf_guidance.families._state': ('families.html#_state', 'cf_guidance/families.py'),
+            'cf_guidance.families._steps_of': (
+                'families.html#_steps_of',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._texts': ('families.html#_texts', 'cf_guidance/families.py'),
             'cf_guidance.families._two_terms': (
                 'families.html#_two_terms',
                 'cf_guidance/families.py',
@@ -657,6 +666,10 @@ d = {
             ),
             'cf_guidance.families._weight_one': (
                 'families.html#_weight_one',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._with_euler': (
+                'families.html#_with_euler',
                 'cf_guidance/families.py',
             ),
             'cf_guidance.families._with_layers_left_out': (
@@ -4926,6 +4939,22 @@ d = {
                 'pipelines.html#_guidedpipeline.watch',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._Latents': (
+                'pipelines.html#_latents',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Latents.decode': (
+                'pipelines.html#_latents.decode',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Latents.encode': (
+                'pipelines.html#_latents.encode',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Latents.vae': (
+                'pipelines.html#_latents.vae',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._Loop': ('pipelines.html#_loop', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._Loop.__init__': (
                 'pipelines.html#_loop.__init__',
@@ -4961,6 +4990,10 @@ d = {
             ),
             'cf_guidance.pipelines._Loop.read': (
                 'pipelines.html#_loop.read',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Loop.returned': (
+                'pipelines.html#_loop.returned',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Loop.scalings': (
@@ -5019,20 +5052,12 @@ d = {
                 'pipelines.html#_pipelinenet.cond',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._PipelineNet.decode': (
-                'pipelines.html#_pipelinenet.decode',
-                'cf_guidance/pipelines.py',
-            ),
-            'cf_guidance.pipelines._PipelineNet.encode': (
-                'pipelines.html#_pipelinenet.encode',
-                'cf_guidance/pipelines.py',
-            ),
             'cf_guidance.pipelines._PipelineNet.forward': (
                 'pipelines.html#_pipelinenet.forward',
                 'cf_guidance/pipelines.py',
             ),
-            'cf_guidance.pipelines._PipelineNet.vae': (
-                'pipelines.html#_pipelinenet.vae',
+            'cf_guidance.pipelines._PipelineNet.unpack': (
+                'pipelines.html#_pipelinenet.unpack',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._PromptOfCall': (
@@ -5045,6 +5070,78 @@ d = {
             ),
             'cf_guidance.pipelines._PromptOfCall.w': (
                 'pipelines.html#_promptofcall.w',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Rehearsal': (
+                'pipelines.html#_rehearsal',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Rehearsal.__init__': (
+                'pipelines.html#_rehearsal.__init__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Rehearsal.decode': (
+                'pipelines.html#_rehearsal.decode',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Rehearsal.forward': (
+                'pipelines.html#_rehearsal.forward',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Rehearsal.step': (
+                'pipelines.html#_rehearsal.step',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet': (
+                'pipelines.html#_rehearsednet',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.__init__': (
+                'pipelines.html#_rehearsednet.__init__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet._scale_and_shift': (
+                'pipelines.html#_rehearsednet._scale_and_shift',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.cond': (
+                'pipelines.html#_rehearsednet.cond',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.decode_args': (
+                'pipelines.html#_rehearsednet.decode_args',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.forward': (
+                'pipelines.html#_rehearsednet.forward',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.latent_shape': (
+                'pipelines.html#_rehearsednet.latent_shape',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.one_frame': (
+                'pipelines.html#_rehearsednet.one_frame',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.plan': (
+                'pipelines.html#_rehearsednet.plan',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.rehearse': (
+                'pipelines.html#_rehearsednet.rehearse',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.scaling': (
+                'pipelines.html#_rehearsednet.scaling',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.unpack': (
+                'pipelines.html#_rehearsednet.unpack',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._RehearsedNet.vae': (
+                'pipelines.html#_rehearsednet.vae',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Report': ('pipelines.html#_report', 'cf_guidance/pipelines.py'),
@@ -5214,6 +5311,10 @@ d = {
             ),
             'cf_guidance.pipelines._guides_sound': (
                 'pipelines.html#_guides_sound',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._has_embeddings': (
+                'pipelines.html#_has_embeddings',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._hiding': ('pipelines.html#_hiding', 'cf_guidance/pipelines.py'),

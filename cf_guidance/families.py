@@ -6,6 +6,7 @@
 __all__ = ['FamilyReport', 'check_family', 'FAMILIES', 'Family']
 
 # %% ../nbs/15_families.ipynb #a01217a2
+import inspect
 import traceback
 import warnings
 from collections.abc import Callable
@@ -18,17 +19,20 @@ import torch
 
 from . import transforms as T
 from .attention import PAG, SLG
-from .guided import Term
+from .guided import GuidedDenoiser, Term
+from .karras import euler, sample
 from .noise import _check_number, _check_whole
 from .pipelines import (
     FAMILIES,
     Family,
     NegativePrompt,
+    _evaluations,
     _family_of,
     _networks,
     _read_call,
     _signature,
     guided,
+    pipeline_denoiser,
 )
 from .text import NAG
 
@@ -384,6 +388,75 @@ def _nag(trial):
     _require(set(sd.report.nfe) == {nfe}, f'expected {nfe} evaluations: {sd.report}')
     _require(_off(trial(sd, **same), trial.unguided) < 1e-4, 'the prompt itself has an effect')
     return _off(out, trial.unguided)
+
+
+# %% ../nbs/15_families.ipynb #d94fb4d9
+def _with_euler(pipe):
+    "The pipeline with Euler's method, from a finite noise level."
+    import diffusers
+
+    class Euler(diffusers.FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(
+            self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None
+        ):
+            super().set_timesteps(sigmas=[0.95, 0.7, 0.3], device=device, mu=mu)
+
+    other, settings, cls = copy(pipe), dict(pipe.scheduler.config), Euler
+    if settings.get('prediction_type', 'flow_prediction') != 'flow_prediction':
+        cls = diffusers.DDIMScheduler
+        settings |= dict(clip_sample=False, set_alpha_to_one=True, timestep_spacing='leading')
+    known = inspect.signature(cls.__init__).parameters
+    other.scheduler = cls(**{k: v for k, v in settings.items() if k in known})
+    return other
+
+
+def _steps_of(trial, pipe):
+    "Latents of the scheduler before and after each step of a pipeline."
+    latents, step = [], pipe.scheduler.step
+
+    @wraps(step)
+    def seen(output, t, x, *args, **kwargs):
+        out = step(output, t, x, *args, **kwargs)
+        latents.extend([x, out[0]])
+        return out
+
+    pipe.scheduler.step = seen
+    trial(pipe, **_family_of(pipe).without)
+    return latents
+
+
+# %% ../nbs/15_families.ipynb #5b5d3541
+def _texts(call, negative):
+    "Arguments of a call that belong to its negative prompt, or to its prompt, by the same names."
+    texts = {}
+    for k, v in call.items():
+        if 'prompt' in k and k.startswith('negative_') == negative and v is not None:
+            texts[k.removeprefix('negative_')] = v
+    return texts
+
+
+@_property('denoiser')
+def _denoiser(trial):
+    "Euler's method on `pipeline_denoiser` ends where the pipeline ends with Euler's method."
+    pipe, family, pos = _with_euler(trial.pipe), _family_of(trial.pipe), _texts(trial.call, False)
+    names = [k for k in trial.call if 'prompt' not in k and 'scale' not in k]
+    if family.text is not None:
+        names = [k for k in names if k in ('height', 'width')]
+    given = {k: trial.call[k] for k in names} | (pos if family.text is None else {})
+    with _refusals():
+        D = pipeline_denoiser(pipe, **given)
+    told = trial.call.get('guidance_scale')
+    told = {} if told is None else dict(guidance=told)
+    cond = D.cond(pos.pop('prompt', None), **told, **pos)
+    G = D
+    if family.negative is not None:
+        neg = _texts(trial.call, True)
+        neg = D.cond(neg.pop('prompt', None), **told, **neg)
+        G = GuidedDenoiser(D, neg, w=trial.w, post=family.post and family.post(family.without))
+    start, *_, want = (D.unpack(z).float() for z in _steps_of(trial, pipe))
+    sigmas = [*_evaluations(pipe.scheduler, D).sigmas, 0.0]
+    c_in = D.scalings(torch.tensor(sigmas[0], dtype=torch.float64))[2].item()
+    return _off(sample(G, start / c_in, sigmas, euler, cond=cond), want)
 
 
 # %% ../nbs/15_families.ipynb #53b801dd

@@ -21,10 +21,10 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, partial, wraps
+from functools import cache, cached_property, partial, wraps
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -75,7 +75,8 @@ class Family:
     "How the pipelines of one architecture call their network, and how they encode prompts."
 
     # for `pipeline_denoiser`: conditions by name, where `encode_prompt` returns each for a prompt,
-    # and for no prompt; {}: the network is told a class, or nothing; None: not possible
+    # and for no prompt; {}: the network is told a class, or nothing; None: the pipeline's call
+    # makes them
     text: dict | None = None
     more: Callable | None = None  # further conditions: `more(pipeline_net, cond, guidance)`
     # `call(pipeline_net, x, t, **cond)`; None: the network takes the conditions by their names
@@ -517,27 +518,29 @@ def _scheduler_denoiser(scheduler, net, quantize=False, inverted=False):
 
 
 # %% ../nbs/09_pipelines.ipynb #94
-class _PipelineNet(nn.Module):
-    "The network of a pipeline as `net(x, t, **cond)`, with the ways into and out of its latents."
+class _Latents(nn.Module):
+    "A network in the latents of a pipeline, with the ways into and out of them."
+
+    one_frame = False  # is a picture a video of one frame for the autoencoder?
+    decode_args = ()  # what the autoencoder is given to decode, beside the latents
+
+    @property
+    def vae(self):
+        return getattr(self.pipe, 'vae', None)
+
+
+class _PipelineNet(_Latents):
+    "The network of a pipeline as `net(x, t, **cond)`."
 
     def __init__(self, pipe, height=None, width=None):
         super().__init__()
         self.family = _family_of(pipe)
-        if self.family.text is None:
-            raise ValueError(
-                f'pipe: how {_stock_class(pipe).__name__} encodes prompts is not known: use '
-                'guided(pipe, ...)'
-            )
         self.pipe, self.net = pipe, next(iter(_networks(pipe).values()))
         self.takes = nn.Parameter(torch.empty(0, device=pipe.device), requires_grad=False)
         if self.vae is None and 'vae' in pipe.components:
             raise ValueError('pipe: expected a pipeline with an autoencoder, got vae=None')
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae else 1
         self.latent_shape, self.size = self._shapes(height, width)
-
-    @property
-    def vae(self):
-        return getattr(self.pipe, 'vae', None)
 
     def forward(self, x, t, **cond):
         missing = [k for k in self.family.text if k not in cond]
@@ -557,6 +560,13 @@ class _PipelineNet(nn.Module):
         if self.family.call is None:
             return self.net(x.to(dtype), timestep=t, **cond)
         return self.family.call(self, x.to(dtype), t, **cond)
+
+    def unpack(self, z):
+        "Latents that the pipeline ends with, (B, *latent_shape)."
+        if self.family.pack == 1 or z.ndim != 3:
+            return z
+        grid = [s // (self.factor * self.family.pack) for s in self.size]
+        return _as_pictures(z, grid, self.family.pack)
 
 
 # %% ../nbs/09_pipelines.ipynb #95
@@ -599,6 +609,10 @@ def cond(
     return cond if self.family.more is None else {**cond, **self.family.more(self, cond, guidance)}
 
 
+def _has_embeddings(given):
+    return any('prompt_embeds' in k for k in given)
+
+
 # %% ../nbs/09_pipelines.ipynb #98
 _encoding = threading.RLock()
 
@@ -624,17 +638,18 @@ def _encode(pipe, family, prompts, kwargs):
     for k in kwargs:
         if k not in known:
             raise TypeError(f'{k}: not an argument of {type(pipe).__name__}.encode_prompt')
+    none = prompts is None and not _has_embeddings(kwargs)
     args = dict(
         prompt='' if prompts is None else prompts if isinstance(prompts, str) else list(prompts),
         prompt_2=None,
         prompt_3=None,
         device=pipe._execution_device,
         num_images_per_prompt=1,
-        do_classifier_free_guidance=prompts is None,
+        do_classifier_free_guidance=none,
     )
     with _encoding:
         out = pipe.encode_prompt(**{**{k: v for k, v in args.items() if k in known}, **kwargs})
-    return {k: out[where[prompts is None]] for k, where in family.text.items()}
+    return {k: out[where[none]] for k, where in family.text.items()}
 
 
 # %% ../nbs/09_pipelines.ipynb #99
@@ -683,24 +698,28 @@ def _in_its_precision(vae):
 @patch
 @torch.no_grad()
 def encode(
-    self: _PipelineNet,
-    images: torch.Tensor,  # (B, 3, H, W) floating point, in [0, 1]
+    self: _Latents,
+    images: torch.Tensor,  # (B, 3, H, W), or videos (B, 3, F, H, W): floating point, in [0, 1]
 ) -> torch.Tensor:  # (B, *latent_shape) in the type of the network
     "Images to latents (the mean, if the autoencoder gives a distribution)."
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import (
         retrieve_latents,
     )
 
-    if not torch.is_tensor(images) or images.ndim != 4 or not images.is_floating_point():
+    axes = 'B, C, H, W' if len(self.latent_shape) == 3 else 'B, C, F, H, W'
+    right = torch.is_tensor(images) and images.ndim == 1 + len(self.latent_shape)
+    if not right or not images.is_floating_point():
         got = f'{images.dtype}, {images.ndim} axes' if torch.is_tensor(images) else type(images)
-        raise TypeError(f'images: expected floating-point pixels (B, C, H, W), got {got}')
+        raise TypeError(f'images: expected floating-point pixels ({axes}), got {got}')
     low, high = (images.amin().item(), images.amax().item()) if images.numel() else (0.0, 0.0)
     if not -0.01 <= low <= high <= 1.01:
         raise ValueError(f'images: expected pixels from 0 to 1, got {low:.3g} to {high:.3g}')
     x = images * 2 - 1
     if self.vae:
         with _in_its_precision(self.vae) as dtype:
-            z = retrieve_latents(self.vae.encode(x.to(dtype)), sample_mode='argmax').float()
+            z = self.vae.encode((x.unsqueeze(2) if self.one_frame else x).to(dtype))
+        z = z.latent if hasattr(z, 'latent') else retrieve_latents(z, sample_mode='argmax')
+        z = (z[:, :, 0] if self.one_frame else z).float()
         scale, shift = self._scale_and_shift(z)
         x = (z - shift) * scale
     return x.to(self.net.dtype)
@@ -710,19 +729,24 @@ def encode(
 @patch
 @torch.no_grad()
 def decode(
-    self: _PipelineNet,
+    self: _Latents,
     x: torch.Tensor,  # (B, *latent_shape)
-) -> torch.Tensor:  # (B, 3, H, W) float32 in [0, 1]
+) -> torch.Tensor:  # (B, 3, H, W), or videos (B, 3, F, H, W): float32 in [0, 1]
     "Latents to images."
-    if not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] != self.latent_shape[0]:
+    channels, *axes = self.latent_shape
+    if not torch.is_tensor(x) or x.ndim != 2 + len(axes) or x.shape[1] != channels:
         got = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
-        raise ValueError(f'x: expected latents (B, {self.latent_shape[0]}, h, w), got {got}')
+        axes = 'h, w' if len(axes) == 2 else 'f, h, w'
+        raise ValueError(f'x: expected latents (B, {channels}, {axes}), got {got}')
     if not bool(x.isfinite().all()):
         raise ValueError('x: expected finite latents, got NaN or infinity')
     if self.vae:
         scale, shift = self._scale_and_shift(x)
+        z = x.float() / scale + shift
+        z = z.unsqueeze(2) if self.one_frame else z
         with _in_its_precision(self.vae) as dtype:
-            x = self.vae.decode((x.float() / scale + shift).to(dtype)).sample
+            x = self.vae.decode(z.to(dtype), *self.decode_args, return_dict=False)[0]
+        x = x[:, :, 0] if self.one_frame else x
     return (x.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -734,9 +758,19 @@ def pipeline_denoiser(
     quantize: bool = True,
     height: int | None = None,  # pixels; None: what the network was trained for
     width: int | None = None,  # pixels
+    # further arguments of the pipeline's call, such as `num_frames`, for families whose
+    # conditions this call makes
+    **call,
 ) -> Denoiser:  # with `cond(prompts)`, `encode(images)`, `decode(latents)` and `latent_shape`
     "A pipeline of diffusers as a denoiser `D(x, sigma, **cond) -> x0` on its latents."
-    net = _PipelineNet(pipe, height, width)
+    if _family_of(pipe).text is None:
+        size = dict(height=height, width=width)
+        net = _RehearsedNet(pipe, call | {k: v for k, v in size.items() if v is not None})
+    elif call:
+        name = _stock_class(pipe).__name__
+        raise TypeError(f'{next(iter(call))}: expected only height and width for {name}')
+    else:
+        net = _PipelineNet(pipe, height, width)
     D = _scheduler_denoiser(pipe.scheduler, net, quantize, net.family.inverted)
     if hasattr(D, 'sigmas'):
         D.sigmas = D.sigmas.to(net.net.device)
@@ -1056,6 +1090,18 @@ class _Loop:
         return z if self.family.negative == 'second network' else z.to(latents.dtype)
 
 
+# %% ../nbs/09_pipelines.ipynb #5d20c7e1
+@patch
+def returned(self: _Loop, out, args):
+    "An output in the form that the network of a pipeline returns."
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    out = list(out.unsqueeze(2)) if isinstance(args and args[0], list) else out
+    if self.call.args.get('return_dict', True):
+        return Transformer2DModelOutput(sample=out)
+    return (out,)
+
+
 # %% ../nbs/09_pipelines.ipynb #3402450e
 @patch
 def channels(self: _Loop):
@@ -1114,6 +1160,168 @@ def _conditions_like(call, pos):
             raise ValueError(f'negative prompt: expected 1 or {n} rows of {k}, got {got}')
         out[k] = v.expand(n, *v.shape[1:])
     return out
+
+
+# %% ../nbs/09_pipelines.ipynb #645e5078
+class _Rehearsal(_Loop):
+    "A call of a pipeline without its network: what its network and autoencoder are given."
+
+    def __init__(self, pipe, given, fill=0.0):
+        name, net = next(iter(_networks(pipe).items()))
+        super().__init__(net, _family_of(pipe), pipe._execution_device, pipe)
+        self.fill = fill  # value of all latents after a step
+        self.calls, self.over = [], False  # calls of the network in the first step
+        self.decoded, self.decode_args = None, ()
+        clone = object.__new__(getattr(type(pipe), '_plain', None) or type(pipe))
+        vars(clone).update(vars(pipe), scheduler=deepcopy(pipe.scheduler))
+        vars(clone)[name] = _stand_in(net, self.forward)
+        vars(clone.scheduler)['step'] = wraps(clone.scheduler.step)(partial(self.step))
+        vae = copy(getattr(pipe, 'vae', None))
+        if vae is not None:
+            vars(vae).update(decode=self.decode, to=lambda *args, **kwargs: vae)
+            vars(clone)['vae'] = vae
+        clone.set_progress_bar_config(disable=True)
+        fixed = dict(num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+        fixed['output_type'] = 'latent' if vae is None else 'pt'
+        with torch.random.fork_rng(devices=[]), _encoding, suppress(_Stop):
+            clone(**{**given, **fixed})
+
+    def forward(self, *args, **kwargs):
+        call = self.call = self.read(args, kwargs)
+        if not self.over:
+            self.calls.append(call)
+        zeros = torch.zeros_like(self.inputs(call)[0])
+        return self.returned(self.output(zeros, call.latents), args)
+
+    def step(self, output, *args, **kwargs):
+        self.over = True
+        return torch.full_like(output, self.fill), None
+
+    def decode(self, z, *args, **kwargs):
+        self.decoded, self.decode_args = z.float(), args
+        raise _Stop
+
+
+# %% ../nbs/09_pipelines.ipynb #940e1f92
+class _RehearsedNet(_Latents, _LoopNet):
+    "The network of a pipeline as `net(x, t, **cond)`, called as in a rehearsal."
+
+    def __init__(self, pipe, given):
+        name, family, nets = _stock_class(pipe).__name__, _family_of(pipe), _networks(pipe)
+        if family is _UNLISTED or len(nets) > 1:
+            what = 'is not listed' if family is _UNLISTED else f'has {" and ".join(nets)}'
+            raise ValueError(f'pipe: {name} {what}: use guided(pipe, ...)')
+        super().__init__(_Loop(next(iter(nets.values())), family, pipe.device, pipe))
+        self.family, self.given = family, given  # arguments of the pipeline's call
+        self.loop.D = _scheduler_denoiser(pipe.scheduler, nn.Identity(), inverted=family.inverted)
+        self.loop.time = torch.tensor(math.nan, device=pipe.device)
+
+    @cached_property
+    def plan(self):
+        "The rehearsal whose call of the network is repeated."
+        plan = self.rehearse(self.given)
+        time = plan.calls[0].time  # discrete times may be told between two steps
+        time = time if time.is_floating_point() else time.float()
+        self.loop.call = replace(plan.calls[0], time=time)
+        return plan
+
+    @cached_property
+    def latent_shape(self):
+        return tuple(self.plan.inputs(self.plan.calls[0])[0].shape[1:])
+
+    def unpack(self, z):
+        "Latents of the pipeline's scheduler, (B, *latent_shape)."
+        return self.plan.unpack(z)
+
+    @cached_property
+    def scaling(self):
+        "Scale and shift of the latents, (1, *latent_shape)."
+        ones = self.rehearse(self.given, fill=1.0).decoded[:1]
+        zeros = self.plan.decoded[:1]
+        if self.one_frame:
+            ones, zeros = ones[:, :, 0], zeros[:, :, 0]
+        return 1 / (ones - zeros), zeros
+
+    @torch.no_grad()
+    def cond(
+        self,
+        what=None,  # a prompt, or a list with one per sample; None: no prompt
+        # weight that a distilled network is told (Flux.2, HunyuanVideo); None: the pipeline's own
+        guidance: float | None = None,
+        **kwargs,  # of the pipeline's call, such as `prompt_embeds` and its mask for a prompt
+    ) -> dict:  # tensors by name, one row per sample
+        "Conditions of the network, for a `Denoiser` or as a negative."
+        _check_prompts('what', what)
+        given = {k: v for k, v in self.given.items() if 'prompt' not in k} | kwargs
+        if what is not None:
+            given['prompt'] = what if isinstance(what, str) else list(what)
+        guided = what is None and not _has_embeddings(given)
+        rehearsal = self.rehearse(given, guidance, guided)
+        call = rehearsal.call = rehearsal.calls[-1]
+        if guided and len(call.latents) == 2:  # prompt and negative prompt in one batch
+            first, second = call.halves()
+            call = first if self.family.negative == 'first' else second
+        return rehearsal.inputs(call)[1]
+
+
+# %% ../nbs/09_pipelines.ipynb #1febe876
+@patch
+def forward(self: _RehearsedNet, x, t, **cond):
+    shape, names = self.latent_shape, self.loop.call.conditions
+    if x.shape[1:] != shape:
+        expected = ', '.join(map(str, shape))
+        raise ValueError(f'x: expected latents (B, {expected}), got {tuple(x.shape)}')
+    if cond.keys() != names.keys():
+        raise ValueError(f'conditions: expected {", ".join(names)}, as D.cond(prompts) makes them')
+    return _LoopNet.forward(self, x, t, **cond)
+
+
+@patch
+def _scale_and_shift(self: _RehearsedNet, z):
+    scale, shift = self.scaling
+    if z.shape[1:] != shift.shape[1:]:
+        expected, got = tuple(shift.shape[1:]), tuple(z.shape[1:])
+        raise ValueError(f'latents: expected {expected} per sample, got {got}')
+    return scale, shift
+
+
+# %% ../nbs/09_pipelines.ipynb #9a1f4c02
+@patch(as_prop=True)
+def vae(self: _RehearsedNet):
+    if self.pipe.components.get('vae', True) is None:
+        raise ValueError('pipe: expected a pipeline with an autoencoder, got vae=None')
+    return getattr(self.pipe, 'vae', None)
+
+
+@patch(as_prop=True)
+def one_frame(self: _RehearsedNet):
+    return self.plan.decoded.ndim == 5 and len(self.latent_shape) == 3
+
+
+@patch(as_prop=True)
+def decode_args(self: _RehearsedNet):
+    return self.plan.decode_args
+
+
+# %% ../nbs/09_pipelines.ipynb #60c88ce0
+@patch
+def rehearse(self: _RehearsedNet, given, guidance=None, guided=False, fill=0.0):
+    "Rehearse a call of the pipeline, with or without a negative prompt."
+    known = inspect.signature(type(self.pipe).__call__).parameters
+    for k in given:
+        if k not in known:
+            raise TypeError(f'{k}: not an argument of {_stock_class(self.pipe).__name__}')
+    if not _has_embeddings(given):
+        given = dict(prompt='') | given
+        encoders = [o for k, o in self.pipe.components.items() if k.startswith('text_encoder')]
+        if encoders and not any(o is not None for o in encoders):
+            raise ValueError('pipe: expected text encoders, or embeddings such as prompt_embeds=')
+    scales = {} if guidance is None else dict(guidance_scale=guidance)
+    if 'true_cfg_scale' in known:
+        scales |= dict(true_cfg_scale=1.0 + guided, negative_prompt='' if guided else None)
+    elif self.family.negative:
+        scales['guidance_scale'] = self.family.unguided + 2.0 * guided
+    return _Rehearsal(self.pipe, given | scales, fill)
 
 
 # %% ../nbs/09_pipelines.ipynb #880a180a
@@ -1384,8 +1592,6 @@ class _Run(_Loop):
 
     def forward(self, net, /, *args, **kwargs):
         "What the pipeline gets when it calls one of its networks."
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
         self.second = None if net is self.net else net
         self.call = call = self.read(args, kwargs)
         if not self.has_negative() or self.family.cut and self.family.cut(self):
@@ -1394,11 +1600,7 @@ class _Run(_Loop):
             out = self._second_call(call)
         else:
             out = self._both_halves(call)
-        if isinstance(args and args[0], list):
-            out = list(out.unsqueeze(2))
-        if call.args.get('return_dict', True):
-            return Transformer2DModelOutput(sample=out)
-        return (out,)
+        return self.returned(out, args)
 
 
 # %% ../nbs/09_pipelines.ipynb #f38ff00d
@@ -2270,8 +2472,7 @@ def _seed_noise(scheduler, generators):
 def _decode(self: MinimalDiffusion, latents):
     "Latents to images, a quarter of `batch_size` at a time."
     D = pipeline_denoiser(self.pipe, height=self.height, width=self.width)
-    if D.family.pack > 1 and latents.ndim == 3:
-        latents = _as_pictures(latents, [s // (2 * D.factor) for s in D.size], 2)
+    latents = D.unpack(latents)
     pieces = Microbatched(D, max(1, self.batch_size // 4))
     x = torch.cat(pieces.map(lambda s: D.decode(latents[s]), len(latents)))
     if not bool(x.isfinite().all()):

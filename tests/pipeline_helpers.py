@@ -54,14 +54,9 @@ def clip(cls=tf.CLIPTextModel, width=16):
     )
 
 
-def t5():
-    return randomized(
-        tf.T5EncoderModel(
-            tf.T5Config(
-                vocab_size=len(tokenizer()), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-            )
-        )
-    )
+def t5(width=16):
+    sizes = dict(d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return randomized(tf.T5EncoderModel(tf.T5Config(vocab_size=len(tokenizer()), **sizes)))
 
 
 def vae(channels=4, **kw):

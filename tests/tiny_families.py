@@ -9,7 +9,7 @@ from types import ModuleType
 
 import diffusers
 import torch
-from pipeline_helpers import randomized, seeded
+from pipeline_helpers import randomized, seeded, vae
 
 N, W, STEPS = 2, 3.0, 4  # samples, guidance weight and steps of a call
 
@@ -356,8 +356,8 @@ def kolors():
         beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.014, num_train_timesteps=1100
     )
     text = texts(['prompt_embeds'], 7, 12) | texts(['pooled_prompt_embeds'], 8)
-    pipe = made('KolorsPipeline', net, scheduler)
-    return pipe, dict(guidance_scale=W, height=64, width=96, **text)
+    pipe = made('KolorsPipeline', net, scheduler, vae=vae())
+    return pipe, dict(guidance_scale=W, height=16, width=24, **text)
 
 
 def hunyuan_dit():
@@ -523,6 +523,126 @@ FAMILIES = {
     'Krea 2': ('Krea2Pipeline', krea2),
     'Ideogram 4': ('Ideogram4Pipeline', ideogram4),
 }
+
+
+def kl():
+    return vae(shift_factor=0.1)
+
+
+def deep_kl():
+    "Pixels per latent: 8, which the pipeline of HunyuanDiT takes for granted."
+    return network(
+        'AutoencoderKL',
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=['DownEncoderBlock2D'] * 4,
+        up_block_types=['UpDecoderBlock2D'] * 4,
+        latent_channels=4,
+        norm_num_groups=2,
+        scaling_factor=0.3,
+    )
+
+
+def dc():
+    return network(
+        'AutoencoderDC',
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.4,
+    )
+
+
+def video_vae(name):
+    "With statistics of the latents per channel."
+    stats = dict(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 3.0])
+    sizes = dict(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    return network(name, **sizes, **stats)
+
+
+def ltx_vae():
+    pair = (True, False)
+    net = network(
+        'AutoencoderKLLTXVideo',
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=('LTXVideoDownBlock3D',) * 2,
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=pair,
+        decoder_spatio_temporal_scaling=pair,
+        decoder_inject_noise=(False,) * 3,
+        downsample_type=('conv',) * 2,
+        upsample_residual=(False,) * 2,
+        upsample_factor=(1, 1),
+        scaling_factor=0.5,
+    )
+    net.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    net.latents_std.copy_(torch.tensor([1.0, 2.0, 0.5, 3.0]))
+    return net
+
+
+def cogvideox_vae():
+    return network(
+        'AutoencoderKLCogVideoX',
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+    )
+
+
+def hunyuan_video_vae():
+    return network(
+        'AutoencoderKLHunyuanVideo',
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.5,
+    )
+
+
+# name -> an autoencoder, and the sizes that fit it
+SMALL = dict(height=32, width=48)
+VAES = {
+    'Sana': (dc, dict(height=32, width=64)),
+    'AuraFlow': (kl, SMALL),
+    'CogView 4': (kl, SMALL),
+    'Lumina 2': (kl, SMALL),
+    'Z-Image': (kl, SMALL),
+    'Qwen-Image': (partial(video_vae, 'AutoencoderKLQwenImage'), dict(height=64, width=96)),
+    'Flux.2': (flux2_vae, {}),
+    'Flux.2 Klein': (flux2_vae, {}),
+    'Chroma': (kl, SMALL),
+    'Krea 2': (partial(video_vae, 'AutoencoderKLQwenImage'), dict(height=64, width=96)),
+    'HunyuanDiT': (deep_kl, {}),
+    'HiDream': (kl, dict(height=16, width=16)),
+    'Wan': (partial(video_vae, 'AutoencoderKLWan'), {}),
+    'LTX': (ltx_vae, {}),
+    'CogVideoX': (cogvideox_vae, {}),
+    'HunyuanVideo': (hunyuan_video_vae, {}),
+    'SkyReels V2': (partial(video_vae, 'AutoencoderKLWan'), {}),
+}
+
+
+def with_vae(what):
+    "A pipeline with an autoencoder, and a call of it."
+    (pipe, call), (make_vae, size) = FAMILIES[what][1](), VAES[what]
+    known = inspect.signature(type(pipe).__init__).parameters
+    parts = {k: v for k, v in pipe.components.items() if k in known} | dict(vae=make_vae())
+    if 'requires_safety_checker' in known:
+        parts['requires_safety_checker'] = False
+    new = type(pipe)(**parts)
+    new.set_progress_bar_config(disable=True)
+    if what == 'HiDream':
+        new.default_sample_size = pipe.default_sample_size
+    return new, call | size
 
 
 def run(pipe, call, **kw):
