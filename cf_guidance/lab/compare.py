@@ -596,7 +596,8 @@ def _cfg(request, w, steps):
     "The request with plain guidance at `w`, and its own negative prompt if it has one."
     negatives = [t['negative'] for t in request['terms'] if t['negative']['name'] == 'prompt']
     values = dict(negative=(negatives or [None])[0], w=float(w))
-    term = _term(values, range(steps))  # a constant weight needs no noise levels
+    # a constant weight needs no noise levels
+    term = _term(values, range(steps), request['model'])
     rest = {k: v for k, v in request.items() if k != 'cads'}
     return _checked_request({**rest, 'terms': [term], 'post': [], 'steps': steps})
 

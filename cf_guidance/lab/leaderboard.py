@@ -240,7 +240,7 @@ _NO_WEIGHT = 1 + 1e-6  # of a term that evaluates its negative and changes nothi
 @patch
 def _probe(self: Leaderboard, request):
     "Some pictures of a method, for which plain guidance counts the effect."
-    probe = _term(dict(w=_NO_WEIGHT), range(request['steps']))
+    probe = _term(dict(w=_NO_WEIGHT), range(request['steps']), request['model'])
     request = _checked_request({**request, 'terms': [probe, *request['terms']]})
     prompts, seeds = self.comparing
     return _for_each(request, (prompts[: _PROBES[0]], seeds[: _PROBES[1]]))
