@@ -637,7 +637,7 @@ def _with_first_input(new, args, kwargs):
 
 
 def _picture_tokens(first, given):
-    "The part of a network's first input that is a picture; its positions, if they are told."
+    "The part of a network's first input that is a picture, and its positions if they are given."
     if 'indicator' in given:  # of Ideogram 4, which is given text and picture in one sequence
         n = int((given['indicator'][0] == 2).sum())
         return first[:, -n:], given['position_ids'][:, -n:]

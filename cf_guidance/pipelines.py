@@ -2420,7 +2420,9 @@ def _negative_arguments(sd, terms, negatives):
         return {scale: Negative.w, 'negative_prompt': negatives}
     if any(negatives):
         raise ValueError('negative_prompt: a Term has its own negative; expected none here')
-    return {} if getattr(sd.unet.config, 'time_cond_proj_dim', None) or flux else {scale: 1.0}
+    net = next(iter(_networks(sd).values()))
+    # a network that is told a weight needs its own
+    return {} if flux or net.config.get('time_cond_proj_dim') else {scale: 1.0}
 
 
 # %% ../nbs/09_pipelines.ipynb #85d2419e

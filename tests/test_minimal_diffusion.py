@@ -387,6 +387,19 @@ def test_other_families():
         assert type(pipe).__call__ is not None
 
 
+@pytest.mark.parametrize('make', [sd3, flux])
+def test_a_negative_of_its_own_in_other_families(make):
+    "A term that brings its negative needs no negative prompt."
+    pipe = make(flow())
+    pipe.set_progress_bar_config(disable=True)
+    size, term = dict(height=16, width=16), Term(PAG(pipe.transformer), 2.0)
+    md = MinimalDiffusion(pipe, progress=False, num_steps=3, **size)
+    got = md.sample(['a red bag'], [term], [1], max_sequence_length=16)
+    scale = {} if make is flux else dict(guidance_scale=1.0)
+    more = dict(size, **scale, num_inference_steps=3, max_sequence_length=16, output_type='pt')
+    near(got, guided(pipe, term)('a red bag', generator=[seeded(1)], **more).images)
+
+
 def test_checkpoints(tmp_path):
     "A folder runs; what does not fit is refused in one sentence."
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(embedded_path())
