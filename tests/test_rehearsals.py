@@ -73,6 +73,17 @@ def test_each_sample_for_itself(what):
         close(both[i : i + 1], alone)
 
 
+def test_a_negative_that_comes_last(monkeypatch):
+    "Z-Image puts the negative prompt behind the prompt; without a prompt it is the condition."
+    pipe, call = make('Z-Image')
+    pos, neg = call['prompt_embeds'][:1], call['negative_prompt_embeds'][:1]
+    pipe.register_modules(text_encoder=t5(12), tokenizer=tokenizer())  # not called
+    monkeypatch.setattr(type(pipe), 'encode_prompt', lambda *args, **kwargs: (pos, neg))
+    D = pipeline_denoiser(pipe, height=call['height'], width=call['width'])
+    (got,) = [v for k, v in D.cond().items() if k.startswith('cap_feats')]
+    assert torch.equal(got[0, : len(neg[0])], neg[0])
+
+
 ENCODED = ['AuraFlow', 'Chroma', 'LTX', 'CogVideoX', 'Wan', 'Mochi']
 
 
