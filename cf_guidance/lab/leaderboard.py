@@ -426,6 +426,7 @@ def comparison_rows(
     chosen: pd.DataFrame,  # from `choose`
     # from `compare`; tables of more rivals may be added under other names of rows
     tables: dict,
+    kind: str = 'comparison',  # a word that is kept with the rows
 ):  # pairs (request, columns)
     "Measurements with intervals, and differences to rivals with verdicts; for embedded models."
     store = store if isinstance(store, Store) else Store(store)
@@ -439,7 +440,7 @@ def comparison_rows(
         terms = how[table.index[0]]['terms']
         columns |= dict(w=float(terms[0]['weights'][0]) if terms else 1.0)
         where = dict(compare_on=self.compare_on, row=row)
-        yield self._row_request('comparison', (method, best[method]), **where), columns
+        yield self._row_request(kind, (method, best[method]), **where), columns
 
 
 def keep_rows(
