@@ -1363,6 +1363,10 @@ d = {
                 'cf_guidance/karras.py',
             ),
             'cf_guidance.karras._check_fast': ('karras.html#_check_fast', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._check_feedback': (
+                'karras.html#_check_feedback',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._check_mapping': (
                 'karras.html#_check_mapping',
                 'cf_guidance/karras.py',
@@ -1414,6 +1418,14 @@ d = {
             ),
             'cf_guidance.karras._er_scale': ('karras.html#_er_scale', 'cf_guidance/karras.py'),
             'cf_guidance.karras._euler': ('karras.html#_euler', 'cf_guidance/karras.py'),
+            'cf_guidance.karras._feedback_range': (
+                'karras.html#_feedback_range',
+                'cf_guidance/karras.py',
+            ),
+            'cf_guidance.karras._feedback_settings': (
+                'karras.html#_feedback_settings',
+                'cf_guidance/karras.py',
+            ),
             'cf_guidance.karras._fresh_noise': (
                 'karras.html#_fresh_noise',
                 'cf_guidance/karras.py',
@@ -1514,6 +1526,7 @@ d = {
                 'karras.html#euler_cfg_pp',
                 'cf_guidance/karras.py',
             ),
+            'cf_guidance.karras.fbg': ('karras.html#fbg', 'cf_guidance/karras.py'),
             'cf_guidance.karras.get_ancestral_step': (
                 'karras.html#get_ancestral_step',
                 'cf_guidance/karras.py',
@@ -6014,6 +6027,10 @@ d = {
                 'transforms.html#_ratio',
                 'cf_guidance/transforms.py',
             ),
+            'cf_guidance.transforms._reach': (
+                'transforms.html#_reach',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms._skimmed': (
                 'transforms.html#_skimmed',
                 'cf_guidance/transforms.py',
@@ -6031,6 +6048,10 @@ d = {
             'cf_guidance.transforms._wide': ('transforms.html#_wide', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.adg': ('transforms.html#adg', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.apg': ('transforms.html#apg', 'cf_guidance/transforms.py'),
+            'cf_guidance.transforms.auto_cfg': (
+                'transforms.html#auto_cfg',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms.base_norm': (
                 'transforms.html#base_norm',
                 'cf_guidance/transforms.py',

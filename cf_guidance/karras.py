@@ -35,6 +35,7 @@ __all__ = [
     'sample_restart',
     'sample_euler_cfg_pp',
     'sample_rectified_cfg_pp',
+    'sample_fbg',
     'get_sigmas_karras',
     'get_sigmas_exponential',
     'get_sigmas_polyexponential',
@@ -69,6 +70,7 @@ __all__ = [
     'dpm_adaptive',
     'euler_cfg_pp',
     'rectified_cfg_pp',
+    'fbg',
     'sample_dpm_fast',
     'sample_dpm_adaptive',
     'make_quantizer',
@@ -352,6 +354,7 @@ class State(NamedTuple):
     x0: torch.Tensor = None  # (B, ...) the estimate there
     past: tuple = ()  # (sigma, tensor) of former steps, the latest first, for multistep methods
     end: float = 0.0  # noise level at which the run ends
+    sigmas: tuple = ()  # (steps+1,) noise levels of the run
 
     def evaluate(self, D, x, sigma):
         "The state after the step's first evaluation."
@@ -542,6 +545,7 @@ def _start_run(D, x, sigmas, step, cond, generator, noise, options):
         start(sigmas)
     make = brownian_noise if getattr(step, 'brownian', False) else _fresh_noise
     state = State(len(levels) - 1, 0, noise or make(x, sigmas, generator), end=levels[-1])
+    state = state._replace(sigmas=tuple(levels))
     return levels, _BoundDenoiser(D, cond), state
 
 
@@ -559,11 +563,13 @@ def _check_mapping(name, value):
 _FROM_0 = 'a finite number from 0 up', lambda v: 0 <= v < math.inf
 _LEVEL, _FINITE = ('a finite noise level above 0', _is_positive), ('a finite number', math.isfinite)
 _OPTION_RANGES = dict(
-    **dict.fromkeys(('eta', 's_noise', 's_churn', 'tau', 'rtol', 'atol'), _FROM_0),
+    **dict.fromkeys(('eta', 's_noise', 's_churn', 'tau', 'rtol', 'atol', 'temperature'), _FROM_0),
     **dict.fromkeys(('s_tmin', 's_tmax'), ('a number from 0 up', lambda v: v >= 0)),
     **dict.fromkeys(('restart_min', 'restart_max'), _LEVEL),
-    **dict.fromkeys(('gamma', 'pcoeff', 'icoeff', 'dcoeff'), _FINITE),
-    r=('a number above 0, at most 1', lambda v: 0 < v <= 1),
+    **dict.fromkeys(('gamma', 'pcoeff', 'icoeff', 'dcoeff', 'offset'), _FINITE),
+    **dict.fromkeys(('r', 'pi'), ('a number above 0, at most 1', lambda v: 0 < v <= 1)),
+    **dict.fromkeys(('t0', 't1'), ('a number from 0, below 1', lambda v: 0 <= v < 1)),
+    most=('a finite number above 1', lambda v: 1 < v < math.inf),
     h_init=('a finite number above 0', _is_positive),
     accept_safety=('a number from 0 to 1', lambda v: 0 <= v <= 1),
 )
@@ -571,16 +577,19 @@ _OPTION_COUNTS = dict(corrector=0, restart_steps=1, restart_times=0)  # lowest o
 _OPTION_CHOICES = dict(variance=('fixed_small', 'fixed_large'), solver_type=('midpoint', 'heun'))
 
 
+# %% ../nbs/04_karras.ipynb #5b1f0c77
 def _check_options(step, options):
     "An error for an option that the step does not have, or for a value that it does not take."
     params = list(inspect.signature(step).parameters.values())[5:]
-    known = [p.name for p in params]
+    known = {p.name: p.default for p in params}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in params)
     ours = getattr(step, '__module__', None) == __name__
     for name, value in options.items():
         if name not in known and not takes_any:
             has = ', '.join(known) or 'none'
             raise TypeError(f'{name}: not an option of {step.__name__}, whose options are: {has}')
+        if value is None and known.get(name, 0) is None:
+            continue
         if ours and name in _OPTION_RANGES:
             _check_number(name, value, *_OPTION_RANGES[name])
         if ours and name in _OPTION_COUNTS:
@@ -591,7 +600,7 @@ def _check_options(step, options):
             )
         if ours and name == 'order':
             _check_order(step, value)
-        if ours and name in ('quantize', 'report') and value is not None:
+        if ours and name in ('quantize', 'report'):
             of = 'noise levels' if name == 'quantize' else 'a dict'
             _check_callable(name, value, f'a function of {of}')
 
@@ -1526,6 +1535,74 @@ def rectified_cfg_pp(D, x, sigma, sigma_next, state):
     return x0 + sigma_next * noise + (1 + sigma_next) * moved, state
 
 
+# %% ../nbs/04_karras.ipynb #6fb90002
+def _feedback_settings(sigmas, pi, t0, t1):
+    "Temperature and offset that FBG has for two times, as in the authors' code."
+    n = len(sigmas) - 1
+    offset = 0.0 if pi == 1 else math.log(1.5 * (1 - pi)) / ((1 - t0) * n)
+    variances = [(a**2 - b**2) * (b / a) ** 2 for a, b in pairwise(sigmas)][::-1]
+    i = int(t1 * n)
+    low, high = variances[i], variances[min(i + 1, n - 1)]
+    return (low + (t1 * n - i) * (high - low)) * abs(offset) / 5, offset
+
+
+def _feedback_range(pi, most):
+    "The lowest and the highest logarithm of the ratio."
+    low = -math.inf if pi == 1 else math.log((1 - pi) * most / (most - 1))
+    return low, max(3.0, low)
+
+
+# %% ../nbs/04_karras.ipynb #6fb90003
+@_stochastic
+def fbg(
+    D,
+    x,
+    sigma,
+    sigma_next,
+    state,
+    pi: float = 0.999,  # how far the positive prediction is right; 1: no feedback
+    most: float = 10.0,  # the scale goes no higher, above 1
+    t0: float = 0.556,  # when the offset alone would reach a scale of 3: 1 is the start, 0 the end
+    t1: float = 0.429,  # around when the predictions begin to count
+    temperature: float = None,  # how much they count; 1 is Bayes' rule, None: by `t1`
+    offset: float = None,  # added to the logarithm of the ratio at each step; None: by `t0`
+    eta: float = 1.0,  # share of the fresh noise; 0 is none
+    s_noise: float = 1.0,  # factor on the noise
+):
+    """Feedback guidance (FBG, arXiv:2506.06085): each sample sets its own scale on the way.
+
+    `D` has `parts`, as `GuidedDenoiser` has. What the scale is above 1 adds to its weight, so a
+    weight of 1 is feedback alone. With one negative that takes two evaluations per step. The
+    defaults are the paper's for EDM2-S, whose latents are (4, 64, 64).
+    """
+    pred, pos, neg = D.parts(x, sigma)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    delta, mean = (pos - neg).to(wide), (pos + neg).to(wide) / 2
+    low, high = _feedback_range(pi, most)
+    ratio = state.past[0][1] if state.past else delta.new_full((len(x),), max(0.0, low))
+    wrong = (1 - pi) * torch.exp(-ratio) if pi < 1 else torch.zeros_like(ratio)
+    more = (wrong / (1 - wrong)).view(-1, *(1,) * (x.ndim - 1))
+    state = state._replace(x=x, sigma=sigma, x0=(pred + more * delta).to(x.dtype))
+    down, up = _ancestral_step(sigma, sigma_next, eta)
+    new = _renoised(_toward(x, state.x0, sigma, down), up * s_noise, sigma, sigma_next, state)
+    if sigma_next:
+        settings = _feedback_settings(state.sigmas, pi, t0, t1)
+        temperature = settings[0] if temperature is None else temperature
+        moved = new - torch.lerp(mean, x.to(wide), (sigma_next / sigma) ** 2)
+        gain = (delta * moved).flatten(1).sum(1) / sigma_next**2
+        ratio = ratio + temperature * gain + (settings[1] if offset is None else offset)
+    return new, state._replace(past=((sigma, ratio.clamp(low, high)),))
+
+
+# %% ../nbs/04_karras.ipynb #6fb90004
+def _check_feedback(levels, pi=0.999, offset=None, **options):
+    "An error where `t0` means nothing."
+    if offset is None and pi <= 1 / 3:
+        raise ValueError(f'pi: expected more than 1/3, or an offset, got {pi:g}')
+
+
+fbg.check_run = _check_feedback
+
 # %% ../nbs/04_karras.ipynb #106
 _PARAMETER = inspect.Parameter
 _SHARED = [
@@ -1535,6 +1612,8 @@ _SHARED = [
         for k in ('extra_args', 'callback', 'disable')
     ),
 ]
+
+# %% ../nbs/04_karras.ipynb #5b1f0c78
 _PARAMETER_DOCS = dict(
     model='called as `model(x, sigma, **extra_args) -> x0`, sigma (B,)',
     x='(B, ...) noise of standard deviation `sigmas[0]`, or an image with that noise',
@@ -1559,6 +1638,12 @@ _PARAMETER_DOCS = dict(
     restart_times='how often; 0 is the method of Heun',
     gamma='weight of the new slope; that of the old one is `1 - gamma`',
     r='where the second evaluation is, as a share of the step in the logarithm',
+    pi='how far the positive prediction is right; 1: no feedback',
+    most='the scale goes no higher, above 1',
+    t0='when the offset alone would reach a scale of 3: 1 is the start, 0 the end',
+    t1='around when the predictions begin to count',
+    temperature="how much they count; 1 is Bayes' rule, None: by `t1`",
+    offset='added to the logarithm of the ratio at each step; None: by `t0`',
     solver_type="'midpoint' or 'heun'",
     variance="that of the posterior ('fixed_small') or of the forward step ('fixed_large')",
 )
@@ -1649,6 +1734,7 @@ sample_sa_solver = _as_k_diffusion(sa_solver, 'sample_sa_solver')
 sample_restart = _as_k_diffusion(restart, 'sample_restart')
 sample_euler_cfg_pp = _as_k_diffusion(euler_cfg_pp, 'sample_euler_cfg_pp')
 sample_rectified_cfg_pp = _as_k_diffusion(rectified_cfg_pp, 'sample_rectified_cfg_pp')
+sample_fbg = _as_k_diffusion(fbg, 'sample_fbg')
 
 
 # %% ../nbs/04_karras.ipynb #4d607052

@@ -1007,6 +1007,7 @@ def test_weights_per_step_need_sigmas_or_a_step():
 
 LOOPS = {
     'cfg++': lambda G: sample(G, X, SIGMAS, karras.euler_cfg_pp, C),
+    'fbg': lambda G: sample(G, X, SIGMAS, karras.fbg, C, generator=0),
     'rectified': lambda G: sample(G, X, SIGMAS, karras.rectified_cfg_pp, C),
     'euler': lambda G: sample(G, 10 * X, SIGMAS, karras.euler, C),
     'heun': lambda G: sample(G, 10 * X, SIGMAS, karras.heun, C),

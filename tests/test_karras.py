@@ -6,6 +6,7 @@ import pickle
 import sys
 import weakref
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from cf_guidance.denoisers import Denoiser, DiscreteDenoiser, NetDenoiser, Parts
 from cf_guidance.karras import (
     SigmaSchedule,
     State,
+    _feedback_range,
+    _feedback_settings,
     ancestral,
     brownian_noise,
     churned,
@@ -45,6 +48,7 @@ from cf_guidance.karras import (
     euler,
     euler_ancestral,
     euler_cfg_pp,
+    fbg,
     get_ancestral_step,
     get_premature_sigma_min,
     get_sigmas_exponential,
@@ -67,6 +71,7 @@ from cf_guidance.karras import (
     unipc,
 )
 from cf_guidance.noise import randn
+from cf_guidance.toy import GaussianMixture
 
 nan, inf = float('nan'), math.inf
 S = 0.5
@@ -278,6 +283,7 @@ STEPS = {
     dpmpp_sde: [0, 0, 1, 1, 2],
     euler_cfg_pp: [0, 1, 2],
     rectified_cfg_pp: [0, 0, 1, 1, 2, 2],
+    fbg: [0, 1, 2],
 }
 
 
@@ -1112,6 +1118,126 @@ def test_rectified_cfg_pp_ends_where_plain_guidance_does():
     assert (got - want).abs().max() < 5e-3 * want.abs().max()
 
 
+# feedback guidance
+
+
+def run_fbg(w=1.0, **options):
+    return sample(Guided(D, GUIDED.neg, w), X, TEN, fbg, POS, generator=0, **options)
+
+
+@each('pi', [0.2, 0.5])
+def test_fbg_without_feedback_is_plain_guidance(pi):
+    got = run_fbg(pi=pi, temperature=0, offset=0)
+    plain = Guided(D, GUIDED.neg, 1 / pi)
+    want = sample(plain, X, TEN, euler_ancestral, POS, generator=0)
+    assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@each('options', [{}, dict(temperature=1, offset=-50)])
+def test_fbg_of_a_perfect_network_is_unguided(options):
+    want = sample(D, X, TEN, euler_ancestral, POS, generator=0)
+    assert_close(run_fbg(pi=1, **options), want, atol=1e-4, rtol=1e-4)
+
+
+def test_fbg_adds_to_the_weight():
+    got = run_fbg(3.0, pi=0.5, temperature=0, offset=0)
+    plain = Guided(D, GUIDED.neg, 4.0)
+    want = sample(plain, X, TEN, euler_ancestral, POS, generator=0)
+    assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_fbg_goes_no_higher_than_most():
+    "From the second step on the scale is `most`."
+    state = State(
+        2, 1, None, past=((9.0, torch.full((4,), -99.0).clamp(*_feedback_range(0.9, 5))),)
+    )
+    x, pred, pos, neg = X, 3 * X, 3 * X, X
+    bound = SimpleNamespace(parts=lambda x, sigma: (pred, pos, neg))
+    _, state = fbg(bound, x, 2.0, 0.0, state, pi=0.9, most=5.0)
+    assert_close(state.x0, neg + 5 * (pos - neg), atol=1e-4, rtol=1e-4)
+
+
+def test_fbg_without_noise_is_euler():
+    got = run_fbg(pi=0.5, temperature=0, offset=0, eta=0.0)
+    want = sample(Guided(D, GUIDED.neg, 2.0), X, TEN, euler, POS)
+    assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_the_times_of_fbg():
+    "By hand: the offset alone brings the scale to 3 at `t0`."
+    _, offset = _feedback_settings(TEN.tolist(), 0.95, 0.5, 0.4)
+    ratio = math.exp(offset * 5)
+    assert ratio / (ratio - 0.05) == pytest.approx(3)
+    temperature, offset = _feedback_settings([4.0, 2.0, 1.0, 0.0], 0.95, 0.5, 1 / 3)
+    assert temperature == pytest.approx((4 - 1) * 0.25 * abs(offset) / 5)
+
+
+@each('name,value', [('pi', 0), ('pi', 2), ('most', 1), ('t0', 1), ('t1', -1), ('temperature', -1)])
+def test_bad_options_of_fbg(name, value):
+    with pytest.raises(ValueError, match=f'{name}: expected'):
+        run_fbg(**{name: value})
+
+
+def test_fbg_needs_a_pi_for_its_times():
+    with pytest.raises(ValueError, match='pi: expected more than 1/3, or an offset, got 0.3'):
+        run_fbg(pi=0.3)
+
+
+DATA = GaussianMixture([[-2.0], [2.0]], [0.04, 0.25], [0.3, 0.7])
+
+
+class Damaged(Denoiser):
+    "It ignores the class 0 for 40 % of its conditional predictions; all densities are known."
+
+    def __init__(self):
+        super().__init__(None)
+
+    def densities(self, x, sigma):
+        "Logarithms: of the class with the right share, and of all it mixes with."
+        return DATA.logp(x, sigma, 0) + math.log(0.6), DATA.logp(x, sigma) + math.log(0.4)
+
+    def parts(self, x, sigma):
+        right, wrong = self.densities(x, sigma)
+        neg, share = DATA(x, sigma), (right - wrong).sigmoid()[:, None]
+        pos = share * DATA(x, sigma, 0) + (1 - share) * neg
+        return Parts(pos, pos, neg)
+
+    def forward(self, x, sigma):
+        return self.parts(x, sigma).pred
+
+
+NOISE = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0)).double()
+
+
+@each('sigma', [0.5, 2.0, 10.0])
+def test_the_scale_of_fbg_is_exact_where_the_ratio_is_known(sigma):
+    net, x = Damaged(), DATA.sample(200, 0, 0, sigma)
+    pos, neg = net.parts(x, sigma)[1:3]
+    ratio = (torch.logaddexp(*net.densities(x, sigma)) - DATA.logp(x, sigma)).exp()[:, None]
+    got = neg + ratio / (ratio - 0.4) * (pos - neg)
+    assert_close(got, DATA(x, sigma, 0), atol=1e-8, rtol=1e-6)
+
+
+def test_fbg_finds_the_ratio_on_its_way():
+    net, sigmas = Damaged(), get_sigmas_karras(400, 0.5, 40.0, concat_zero=False)
+    options = dict(pi=0.6, most=50.0, temperature=1.0, offset=0.0)
+    *_, (x, state) = karras._run_steps(net, 40 * NOISE, sigmas, fbg, None, 0, None, options)
+    ratio = torch.logaddexp(*net.densities(x, 0.5)) - DATA.logp(x, 0.5)
+    found, sure = state.past[0][1], x[:, 0] < 0
+    assert (found - ratio)[sure].abs().median() < 0.1
+
+
+def test_fbg_draws_the_class_from_a_network_that_ignores_it():
+    net, sigmas = Damaged(), get_sigmas_karras(100, 0.01, 40.0)
+    options = dict(pi=0.6, most=50.0, temperature=1.0, offset=0.0)
+    plain = sample(net, 40 * NOISE, sigmas, euler_ancestral, generator=0)
+    x = sample(net, 40 * NOISE, sigmas, fbg, generator=0, **options)
+    assert (plain > 0).double().mean() == pytest.approx(0.4 * 0.7, abs=0.03)
+    assert (x > 0).double().mean() < 0.03
+    assert x[x < 0].mean() == pytest.approx(-2.0, abs=0.02)
+    assert x[x < 0].std() == pytest.approx(0.2, abs=0.02)
+
+
 def test_weights_of_cfg_pp_on_karras():
     "Computed independently"
     want = [1.591, 1.507, 1.423, 1.340, 1.257, 1.174, 1.092, 1.012, 0.932, 0.600]
@@ -1173,6 +1299,7 @@ OPTIONS = {
     'ddpm': ['variance', 's_noise', 'noise_sampler', 'generator'],
     'euler_cfg_pp': [],
     'rectified_cfg_pp': [],
+    'fbg': ['pi', 'most', 't0', 't1', 'temperature', 'offset', *ANCESTRAL],
 }
 
 

@@ -219,7 +219,7 @@ def test_a_second_row_is_counted(joint, settings, guided_steps):
 
 
 @pytest.mark.parametrize('settings, guided_steps', WEIGHTS)
-@pytest.mark.parametrize(('sampler', 'each'), [('heun', 2), ('euler_cfg_pp', 1)])
+@pytest.mark.parametrize(('sampler', 'each'), [('heun', 2), ('euler_cfg_pp', 1), ('fbg', 1)])
 def test_a_second_row_is_counted_by_samplers(joint, sampler, each, settings, guided_steps):
     pipe, folder = joint
     same = dict(prompt=PROMPT, negative_prompt=OTHER, negative='nag', size=16)
@@ -548,8 +548,11 @@ def test_evaluations_of_samplers():
     assert (counts['sa_solver'], counts['dpm_fast']) == (8, 18)
     assert counts['restart'] == 14 + 2 * 18
     assert counts['rectified_cfg_pp'] == 4 * 3
+    assert counts['fbg'] == 4 * 2
     alone = [evaluations_of(r) for r in requests if r['terms'][0]['weights'][0] == 1]
-    extra = dict(euler_cfg_pp=4, rectified_cfg_pp=6)  # they read both predictions at any weight
+    extra = dict(
+        euler_cfg_pp=4, rectified_cfg_pp=6, fbg=4
+    )  # they read both predictions at any weight
     assert sum(alone) == (sum(counts.values()) + 2 * sum(extra.values())) / 2
 
 

@@ -917,7 +917,7 @@ def _request(values):
         request |= dict(sampler=values['sampler'], sigmas=sigmas)
     begins = _levels_of(request).sigmas[:steps]
     request['terms'] = [t for t in (_term(o, begins, model) for o in given) if t]
-    _check_sampler(values, request['terms'])
+    _check_sampler(values, request)
     return _checked_request(request)
 
 
@@ -934,7 +934,7 @@ def _resolved(model, scheduler):
     return {**scheduler, 'name': scheduler['name'] or type(own).__name__}
 
 
-def _check_sampler(values, terms):
+def _check_sampler(values, request):
     "An error for what does not go together with a sampler, or without one."
     sampler = values.get('sampler')
     if not sampler:
@@ -946,7 +946,7 @@ def _check_sampler(values, terms):
         raise ValueError(
             f"eta: expected none beside a sampler; write '{name}(eta=...)', if it has one"
         )
-    if name.endswith('cfg_pp') and not terms:
+    if not request['terms'] and _levels_of(request).both:
         raise ValueError(f'sampler: {name}: expected guidance, got none')
 
 
