@@ -6027,6 +6027,10 @@ d = {
                 'transforms.html#_ratio',
                 'cf_guidance/transforms.py',
             ),
+            'cf_guidance.transforms._reach': (
+                'transforms.html#_reach',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms._skimmed': (
                 'transforms.html#_skimmed',
                 'cf_guidance/transforms.py',
@@ -6044,6 +6048,10 @@ d = {
             'cf_guidance.transforms._wide': ('transforms.html#_wide', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.adg': ('transforms.html#adg', 'cf_guidance/transforms.py'),
             'cf_guidance.transforms.apg': ('transforms.html#apg', 'cf_guidance/transforms.py'),
+            'cf_guidance.transforms.auto_cfg': (
+                'transforms.html#auto_cfg',
+                'cf_guidance/transforms.py',
+            ),
             'cf_guidance.transforms.base_norm': (
                 'transforms.html#base_norm',
                 'cf_guidance/transforms.py',

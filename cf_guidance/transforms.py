@@ -24,6 +24,7 @@ __all__ = [
     'smc',
     'mahiro',
     'skimmed',
+    'auto_cfg',
     'rescale',
     'ep_cfg',
     'cfg_norm',
@@ -725,6 +726,28 @@ def skimmed(
     "Skimmed CFG (Extraltodeus, single scale): a lower weight where values would grow too much."
     neg = _skimmed(neg, pos, w, skim)
     return torch.lerp(neg, _skimmed(pos, neg, w, skim), w)
+
+
+# %% ../nbs/01_transforms.ipynb #a070c0f2
+def _reach(x, top):
+    "Half the distance between high and low values in the rows of each channel, (B, C, 1, ...)."
+    k, axes = max(1, int(top * x.shape[-1])), tuple(range(2, x.ndim))
+    high, low = (x.topk(k, -1, largest=o).values for o in (True, False))
+    return (high.mean(axes, keepdim=True) + low.abs().mean(axes, keepdim=True)) / 2
+
+
+@rule('x0', pos_at=None, axes=3, neg_at=0.0, reference=(0, math.inf), top=(0, 0.5))
+def auto_cfg(
+    neg: torch.Tensor,  # (B, C, ..., W) negative estimate of the latent
+    pos: torch.Tensor,  # (B, C, ..., W) positive estimate
+    w,  # a number or (B,): ten times the reach that each channel is to have
+    *,
+    reference: float = 8.0,  # weight at which the reach is measured
+    top: float = 0.25,  # share of a row that counts as high, and as low
+) -> torch.Tensor:  # (B, C, ..., W)
+    "`cfg` with a weight per channel, for one reach (ComfyUI-AutomaticCFG, its hard mode)."
+    reach = _reach(torch.lerp(neg, pos, reference), top)
+    return neg + w / 10 * reference * (pos - neg) / torch.where(reach == 0, 1, reach)
 
 
 # %% ../nbs/01_transforms.ipynb #b216d891

@@ -28,7 +28,14 @@ RULES |= {
 }
 COMBINE = sorted(k for k, f in RULES.items() if isinstance(f, Rule))
 # a radius, a range of pixels and a length have units
-NOT_SCALED = {'smc', 'apg, radius and momentum', 'dynamic_threshold', 'beta_cfg', 'beta_cfg, root'}
+NOT_SCALED = {
+    'smc',
+    'auto_cfg',
+    'apg, radius and momentum',
+    'dynamic_threshold',
+    'beta_cfg',
+    'beta_cfg, root',
+}
 
 settings.register_profile('here', deadline=None, derandomize=True, max_examples=25)
 settings.load_profile('here')
@@ -194,5 +201,5 @@ def test_all_rules_are_here():
     spaces |= dict.fromkeys(('epsilon_scaling', 'tsr'), 'eps')
     named = {k: f.space for k, f in RULES.items() if k.isidentifier()}
     assert named == {k: spaces.get(k, 'x0') for k in named}  # the others work on the image
-    assert len(named) == 22
+    assert len(named) == 23
     assert all(math.isfinite(RULES[k].pos_at) for k in COMBINE if RULES[k].pos_at is not None)

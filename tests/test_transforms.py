@@ -30,6 +30,7 @@ from cf_guidance.transforms import (
     _quantile,
     adg,
     apg,
+    auto_cfg,
     base_norm,
     beta_cfg,
     cfg,
@@ -119,7 +120,7 @@ def names(test):
 
 
 def test_spaces():
-    image = ['apg', 'adg', 'fdg', 'mimic', 'mahiro', 'skimmed']
+    image = ['apg', 'adg', 'fdg', 'mimic', 'mahiro', 'skimmed', 'auto_cfg']
     image += ['ep_cfg', 'cfg_norm', 'dynamic_threshold']
     assert names(lambda f: f.space == 'any') == ['cfg']
     assert sorted(names(lambda f: f.space == 'x0')) == sorted(image)
@@ -128,10 +129,19 @@ def test_spaces():
 
 
 def test_facts():
-    no_pos = ['base_norm', 't_norm', 'full_norm', 'beta_cfg', 'mimic', 'smc']
+    no_pos = ['base_norm', 't_norm', 'full_norm', 'beta_cfg', 'mimic', 'smc', 'auto_cfg']
     assert names(lambda f: isinstance(f, Rule) and f.pos_at is None) == no_pos
     assert names(lambda f: isinstance(f, Rule) and f.pos_at not in (None, 1)) == []
-    at_neg = ['cfg', 'base_norm', 't_norm', 'full_norm', 'beta_cfg', 'mahiro', 'skimmed']
+    at_neg = [
+        'cfg',
+        'base_norm',
+        't_norm',
+        'full_norm',
+        'beta_cfg',
+        'mahiro',
+        'skimmed',
+        'auto_cfg',
+    ]
     assert names(lambda f: isinstance(f, Rule) and f.neg_at is not None) == at_neg
     assert names(lambda f: isinstance(f, Rule) and f.stateful) == ['apg', 'smc']
     assert names(lambda f: isinstance(f, PostRule)) == [
@@ -299,6 +309,31 @@ def slow_mimic(neg, pos, w, mimic, p):
 def test_mimic(w, m, p):
     neg, pos = two_sizes()
     same(mimic(neg, pos, w, mimic=m, p=p), slow_mimic(neg, pos, w, m, p))
+
+
+def test_auto_cfg_by_hand():
+    "A row of 8 values: a quarter are 2. At weight 8 they are 7 and 5, and -5 and -3."
+    pos = torch.tensor([7.0, 0, 5, 1, 0, -5, 0, -3]).view(1, 1, 1, 8) / 8
+    reach = ((7 + 5) / 2 + (5 + 3) / 2) / 2
+    same(auto_cfg(0 * pos, pos, 4.0), 0.4 / reach * 8 * pos)
+
+
+def test_auto_cfg_gives_each_channel_its_reach():
+    neg, pos = two_sizes()
+    got = auto_cfg(0 * neg, pos, torch.tensor([4.0, 12.0]))
+    high, low = got.topk(2, -1).values, got.topk(2, -1, largest=False).values
+    reach = (high.mean((2, 3)) + low.abs().mean((2, 3))) / 2
+    same(reach, torch.tensor([[0.4], [1.2]]).expand(2, 4))
+
+
+def test_the_delta_of_auto_cfg_has_no_scale():
+    neg, pos = two_sizes()
+    same(auto_cfg(9 * neg, 9 * pos, 5.0) - 9 * neg, auto_cfg(neg, pos, 5.0) - neg)
+
+
+def test_auto_cfg_of_equal_predictions_is_both():
+    neg, _ = two_sizes()
+    same(auto_cfg(neg, neg, 5.0), neg)
 
 
 def test_fdg():
@@ -848,6 +883,7 @@ BAD_SETTINGS = {
     fdg: dict(shares=((), 1.0, (1.0, -1.0), ('a',), (1.0, INF), None, 'ab', (1.0,) * 100)),
     dynamic_threshold: dict(p=(-0.1, 1.1)),
     mimic: dict(mimic=(-1, INF), p=(2,), phi=(2,)),
+    auto_cfg: dict(reference=(-1, INF), top=(-0.1, 0.6)),
 }
 CASES = [(f, k, v) for f, kw in BAD_SETTINGS.items() for k, vs in kw.items() for v in vs]
 
