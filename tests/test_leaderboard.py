@@ -328,7 +328,6 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys
 
 # these take words that a picture shall not have; the leaderboard's negative prompt is empty
 WITH_WORDS = {'perpneg', 'vsf'}
-NOT_YET = {'auto_cfg'}  # it came when the rows had been drawn
 
 
 def test_the_leaderboard_of_the_package_names_only_what_exists(tmp_path, monkeypatch):
@@ -337,7 +336,7 @@ def test_the_leaderboard_of_the_package_names_only_what_exists(tmp_path, monkeyp
     board = Leaderboard.from_toml(file, choose_on=(2, 2), compare_on=(2, 2))
     assert len(board.methods) > 50
     tried = {k for sweep in board.choices.values() for r in sweep.requests for k in _named(r)}
-    assert tried >= {*RULES, *POST_RULES, *NEGATIVES} - WITH_WORDS - NOT_YET
+    assert tried >= {*RULES, *POST_RULES, *NEGATIVES} - WITH_WORDS
 
 
 def _named(request):
