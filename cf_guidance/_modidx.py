@@ -2583,6 +2583,10 @@ d = {
                 'lab/leaderboard.html#leaderboard.setting_rows',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard._against': (
+                'lab/leaderboard.html#_against',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard._check_methods': (
                 'lab/leaderboard.html#_check_methods',
                 'cf_guidance/lab/leaderboard.py',
@@ -2623,12 +2627,24 @@ d = {
                 'lab/leaderboard.html#clip_judge',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard.difference_table': (
+                'lab/leaderboard.html#difference_table',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.in_words': (
+                'lab/leaderboard.html#in_words',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard.keep_rows': (
                 'lab/leaderboard.html#keep_rows',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard.leaderboard': (
                 'lab/leaderboard.html#leaderboard',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.plot_differences': (
+                'lab/leaderboard.html#plot_differences',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard.run_leaderboard': (

@@ -12,7 +12,15 @@ from cf_guidance import _cli
 from cf_guidance.lab.compare import paired_differences
 from cf_guidance.lab.draw import Painter
 from cf_guidance.lab.fashion import fashion_path, world_of
-from cf_guidance.lab.leaderboard import Leaderboard, clip_judge, keep_rows, leaderboard
+from cf_guidance.lab.leaderboard import (
+    Leaderboard,
+    clip_judge,
+    difference_table,
+    in_words,
+    keep_rows,
+    leaderboard,
+    plot_differences,
+)
 from cf_guidance.lab.plan import NEGATIVES, POST_RULES, RULES
 from cf_guidance.lab.store import RESULTS, Store, key_of
 
@@ -370,7 +378,7 @@ def test_clip_judge_gives_the_cosine_of_both_embeddings(tmp_path):
     assert all(-1 <= o <= 1 for o in each)
 
 
-@pytest.mark.parametrize('plan', ['leaderboard', 'part6'])
+@pytest.mark.parametrize('plan', ['leaderboard', 'part6', 'scenes'])
 def test_each_setting_of_a_plan_has_a_row(plan):
     rows = Store(RESULTS / plan, write=False).rows()
     board = Leaderboard.from_toml(RESULTS.parent / f'{plan}.toml')
@@ -393,6 +401,63 @@ def test_rows_of_a_lesson_are_kept_once(drawn, tmp_path):
     row = rows[(rows.method == 'cfg + pag') & (rows.row == 'interval')].iloc[0]
     a, b = (tables[o, 'best'].right.mean() for o in ('cfg + pag', 'interval'))
     assert row['right difference'] == pytest.approx(a - b)
+
+
+def made_row(method, row, mean, **more):
+    "A row as `comparison_rows` gives it; `more`: name of a measurement -> difference and verdict."
+    out = dict(method=method, row=row, nfe=16.0, w=4.0) | {'right mean': mean}
+    for value in ('right', 'diversity'):
+        (middle, low, high), verdict = more.pop(value, ((0.0,) * 3, 'cannot be told apart'))
+        out |= {f'{value} difference': middle, f'{value} difference_low': low}
+        out |= {f'{value} difference_high': high, f'{value} verdict': verdict}
+    return out | more
+
+
+MADE = pd.DataFrame(
+    [
+        made_row('cfg', 'best', 0.9),
+        made_row('a', 'best', 0.8, nfe=12.0),
+        made_row('a', 'CFG, same effect', 0.7, w=2.5, right=((0.1, 0.05, 0.15), 'better')),
+        made_row('a', 'CFG, same cost', 0.9, diversity=((0.3, 0.1, 0.5), 'better')),
+        made_row('b', 'best', 0.95),
+        made_row('b', 'CFG, same effect', 0.8, w=1.0),
+        made_row('b', 'CFG, same cost', 0.9, right=((-0.2, -0.3, -0.1), 'worse')),
+        made_row('no guidance', 'best', 0.5, nfe=8.0, w=1.0),
+        made_row('no guidance', 'CFG, same cost', 0.6),
+    ]
+)
+
+
+def test_each_method_is_put_into_words():
+    words = in_words(MADE)
+    assert list(words.index) == ['b', 'a', 'no guidance']
+    assert words.sentence['a'] == (
+        '`a` is right 0.800 of the time with 12 evaluations: not shown to differ from CFG at its '
+        'cost, and more often than CFG with its effect, w=2.5 (+0.100, [0.050, 0.150]). Its '
+        'pictures vary more.'
+    )
+    assert words.sentence['b'] == (
+        '`b` is right 0.950 of the time with 16 evaluations: less often than CFG at its cost '
+        '(-0.200, [-0.300, -0.100]), and not shown to differ from no guidance, which has its '
+        'effect.'
+    )
+    assert list(words.loc['a'])[:2] == ['better', 'cannot be told apart']
+    assert words['CFG, same effect']['no guidance'] == ''
+
+
+def test_differences_are_listed_and_drawn():
+    table = difference_table(MADE, 'CFG, same effect', ['right'])
+    assert table.loc['a'].to_list() == ['2.5', 16, '0.700', '+0.100 (+0.050 to +0.150)']
+    assert list(difference_table(MADE, 'CFG, same cost', ['right']).index[:1]) == ['no guidance']
+    with pytest.raises(ValueError, match='rival: expected one of CFG, same effect, CFG, same cost'):
+        difference_table(MADE, 'best')
+
+    left, right = plot_differences(MADE, dict(right='R', diversity='D')).axes
+    assert [o.get_text() for o in left.get_yticklabels()] == ['no guidance', 'a', 'b']
+    effect, cost = left.containers
+    assert effect.lines[0].get_xdata()[1] == 0.1
+    assert cost.lines[0].get_xdata()[2] == -0.2
+    assert right.containers[1].lines[0].get_xdata()[1] == 0.3
 
 
 @pytest.mark.parametrize('lesson', ['leaderboard', 'part6', 'scenes'])
