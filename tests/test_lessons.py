@@ -1,9 +1,11 @@
 "Rows that the lessons show, measured again: some that take seconds, chosen at random."
 
+import json
 import os
 import random
 
 import pytest
+from conftest import ROOT
 from lesson_helpers import part_of
 
 from cf_guidance.lab.fashion import fashion_mnist
@@ -87,3 +89,15 @@ def test_negatives_are_repeated():
     old = stored_rows('negatives', [o]).iloc[0]
     assert old['evaluations'] == nfe.float().mean().item(), o
     assert right.mean().item() == pytest.approx(old['adherence'], abs=0.011), o
+
+
+def test_claims_are_current():
+    "The page of claims shows what the stored rows say. If not: run it again."
+    names = 'shapes', 'combined', 'others', 'evaluation'
+    part = part_of('lessons/claims', *names, 'table')
+    nb = json.loads((ROOT / 'nbs/lessons/claims.ipynb').read_text(encoding='utf-8'))
+    outputs = [o for c in nb['cells'] for o in c.get('outputs', [])]
+    page = '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
+    for name in names:
+        for line in part['table'](part[name]).data.splitlines():
+            assert line in page
