@@ -565,8 +565,16 @@ d = {
                 'families.html#_trial.plain',
                 'cf_guidance/families.py',
             ),
+            'cf_guidance.families._Trial.prompt': (
+                'families.html#_trial.prompt',
+                'cf_guidance/families.py',
+            ),
             'cf_guidance.families._Trial.prompted': (
                 'families.html#_trial.prompted',
+                'cf_guidance/families.py',
+            ),
+            'cf_guidance.families._Trial.sounds': (
+                'families.html#_trial.sounds',
                 'cf_guidance/families.py',
             ),
             'cf_guidance.families._Trial.unguided': (
@@ -4880,6 +4888,26 @@ d = {
                 'pipelines.html#_edmvelocity.scalings',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._EachPart': (
+                'pipelines.html#_eachpart',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._EachPart.__call__': (
+                'pipelines.html#_eachpart.__call__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._EachPart.__getattr__': (
+                'pipelines.html#_eachpart.__getattr__',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._EachPart.both': (
+                'pipelines.html#_eachpart.both',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._EachPart.weight': (
+                'pipelines.html#_eachpart.weight',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._Evaluations': (
                 'pipelines.html#_evaluations',
                 'cf_guidance/pipelines.py',
@@ -5207,6 +5235,10 @@ d = {
                 'pipelines.html#_run.begin',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._Run.for_parts': (
+                'pipelines.html#_run.for_parts',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._Run.forward': (
                 'pipelines.html#_run.forward',
                 'cf_guidance/pipelines.py',
@@ -5223,8 +5255,24 @@ d = {
                 'pipelines.html#_run.has_negative',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._Run.join': (
+                'pipelines.html#_run.join',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Run.post_for_parts': (
+                'pipelines.html#_run.post_for_parts',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._Run.result': (
                 'pipelines.html#_run.result',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Run.sound_weight': (
+                'pipelines.html#_run.sound_weight',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._Run.split': (
+                'pipelines.html#_run.split',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._Stop': ('pipelines.html#_stop', 'cf_guidance/pipelines.py'),
@@ -5351,6 +5399,10 @@ d = {
                 'pipelines.html#_ideogram_levels',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._in_a_row': (
+                'pipelines.html#_in_a_row',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._in_its_precision': (
                 'pipelines.html#_in_its_precision',
                 'cf_guidance/pipelines.py',
@@ -5365,6 +5417,26 @@ d = {
             ),
             'cf_guidance.pipelines._load_pipeline': (
                 'pipelines.html#_load_pipeline',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._ltx2_enter': (
+                'pipelines.html#_ltx2_enter',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._ltx2_leave': (
+                'pipelines.html#_ltx2_leave',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._ltx2_own': (
+                'pipelines.html#_ltx2_own',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._ltx2_parts': (
+                'pipelines.html#_ltx2_parts',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._ltx2_posts': (
+                'pipelines.html#_ltx2_posts',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._lumina_cut': (
@@ -5409,6 +5481,10 @@ d = {
             ),
             'cf_guidance.pipelines._other_scheduler': (
                 'pipelines.html#_other_scheduler',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._out_of_a_row': (
+                'pipelines.html#_out_of_a_row',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._per_image': (
@@ -5463,6 +5539,7 @@ d = {
                 'pipelines.html#_signature',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._silent': ('pipelines.html#_silent', 'cf_guidance/pipelines.py'),
             'cf_guidance.pipelines._stand_in': (
                 'pipelines.html#_stand_in',
                 'cf_guidance/pipelines.py',
@@ -5474,6 +5551,10 @@ d = {
             ),
             'cf_guidance.pipelines._term_of': (
                 'pipelines.html#_term_of',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._two_scales': (
+                'pipelines.html#_two_scales',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._unflatten': (

@@ -60,7 +60,8 @@ class _Trial:
         args = {**self.call, **fixed, 'num_inference_steps': self.steps, **kw}
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='.*never guided')
-            return (pipe or self.pipe)(**args, return_dict=False)[0]
+            out = (pipe or self.pipe)(**args, return_dict=False)
+        return torch.cat([o.flatten(1) for o in out], 1) if self.sounds else out[0]
 
     @cached_property
     def own(self):
@@ -81,13 +82,22 @@ class _Trial:
         "Does the pipeline evaluate a negative prompt?"
         return _family_of(self.pipe).negative is not None
 
+    @property
+    def sounds(self):
+        "Does the pipeline make sound, too?"
+        return _family_of(self.pipe).parts is not None
+
+    def prompt(self, w):
+        "The negative prompt; sound has the weight of the pictures."
+        return NegativePrompt(sound=w) if self.sounds else NegativePrompt()
+
     def at(self, w):
         "The argument with which the pipeline has this weight."
         if 'true_cfg_scale' in self.call:
             return dict(true_cfg_scale=w)
         scale = w - 1 + _family_of(self.pipe).unguided
-        second = 'guidance_scale_2' in self.call
-        return dict(guidance_scale=scale, **(dict(guidance_scale_2=scale) if second else {}))
+        names = ['guidance_scale', 'guidance_scale_2', 'audio_guidance_scale']
+        return dict.fromkeys([k for k in names if k in {*self.call, names[0]}], scale)
 
 
 # %% ../nbs/15_families.ipynb #f1b95b30
@@ -97,8 +107,8 @@ def _network(trial):
 
 def _guided(trial, w=None, n=1, **kw):
     "The pipeline, guided by its negative prompt, or by a network with fewer layers."
-    neg = NegativePrompt() if trial.prompted else SLG(_network(trial))
     w = trial.w if w is None else w
+    neg = trial.prompt(w) if trial.prompted else SLG(_network(trial))
     return guided(trial.pipe, *[Term(neg, w, **kw) for _ in range(n)])
 
 
@@ -245,16 +255,16 @@ def _check_time(trial, sigma, told):
 # %% ../nbs/15_families.ipynb #b5b4bf6d
 def _first_output(trial, kw):
     "What the pipeline alone, without guidance, first gives to its scheduler."
-    outputs, pipe = [], copy(trial.pipe)
-    pipe.scheduler = deepcopy(pipe.scheduler)
-    step = pipe.scheduler.step
+    outputs, pipe, cls = [], copy(trial.pipe), type(trial.pipe.scheduler)
 
-    @wraps(step)
-    def seen(output, *args, **kwargs):
+    @wraps(cls.step)
+    def step(self, output, *args, **kwargs):
         outputs.append(output)
-        return step(output, *args, **kwargs)
+        return cls.step(self, output, *args, **kwargs)
 
-    pipe.scheduler.step = seen
+    # a class of its own, since some pipelines copy their scheduler
+    pipe.scheduler = deepcopy(pipe.scheduler)
+    pipe.scheduler.__class__ = type(cls.__name__, (cls,), dict(step=step))
     trial(pipe, **kw)
     return outputs[0]
 
@@ -309,7 +319,7 @@ def _negative_prompt(trial):
 
 @_property('cut batch')
 def _cut_batch(trial):
-    neg = NegativePrompt() if trial.prompted else SLG(_network(trial))
+    neg = trial.prompt(trial.w) if trial.prompted else SLG(_network(trial))
     cut = guided(trial.pipe, Term(neg, trial.w), max_batch=1)
     return _off(trial(cut), trial.plain)
 
@@ -356,7 +366,7 @@ def _refusals():
 
 def _perturbed(trial, kind):
     "Latents under plain guidance and a negative of the network itself."
-    own = [Term(NegativePrompt(), trial.w)] if trial.prompted else []
+    own = [Term(trial.prompt(trial.w), trial.w)] if trial.prompted else []
     with _refusals():
         return trial(guided(trial.pipe, *own, Term(kind(_network(trial)), 3.0)))
 

@@ -86,11 +86,16 @@ def _is_cross_attention(name, module, modules):
     return getattr(module, 'is_cross_attention', second or 'Cross' in type(module).__name__)
 
 
+# layers of LTX-2 in which pictures attend to sound, and sound to pictures
+_BETWEEN = 'audio_to_video_attn', 'video_to_audio_attn'
+
+
 def _attentions(net):
     "The layers of self-attention."
     every, named = _named_modules(net), {}
     for n, m in every.items():
-        if 'Attention' in type(m).__name__ and not _is_cross_attention(n, m, every):
+        other = _is_cross_attention(n, m, every) or n.endswith(_BETWEEN)
+        if 'Attention' in type(m).__name__ and not other:
             named[n] = m
     outer = {n.rsplit('.', i)[0] for n in named for i in range(1, n.count('.') + 1)}
     return {n: m for n, m in named.items() if n not in outer}
@@ -296,6 +301,8 @@ def _image_tokens(
     n,  # number of tokens
 ):
     "Which of `n` tokens are the image's, as a slice; None: not known."
+    if cls.startswith('LTX2'):  # its layers of self-attention have pictures or sound, and no text
+        return slice(0, n)
     if len(own) == 4 and math.prod(own[-2:]) == n:
         count = n
     elif len(shape) == 4 and isinstance(patch, int):
@@ -736,6 +743,8 @@ def _output_names(block):
     "Names of the inputs that stand where the outputs of a block do; None: not known."
     name = type(block).__name__.removesuffix('TransformerBlock')
     text, image = 'encoder_hidden_states', 'hidden_states'
+    if name == 'LTX2Video':
+        return image, 'audio_hidden_states'
     if name in _TEXT_FIRST:
         return text, image
     return (image, text) if name in _IMAGE_THEN_TEXT else None

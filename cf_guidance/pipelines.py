@@ -35,10 +35,12 @@ from torch import nn
 
 from . import transforms as T
 from ._extras import needs
+from .attention import PAG, Perturbation
 from .denoisers import Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
 from .guided import (
     Conditions,
     GuidedDenoiser,
+    Inside,
     Microbatched,
     Model,
     Negative,
@@ -48,7 +50,7 @@ from .guided import (
 )
 from .negatives import CADS
 from .noise import _check_generators, _check_whole, split_generator
-from .perturb import Layers, _network_of, refuse_caches
+from .perturb import _BETWEEN, Layers, _network_of, refuse_caches
 
 # %% ../nbs/09_pipelines.ipynb #45d479fb
 with needs('diffusers', 'cf_guidance.pipelines'):
@@ -103,6 +105,11 @@ class Family:
     # arguments with which it leaves that to us
     post: Callable | None = None
     without: dict = field(default_factory=dict)
+    # `own(run)`: terms that the pipeline has beside its negative prompt
+    own: Callable | None = None
+    # of a network that predicts pictures and sound: `parts(run)` is, for each of them, the shape of
+    # a sample and the axis of its channels
+    parts: Callable | None = None
     cut: Callable | None = None  # `cut(run)`: does the pipeline drop the negative in this step?
     second: str | None = None  # the second network: for the negative, or for the later steps
     refused: dict = field(default_factory=dict)  # arguments that cannot be, and what to use
@@ -375,6 +382,87 @@ _IDEOGRAM4 = Family(
 )
 _KREA2 = Family(grid=_grid_of_positions, unguided=0.0, since='0.39', **_TOKENS)
 
+
+# %% ../nbs/09_pipelines.ipynb #7dbd71ff
+def _in_a_row(parts):
+    return torch.cat([o.flatten(1) for o in parts], 1)
+
+
+def _out_of_a_row(z, sizes):
+    pieces = z.split([math.prod(s) for s in sizes], 1)
+    return [o.unflatten(1, s) for o, s in zip(pieces, sizes, strict=True)]
+
+
+def _ltx2_enter(args):
+    "Pictures and sound in one row of numbers; the noise level is told once, as `timestep`."
+    parts = args['hidden_states'], args['audio_hidden_states']
+    again = 'audio_hidden_states', 'audio_timestep', 'sigma'
+    rest = {k: v for k, v in args.items() if k not in again}
+    sizes = [tuple(o.shape[1:]) for o in parts]
+    return rest | dict(hidden_states=_in_a_row(parts), sizes=sizes)
+
+
+def _ltx2_leave(args):
+    pictures, sound = _out_of_a_row(args['hidden_states'], args.pop('sizes'))
+    time = args['timestep'].view(len(sound), -1).amax(1)  # it may have one value per token
+    both = dict(hidden_states=pictures, audio_hidden_states=sound)
+    return args | both | dict(audio_timestep=time, sigma=time)
+
+
+def _ltx2_parts(run):
+    args, pipe = run.call.args, run.clone
+    (_, channels), (length, features) = args['sizes']
+    bins = pipe.audio_vae.config.mel_bins // pipe.audio_vae_mel_compression_ratio
+    pictures = args['num_frames'], args['height'], args['width'], channels
+    return [(pictures, -1), ((length, features // bins, bins), 2)]
+
+
+# %% ../nbs/09_pipelines.ipynb #c060d3fd
+def _silent(out, site):
+    return torch.zeros_like(out)
+
+
+def _two_scales(given, name):
+    "A scale for the pictures and one for the sound, which is the same if it is None or 0."
+    return given[name], given[f'audio_{name}'] or given[name]
+
+
+def _ltx2_own(run):
+    "Guidance by perturbed attention, and by pictures and sound that do not see each other."
+    given, net, terms = run.given, run.net, []
+    stg, alone = (_two_scales(given, k) for k in ('stg_scale', 'modality_scale'))
+    if max(stg) > 0 and net.config.perturbed_attn:
+        if not (blocks := given['spatio_temporal_guidance_blocks']):
+            raise ValueError(
+                'spatio_temporal_guidance_blocks: expected numbers of blocks, got none'
+            )
+        layers = [f'transformer_blocks.{i}.{o}attn1' for i in blocks for o in ('', 'audio_')]
+        terms.append(run.for_parts(Term(PAG(net, layers), 1.0 + stg[0]), 1.0 + stg[1]))
+    if max(alone) > 1:
+        neg = Perturbation(net, _silent, [f'*.{o}' for o in _BETWEEN], 'output')
+        terms.append(run.for_parts(Term(neg, alone[0]), alone[1]))
+    return terms
+
+
+def _ltx2_posts(given):
+    phis = _two_scales(given, 'guidance_rescale')
+    rules = tuple(replace(T.rescale.of(phi=phi), space='x0') for phi in phis)
+    return [rules] if max(phis) > 0 else []
+
+
+# %% ../nbs/09_pipelines.ipynb #76c16ea0
+_OFF = dict(stg_scale=0.0, modality_scale=1.0, guidance_rescale=0.0)
+_LTX2 = Family(
+    enter=_ltx2_enter,
+    leave=_ltx2_leave,
+    parts=_ltx2_parts,
+    own=_ltx2_own,
+    post=_ltx2_posts,
+    without=_OFF | {f'audio_{k}': v for k, v in _OFF.items()},
+    since='0.38',
+    **_SPACED,
+)
+
 # %% ../nbs/09_pipelines.ipynb #89
 _NAMES = [
     (
@@ -409,6 +497,7 @@ _NAMES += [
     (_KLEIN, 'Flux2Klein'),
     (_CHROMA, 'Chroma'),
     (_LTX, 'LTX'),
+    (_LTX2, 'LTX2 LTX2ImageToVideo'),
     (_LUMINA2, 'Lumina2'),
     (_SANA, 'Sana'),
     (_COGVIDEO, 'CogVideoX'),
@@ -431,7 +520,8 @@ def _stock_class(pipe):
     "The class of diffusers that a pipeline is, or that it inherits from."
     own = getattr(type(pipe), '_plain', None) or type(pipe)
     for cls in own.__mro__:
-        if cls.__name__ in FAMILIES:
+        family = FAMILIES.get(cls.__name__)
+        if family and (not family.parts or _guides_sound(cls)):  # LTX-2 has it since 0.38
             return cls
     name = own.__name__
     if not _guides_sound(own) and _may_be_tried(own, pipe):
@@ -763,6 +853,9 @@ def pipeline_denoiser(
     **call,
 ) -> Denoiser:  # with `cond(prompts)`, `encode(images)`, `decode(latents)` and `latent_shape`
     "A pipeline of diffusers as a denoiser `D(x, sigma, **cond) -> x0` on its latents."
+    if _family_of(pipe).parts:
+        name = _stock_class(pipe).__name__
+        raise ValueError(f'pipe: {name} predicts pictures and sound: use guided(pipe, ...)')
     if _family_of(pipe).text is None:
         size = dict(height=height, width=width)
         net = _RehearsedNet(pipe, call | {k: v for k, v in size.items() if v is not None})
@@ -1031,6 +1124,8 @@ class _LoopNet(nn.Module):
         z = z if after is None else torch.cat([z, after.to(z)], 1)
         net = self.net if loop.second is None else loop.second
         out = call.query(net, z, time.to(call.time.dtype), cond)
+        if loop.family.parts:
+            return loop.family.sign * _in_a_row(out).float()
         out = out[0] if isinstance(out, tuple) else getattr(out, 'sample', out)
         out = torch.stack(out)[:, :, 0] if isinstance(out, list) else out
         return loop.family.sign * loop.unpack(out).float()
@@ -1096,6 +1191,8 @@ def returned(self: _Loop, out, args):
     "An output in the form that the network of a pipeline returns."
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
+    if self.family.parts:
+        return tuple(_out_of_a_row(out, self.call.args['sizes']))
     out = list(out.unsqueeze(2)) if isinstance(args and args[0], list) else out
     if self.call.args.get('return_dict', True):
         return Transformer2DModelOutput(sample=out)
@@ -1333,8 +1430,14 @@ class NegativePrompt(Conditions):
 
     wants_prompt = True
 
-    def __init__(self):
+    def __init__(
+        self,
+        # weight of the sound in a pipeline that makes pictures and sound (LTX-2), in any form that
+        # a `Term` takes; None: the pipeline's `audio_guidance_scale`
+        sound=None,
+    ):
         super().__init__({})
+        self.sound = None if sound is None else Weight.of(sound, 'sound')
 
     def w(self, sigma):
         "The weight of the call that is running."
@@ -1569,6 +1672,9 @@ class _Run(_Loop):
         self.given = _checked_arguments(self.stock, sd, args, kwargs)
         if 'guidance_scale' in self.given:  # as the call will do itself
             vars(self.clone)['_guidance_scale'] = self.given['guidance_scale']
+        if self.family.parts:
+            scales = _two_scales(self.given, 'guidance_scale')
+            vars(self.clone)['_audio_guidance_scale'] = scales[1]
         self.prompted = [i for i, t in enumerate(self.options.terms) if t.neg.wants_prompt]
         self.timesteps, self.evaluations, self.index = None, None, -1
         self.G = self.report = self.negative_call = None
@@ -1723,9 +1829,12 @@ def _first_index(self: _Run, call):
 @patch
 def _posts(self: _Run):
     "Post-rules: yours, or what the pipeline itself does to its guided prediction."
-    if self.options.posts is None:
-        return self.family.post(self.given) if self.family.post and self.prompted else []
-    return self.options.posts
+    posts = self.options.posts
+    if posts is None:
+        posts = self.family.post(self.given) if self.family.post and self.prompted else []
+    if self.family.parts:
+        return [self.post_for_parts(o if isinstance(o, tuple) else (o, o)) for o in posts]
+    return posts
 
 
 # %% ../nbs/09_pipelines.ipynb #9c0f2d61
@@ -1744,7 +1853,10 @@ def _terms(self: _Run, n):
                 vars(neg).update({a: _repeat_rows(o, n // k, k) for a, o in vars(neg).items()})
         w = _weight_at_infinity(_repeat_rows(w, n // k, k))
         out.append(replace(t, neg=neg, w=w))
-    return out
+        if self.family.parts:
+            sound = self.sound_weight(t.neg) if isinstance(t.neg, NegativePrompt) else w
+            out[-1] = self.for_parts(out[-1], sound)
+    return out + (self.family.own(self) if self.family.own and self.prompted else [])
 
 
 def _repeat_rows(o, n, k):
@@ -1761,6 +1873,90 @@ def _repeat_rows(o, n, k):
     if isinstance(o, Conditions):
         return Conditions(_repeat_rows(o.cond, n, k))
     return o
+
+
+# %% ../nbs/09_pipelines.ipynb #484bdec5
+@patch
+def split(self: _Run, z):
+    "Pictures (B, C, F, H, W) and sound (B, C, time, frequency) in a row of numbers."
+    shapes, axes = zip(*self.family.parts(self), strict=True)
+    return [o.movedim(c, 1) for o, c in zip(_out_of_a_row(z, shapes), axes, strict=True)]
+
+
+@patch
+def join(self: _Run, parts):
+    "Pictures and sound as a row of numbers."
+    _, axes = zip(*self.family.parts(self), strict=True)
+    return _in_a_row([o.movedim(1, c) for o, c in zip(parts, axes, strict=True)])
+
+
+@dataclass(frozen=True)
+class _EachPart:
+    "A rule for pictures and sound, each on its own and with its own weight."
+
+    rule: Callable
+    weights: tuple  # of the pictures, and of the sound
+    run: _Run
+
+    def __getattr__(self, name):  # what a rule says about itself
+        if name in ('space', 'pos_at', 'stateful', '__name__'):
+            return getattr(self.rule, name)
+        raise AttributeError(name)
+
+    def both(self, n):
+        "The weights of the present evaluation: numbers, or one per sample, (n,)."
+        at, i = self.run.evaluations, self.run.index
+        sigma = torch.full((n,), at.sigmas[i], dtype=torch.float64)
+        return [w.at(sigma, at.steps[i]) for w in self.weights]
+
+    def weight(self, sigma):
+        "The weight of a term with this rule: unguided only where both parts are."
+        pictures, sound = (torch.as_tensor(w, dtype=torch.float64) for w in self.both(len(sigma)))
+        at = getattr(self, 'pos_at', None)
+        return pictures if at is None else torch.where(pictures == at, sound, pictures)
+
+    def __call__(self, neg, pos, w, *state):
+        split = self.run.split
+        states = [[None, None] if o is None else split(o) for o in state]
+        parts = zip(split(neg), split(pos), self.both(len(pos)), *states, strict=True)
+        outs = [self.rule(*part) for part in parts]
+        if not state:
+            return self.run.join(outs)
+        preds, new = zip(*outs, strict=True)
+        return self.run.join(preds), None if new[0] is None else self.run.join(new)
+
+
+# %% ../nbs/09_pipelines.ipynb #80604e4a
+@patch
+def for_parts(self: _Run, term, sound):
+    "A term for pictures, with its own weight, and for sound with the weight `sound`."
+    if isinstance(term.neg, Inside):
+        return term  # it acts inside the network, on both
+    run = [*self.evaluations.begins, 0.0]
+    sound = _weight_at_infinity(Weight.of(sound, 'sound'))
+    rule = _EachPart(term.rule, (term.w.bind(run), sound.bind(run)), self)
+    return replace(term, rule=rule, w=rule.weight)
+
+
+@patch
+def sound_weight(self: _Run, neg):
+    "Of a negative prompt: yours, or that of the pipeline at this moment."
+    if neg.sound is not None:
+        return neg.sound
+    return Weight.of(lambda sigma: float(self.clone._audio_guidance_scale), 'sound')
+
+
+@patch
+def post_for_parts(self: _Run, posts):
+    "A post-rule for the pictures and one for the sound, as one."
+
+    def each_part(pred, pos, sigma):
+        outs = []
+        for post, a, b in zip(posts, self.split(pred), self.split(pos), strict=True):
+            outs.append(post(a, b, *[sigma.view(-1)] * post.takes_sigma))
+        return self.join(outs)
+
+    return T.PostRule(each_part, space=posts[0].space, takes_sigma=True)
 
 
 # %% ../nbs/09_pipelines.ipynb #a5ea2abb
@@ -1798,7 +1994,7 @@ def has_negative(self: _Run):
 def _refuse_own_guidance(run):
     "Raise for arguments that would add guidance of the pipeline's own."
     given = run.given
-    if given.get('guidance_rescale'):
+    if given.get('guidance_rescale') and 'guidance_rescale' not in run.family.without:
         raise ValueError(
             f'guidance_rescale={given["guidance_rescale"]}: use '
             'guided(pipe, post=rescale.of(phi=...)) instead'
@@ -1929,8 +2125,9 @@ def _report_of(run):
     nfe = [0] * n if state.nfe_per_sample is None else state.nfe_per_sample.tolist()
     tried = 0 if run.first_step is None else run.first_step.nfe
     terms = []
+    given = run.options.terms
     for i, t in enumerate(run.G.terms):
-        name = type(run.options.terms[i].neg).__name__
+        name = type((given[i] if i < len(given) else t).neg).__name__
         scales = state.effective_scale(i), state.effective_scales(i)
         terms.append(_TermReport(name, state.guided[i] / n, *scales))
         if not state.guided[i] and run.options.warns:
@@ -2078,6 +2275,10 @@ def guided(
     if max_batch is not None:
         _check_whole('max_batch', max_batch, low=1)
     _check_cads(pipe, cads)
+    if any(getattr(t.neg, 'sound', None) for t in checked.terms) and not _family_of(pipe).parts:
+        raise ValueError(
+            f'sound: expected a pipeline with sound, got {_stock_class(pipe).__name__}'
+        )
     posts = None if post is None else checked.posts
     return _guide(pipe, _Guidance(checked.terms, posts, zero_init, max_batch, cads))
 

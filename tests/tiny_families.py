@@ -215,6 +215,67 @@ def ltx():
     return made('LTXPipeline', net, flow()), dict(guidance_scale=W, **video, **text)
 
 
+def ltx2(name='LTX2Pipeline'):
+    "Pictures and sound, each of another width; both autoencoders are needed for their statistics."
+    net = network(
+        'LTX2VideoTransformer3DModel',
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=8,
+        audio_out_channels=8,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=16,
+        gated_attn=True,
+        cross_attn_mod=True,
+        audio_gated_attn=True,
+        audio_cross_attn_mod=True,
+        use_prompt_embeddings=False,
+        perturbed_attn=True,
+    )
+    sound = network(
+        'AutoencoderKLLTX2Audio',
+        base_channels=8,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        resolution=32,
+        latent_channels=2,
+        mel_bins=16,
+    )
+    sizes = {f'{o}_connector_{k}': v for o in ('video', 'audio') for k, v in _CONNECTOR.items()}
+    connectors = import_module('diffusers.pipelines.ltx2.connectors').LTX2TextConnectors(
+        caption_channels=12,
+        text_proj_in_factor=1,
+        per_modality_projections=True,
+        video_hidden_dim=16,
+        audio_hidden_dim=16,
+        **sizes,
+    )
+    parts = dict(vae=ltx2_vae(), audio_vae=sound, connectors=randomized(connectors, 3))
+    text = texts(['prompt_embeds'], 8, 12) | masks('prompt_attention_mask', 8)
+    call = dict(guidance_scale=W, num_frames=9, height=64, width=96, **text, **ALONE)
+    if 'Image' in name:
+        latents = embeddings(30, N, 4, 2, 2, 3)  # only the first frame is given
+        image = torch.zeros(N, 3, 64, 96)
+        call |= dict(image=image, image_crf=0, latents=latents, noise_scale=1.0)
+    return made(name, net, flow(), **parts), call
+
+
+_CONNECTOR = dict(
+    num_attention_heads=2, attention_head_dim=8, num_layers=1, num_learnable_registers=4
+)
+# without what LTX-2 does besides plain guidance, and which is on by default
+ALONE = dict(audio_guidance_scale=2.0, spatio_temporal_guidance_blocks=[1])
+for _part in ('', 'audio_'):
+    ALONE |= {f'{_part}stg_scale': 0.0, f'{_part}modality_scale': 1.0}
+    ALONE |= {f'{_part}guidance_rescale': 0.0}
+
+
 def lumina2():
     net = network(
         'Lumina2Transformer2DModel',
@@ -509,6 +570,7 @@ FAMILIES = {
     'Flux.2 Klein': ('Flux2KleinPipeline', flux2_klein),
     'Chroma': ('ChromaPipeline', chroma),
     'LTX': ('LTXPipeline', ltx),
+    'LTX-2': ('LTX2Pipeline', ltx2),
     'Lumina 2': ('Lumina2Pipeline', lumina2),
     'Sana': ('SanaPipeline', sana),
     'CogVideoX': ('CogVideoXPipeline', cogvideox),
@@ -584,6 +646,28 @@ def ltx_vae():
     net.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     net.latents_std.copy_(torch.tensor([1.0, 2.0, 0.5, 3.0]))
     return net
+
+
+def ltx2_vae():
+    pair = (True, True)
+    return network(
+        'AutoencoderKLLTX2Video',
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=('LTX2VideoDownBlock3D',) * 2,
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=pair,
+        decoder_spatio_temporal_scaling=pair,
+        decoder_inject_noise=(False,) * 3,
+        downsample_type=('spatial', 'temporal'),
+        upsample_type=('spatiotemporal',) * 2,
+        upsample_residual=pair,
+        upsample_factor=(1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
 
 
 def cogvideox_vae():
