@@ -262,7 +262,9 @@ def ltx2(name='LTX2Pipeline'):
     if 'Image' in name:
         latents = embeddings(30, N, 4, 2, 2, 3)  # only the first frame is given
         image = torch.zeros(N, 3, 64, 96)
-        call |= dict(image=image, image_crf=0, latents=latents, noise_scale=1.0)
+        call |= dict(image=image, latents=latents, noise_scale=1.0)
+        if 'image_crf' in inspect.signature(getattr(diffusers, name).__call__).parameters:
+            call['image_crf'] = 0
     return made(name, net, flow(), **parts), call
 
 
