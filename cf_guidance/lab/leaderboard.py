@@ -32,7 +32,6 @@ from .metrics import mmd2, saturation
 
 with needs('lab', 'cf_guidance.lab.leaderboard'):
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from cf_guidance.lab.commands import _errors_in_one_line
     from cf_guidance.lab.compare import (
@@ -52,6 +51,7 @@ with needs('lab', 'cf_guidance.lab.leaderboard'):
         _term,
         fingerprint,
     )
+    from cf_guidance.lab.plots import _Figure
     from cf_guidance.lab.store import Store, key_of
     from cf_guidance.lab.sweeps import _short, _to_pil
 
@@ -489,10 +489,10 @@ def difference_table(
 def plot_differences(
     rows: pd.DataFrame,  # from `comparison_rows`, one row each
     values: dict,  # measurement -> title of its panel
-) -> Figure:
+):  # a matplotlib figure
     "Differences of each method to both rivals with their intervals, the best method on top."
     best = rows[(rows.row == 'best') & (rows.method != 'cfg')].sort_values('right mean')
-    fig = Figure(figsize=(8.4, 1.4 + 0.28 * len(best)), dpi=80, layout='constrained')
+    fig = _Figure(figsize=(8.4, 1.4 + 0.28 * len(best)), dpi=80, layout='constrained')
     axs = fig.subplots(1, len(values), sharey=True, squeeze=False)[0]
     for ax, (value, title) in zip(axs, values.items(), strict=True):
         for shift, (rival, colour) in zip((0.15, -0.15), _RIVALS.items(), strict=True):
