@@ -830,6 +830,7 @@ d = {
                 'guided.html#inside.change',
                 'cf_guidance/guided.py',
             ),
+            'cf_guidance.guided.Inside.fit': ('guided.html#inside.fit', 'cf_guidance/guided.py'),
             'cf_guidance.guided.Inside.second_row': (
                 'guided.html#inside.second_row',
                 'cf_guidance/guided.py',
@@ -4526,6 +4527,10 @@ d = {
             'cf_guidance.perturb.Site': ('perturb.html#site', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb.Site.grid': ('perturb.html#site.grid', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb.Site.image': ('perturb.html#site.image', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb.Site.image_count': (
+                'perturb.html#site.image_count',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb.Site.image_of': (
                 'perturb.html#site.image_of',
                 'cf_guidance/perturb.py',
@@ -4692,6 +4697,10 @@ d = {
             ),
             'cf_guidance.perturb._first_input': (
                 'perturb.html#_first_input',
+                'cf_guidance/perturb.py',
+            ),
+            'cf_guidance.perturb._image_count': (
+                'perturb.html#_image_count',
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb._image_grid': (
@@ -5782,12 +5791,12 @@ d = {
                 'text.html#_normalised.__call__',
                 'cf_guidance/text.py',
             ),
-            'cf_guidance.text._NormalisedJoint': (
-                'text.html#_normalisedjoint',
+            'cf_guidance.text._NormalisedShared': (
+                'text.html#_normalisedshared',
                 'cf_guidance/text.py',
             ),
-            'cf_guidance.text._NormalisedJoint.__call__': (
-                'text.html#_normalisedjoint.__call__',
+            'cf_guidance.text._NormalisedShared.__call__': (
+                'text.html#_normalisedshared.__call__',
                 'cf_guidance/text.py',
             ),
             'cf_guidance.text._OtherText': ('text.html#_othertext', 'cf_guidance/text.py'),
@@ -5803,6 +5812,19 @@ d = {
                 'text.html#_othertext.check',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._OtherText.fit': ('text.html#_othertext.fit', 'cf_guidance/text.py'),
+            'cf_guidance.text._OtherText.of_text': (
+                'text.html#_othertext.of_text',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._OtherText.padded_rows': (
+                'text.html#_othertext.padded_rows',
+                'cf_guidance/text.py',
+            ),
+            'cf_guidance.text._OtherText.place': (
+                'text.html#_othertext.place',
+                'cf_guidance/text.py',
+            ),
             'cf_guidance.text._OtherText.rows': (
                 'text.html#_othertext.rows',
                 'cf_guidance/text.py',
@@ -5811,21 +5833,28 @@ d = {
                 'text.html#_othertext.texts',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._OtherText.there': (
+                'text.html#_othertext.there',
+                'cf_guidance/text.py',
+            ),
             'cf_guidance.text._OtherText.wants_prompt': (
                 'text.html#_othertext.wants_prompt',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._Place': ('text.html#_place', 'cf_guidance/text.py'),
+            'cf_guidance.text._Place.images': ('text.html#_place.images', 'cf_guidance/text.py'),
+            'cf_guidance.text._Place.text': ('text.html#_place.text', 'cf_guidance/text.py'),
             'cf_guidance.text._SignFlipped': ('text.html#_signflipped', 'cf_guidance/text.py'),
             'cf_guidance.text._SignFlipped.__call__': (
                 'text.html#_signflipped.__call__',
                 'cf_guidance/text.py',
             ),
-            'cf_guidance.text._SignFlippedJoint': (
-                'text.html#_signflippedjoint',
+            'cf_guidance.text._SignFlippedShared': (
+                'text.html#_signflippedshared',
                 'cf_guidance/text.py',
             ),
-            'cf_guidance.text._SignFlippedJoint.__call__': (
-                'text.html#_signflippedjoint.__call__',
+            'cf_guidance.text._SignFlippedShared.__call__': (
+                'text.html#_signflippedshared.__call__',
                 'cf_guidance/text.py',
             ),
             'cf_guidance.text._Sparse': ('text.html#_sparse', 'cf_guidance/text.py'),
@@ -5833,6 +5862,7 @@ d = {
                 'text.html#_sparse.__call__',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._Way': ('text.html#_way', 'cf_guidance/text.py'),
             'cf_guidance.text._as_layers_get_it': (
                 'text.html#_as_layers_get_it',
                 'cf_guidance/text.py',
@@ -5855,17 +5885,17 @@ d = {
                 'text.html#_cross_attentions',
                 'cf_guidance/text.py',
             ),
-            'cf_guidance.text._is_joint': ('text.html#_is_joint', 'cf_guidance/text.py'),
-            'cf_guidance.text._joint_attentions': (
-                'text.html#_joint_attentions',
-                'cf_guidance/text.py',
-            ),
+            'cf_guidance.text._index': ('text.html#_index', 'cf_guidance/text.py'),
+            'cf_guidance.text._lengthened': ('text.html#_lengthened', 'cf_guidance/text.py'),
             'cf_guidance.text._normalised': ('text.html#_normalised', 'cf_guidance/text.py'),
             'cf_guidance.text._per_row': ('text.html#_per_row', 'cf_guidance/text.py'),
-            'cf_guidance.text._refuse_transformed_text': (
-                'text.html#_refuse_transformed_text',
+            'cf_guidance.text._put': ('text.html#_put', 'cf_guidance/text.py'),
+            'cf_guidance.text._shared_attentions': (
+                'text.html#_shared_attentions',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._take': ('text.html#_take', 'cf_guidance/text.py'),
+            'cf_guidance.text._way_of': ('text.html#_way_of', 'cf_guidance/text.py'),
             'cf_guidance.text._with_one_image': (
                 'text.html#_with_one_image',
                 'cf_guidance/text.py',

@@ -332,6 +332,13 @@ class Inside(Negative):
         "The change of the network. Its function may find the samples in `site.samples`."
         raise NotImplementedError(f'{type(self).__name__}.change')
 
+    def fit(
+        self,
+        cond: dict,  # conditions of the positive, tensors with one row per sample
+    ) -> dict:
+        "The same conditions in shapes that second rows can have, such as padded to their length."
+        return cond
+
     def second_row(
         self,
         cond: dict,  # conditions of the positive, tensors with one row per sample
@@ -1175,7 +1182,7 @@ def _where(mask, a, b):
 @patch
 def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
     "Groups of entries, each for one forward, the positive first; and records of observers."
-    entries, records, pos_changes = [], {}, []
+    entries, records, pos_changes, pos_cond = [], {}, [], cond
     for i, (t, a) in enumerate(zip(self.terms, active, strict=True)):
         if a.ask is False or i in known:
             continue
@@ -1194,12 +1201,12 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
             change, records[i] = observation
             pos_changes.append((change, torch.arange(len(x)) if rows is None else rows))
     if self._inside:
-        everywhere, second_rows = self._inside_changes(x, sigma, cond, active, pos_changes)
-        entries = second_rows + [(*entry[:3], (*entry[3], *everywhere)) for entry in entries]
+        everywhere, second, pos_cond = self._inside_changes(x, sigma, cond, active, pos_changes)
+        entries = second + [(*entry[:3], (*entry[3], *everywhere)) for entry in entries]
     if 'pos' not in known and active[0].neg_only is not True:
         not_all = torch.is_tensor(active[0].neg_only)
         rows = (~active[0].neg_only).nonzero().flatten() if not_all else None
-        entries.insert(0, (None, rows, Query(x, sigma, cond), tuple(pos_changes)))
+        entries.insert(0, (None, rows, Query(x, sigma, pos_cond), tuple(pos_changes)))
     groups = {}
     for term, rows, query, changes in entries:
         if rows is None:
@@ -1216,8 +1223,13 @@ def _entries(self: GuidedDenoiser, x, sigma, cond, active, known, run):
 # %% ../nbs/06_guided.ipynb #753173c3
 @patch
 def _inside_changes(self: GuidedDenoiser, x, sigma, cond, active, pos_changes):
-    "Add the changes of terms that guide inside the network; those for all queries; second rows."
+    """Add the changes of terms that guide inside the network.
+
+    Returns those for all queries, second rows, and the positive's conditions.
+    """
     everywhere, second_rows, inside = [], [], []
+    for i in self._inside:
+        cond = cond if active[i].on is False else self.terms[i].neg.fit(cond)
     for i in self._inside:
         neg, on = self.terms[i].neg, active[i].on
         if on is not False:
@@ -1230,7 +1242,7 @@ def _inside_changes(self: GuidedDenoiser, x, sigma, cond, active, pos_changes):
                 second = Query(x, sigma, {**cond, **beside})
                 second_rows.append((i, samples, second, ((change[0], None),)))
     _refuse_same_layers(inside)
-    return everywhere, second_rows
+    return everywhere, second_rows, cond
 
 
 # %% ../nbs/06_guided.ipynb #48537fe6

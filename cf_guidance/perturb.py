@@ -293,26 +293,30 @@ def _video_grid(cls, patch, shape):
 
 
 @functools.cache
-def _image_tokens(
+def _image_count(
     cls,  # name of the network's class
     patch,  # size of its patches, or None
     shape,  # of what the network was given
     own,  # shape of what the layer was given
     n,  # number of tokens
 ):
-    "Which of `n` tokens are the image's, as a slice; None: not known."
+    "How many of `n` tokens are the image's; 0: not known."
     if cls.startswith('LTX2'):  # its layers of self-attention have pictures or sound, and no text
-        return slice(0, n)
+        return n
     if len(own) == 4 and math.prod(own[-2:]) == n:
-        count = n
-    elif len(shape) == 4 and isinstance(patch, int):
-        count = math.prod(next(_possible_grids(shape, patch)))
-    elif len(shape) == 4:
-        count = n if any(h * w == n for h, w in _possible_grids(shape, None)) else 0
-    elif len(shape) == 5:  # video: tokens of all frames
-        count = math.prod(_video_grid(cls, patch, shape) or [0])
-    else:
-        count = shape[1] if len(shape) == 3 else 0
+        return n
+    if len(shape) == 4 and isinstance(patch, int):
+        return math.prod(next(_possible_grids(shape, patch)))
+    if len(shape) == 4:
+        return n if any(h * w == n for h, w in _possible_grids(shape, None)) else 0
+    if len(shape) == 5:  # video: tokens of all frames
+        return math.prod(_video_grid(cls, patch, shape) or [0])
+    return shape[1] if len(shape) == 3 else 0
+
+
+def _image_tokens(cls, patch, shape, own, n):
+    "Which of `n` tokens are the image's, as a slice; None: not known."
+    count = _image_count(cls, patch, shape, own, n)
     if count == n:
         return slice(0, n)
     name = re.sub('Transformer[23]DModel$', '', cls)
@@ -376,6 +380,16 @@ class Site:
                 'pass tokens='
             )
         return image
+
+    def image_count(
+        self,
+        n: int,  # number of tokens in the sequence
+    ) -> int:
+        "How many tokens are the image's, wherever they are; 0: not known."
+        call = self._call
+        return _image_count(
+            type(call.net).__name__, call.patch, call.first.shape, self._own.shape, n
+        )
 
     def grid(
         self,
@@ -496,18 +510,20 @@ class _KeepKeys(TorchFunctionMode):
 def keys_and_values(
     self: Site,
     text: torch.Tensor,  # (R, L, features) what the layer attends to
+    masked: bool = False,  # may the layer have a mask for its own text?
 ) -> tuple:  # keys and values (R, heads, L, features), as `attend` takes them
     "What a layer of cross-attention makes of another text."
     module, args, kwargs = self._arguments
     given = _named_arguments(module, args, kwargs)
     name = next((n for n in _SECOND if torch.is_tensor(given.get(n))), None)
     masks = [k for k, o in given.items() if 'mask' in k and o is not None]
-    if name is None or masks or getattr(module, 'add_k_proj', None) is not None:
+    if name is None or masks and not masked or getattr(module, 'add_k_proj', None) is not None:
         got = f'with {masks[0]}' if masks else type(module).__name__
         raise ValueError(f'{self.name}: expected attention to one text alone, got {got}')
     own = next(k for k, o in given.items() if o is self._own)
     tokens = self._own[self.rows.to(self._own.device)]
     given |= {own: tokens[:, :1] if tokens.ndim == 3 else tokens, name: text}
+    given |= dict.fromkeys(masks)
     with _KeepKeys() as mode:
         if type(module) in ADAPTERS:
             ADAPTERS[type(module)](module, F.scaled_dot_product_attention, **given)

@@ -6,10 +6,15 @@
 __all__ = ['NAG', 'word_tokens', 'VSF', 'entmax', 'PLADIS', 'CDG']
 
 # %% ../nbs/13_text.ipynb #b1b6aadb
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from operator import attrgetter
+from types import NoneType
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .attention import _check_inside
@@ -18,20 +23,91 @@ from .noise import _check_number, _check_whole
 from .perturb import (
     Change,
     Layers,
-    _attentions,
     _is_cross_attention,
     _match,
     _named_modules,
     _network_of,
 )
 
+
 # %% ../nbs/13_text.ipynb #c78cbed6
-_AS_GIVEN = ('UNet2DConditionModel',)  # networks of diffusers whose layers get the text as it is
-_JOINT = 'SD3', 'Flux', 'Flux2', 'AuraFlow'  # in these, text and image are one sequence
-_OF_JOINT = f'the transformer of {", ".join(_JOINT[:-1])} or {_JOINT[-1]}'
+@dataclass(frozen=True)
+class _Way:
+    "How a text gets to where the image attends to it, in a class of networks."
+
+    text: str = 'encoder_hidden_states'  # its name among the conditions,
+    mask: str = None  # the name of what says which of its tokens are there, as (B, L) bools,
+    beside: tuple = ()  # and of others that belong to it
+    # modules through which it goes to the layers of cross-attention; None: it needs a second row
+    through: tuple = None
+    layers: str = '*transformer_blocks.*'  # those that attend to a text with a row of its own
+    cross: bool = False  # are they cross-attention?
+    padded: bool = False  # may texts of two lengths be padded?
+    multiple: int = 1  # the image has tokens up to a multiple of this
+    packed: bool = False  # does the image follow right after the words that the mask keeps?
+    words: bool = True  # do the tokens that attend to the image stand as in the text?
 
 
-def _cross_attentions(who, net, others=''):
+_MASKED = dict(mask='encoder_attention_mask')
+_PADDED = dict(_MASKED, padded=True)
+
+# %% ../nbs/13_text.ipynb #a4ee0c07
+_WAYS = dict(
+    UNet2DConditionModel=_Way(through=('encoder_hid_proj',)),
+    PixArtTransformer2DModel=_Way(through=('caption_projection',), **_MASKED),
+    SanaTransformer2DModel=_Way(through=('caption_projection', 'caption_norm'), **_MASKED),
+    LTXVideoTransformer3DModel=_Way(through=('caption_projection',), **_MASKED),
+    WanTransformer3DModel=_Way(through=('condition_embedder.text_embedder',)),
+    SkyReelsV2Transformer3DModel=_Way(through=('condition_embedder.text_embedder',)),
+    HunyuanDiT2DModel=_Way(
+        beside=('text_embedding_mask', 'encoder_hidden_states_t5', 'text_embedding_mask_t5'),
+        layers='blocks.*.attn2',
+        cross=True,
+        words=False,
+    ),
+    # the attn2 of Stable Diffusion 3.5 Medium is for the image alone
+    SD3Transformer2DModel=_Way(layers='transformer_blocks.*.attn'),
+    FluxTransformer2DModel=_Way(),
+    Flux2Transformer2DModel=_Way(),
+    AuraFlowTransformer2DModel=_Way(),
+    CogView4Transformer2DModel=_Way(),
+    CogVideoXTransformer3DModel=_Way(),
+    ChromaTransformer2DModel=_Way(mask='attention_mask'),
+    Krea2Transformer2DModel=_Way(layers='transformer_blocks.*', **_MASKED),
+    QwenImageTransformer2DModel=_Way(mask='encoder_hidden_states_mask', padded=True),
+    HunyuanVideoTransformer3DModel=_Way(**_PADDED),
+    Lumina2Transformer2DModel=_Way(layers='layers.*', packed=True, **_PADDED),
+    ZImageTransformer2DModel=_Way(
+        'cap_feats', beside=('text_lengths',), layers='layers.*', padded=True, multiple=32
+    ),
+    HiDreamImageTransformer2DModel=_Way(
+        'encoder_hidden_states_t5', layers='*stream_blocks.*', words=False
+    ),
+    Ideogram4Transformer2DModel=_Way(
+        beside=('position_ids', 'segment_ids', 'indicator'), layers='layers.*', words=False
+    ),
+)
+_NOT_POSSIBLE = dict(MochiTransformer3DModel='whose attention takes one sample after the other')
+
+
+# %% ../nbs/13_text.ipynb #106f1cd1
+def _way_of(who, net):
+    "The row of data for a network; one of your own has cross-attention, and a text without masks."
+    kinds = [o.__name__ for o in type(net).__mro__]
+    way = next((_WAYS[k] for k in kinds if k in _WAYS), None)
+    for k in kinds:
+        if k in _NOT_POSSIBLE:
+            raise ValueError(f'{who}: not possible in {k}, {_NOT_POSSIBLE[k]}')
+    if way is None and hasattr(net, 'config'):
+        known = sorted(re.sub('(Transformer)?[23]D(Condition)?Model', '', k) for k in _WAYS)
+        raise ValueError(
+            f'{who}: expected a network with cross-attention of your own, or that of '
+            f'{", ".join(known)}, got {kinds[0]}'
+        )
+    return way or _Way(through=())
+
+
+def _cross_attentions(who, net):
     "The layers of cross-attention by name."
     known, every = {}, _named_modules(net)
     for name, m in every.items():
@@ -40,22 +116,15 @@ def _cross_attentions(who, net, others=''):
     known = {n: m for n, m in known.items() if not any(o.startswith(f'{n}.') for o in known)}
     if not known:
         raise ValueError(
-            f'{who}: expected a network with cross-attention{others}, got {type(net).__name__}'
+            f'{who}: expected a network with cross-attention, got {type(net).__name__}'
         )
     return known
 
 
-def _is_joint(name):
-    "Do text and image attend together in networks of this class?"
-    return name in [f'{o}Transformer2DModel' for o in _JOINT]
-
-
-def _joint_attentions(net):
-    "The layers by name in which text and image attend together; {}: not such a network."
-    if not _is_joint(type(net).__name__):
-        return {}
-    # the attn2 of Stable Diffusion 3.5 Medium is for the image alone
-    return {n: m for n, m in _attentions(net).items() if not n.endswith('.attn2')}
+def _shared_attentions(net, pattern):
+    "The layers by name in which a text with a row of its own and the image meet."
+    found = {n: m for n, m in _named_modules(net).items() if fnmatchcase(n, pattern)}
+    return {n: m for n, m in found.items() if 'Attention' in type(m).__name__}
 
 
 # %% ../nbs/13_text.ipynb #f2d8a03e
@@ -73,14 +142,15 @@ def _chosen_layers(net, layers, known, what='cross-attention'):
     return Layers(net, chosen)
 
 
-def _as_layers_get_it(who, net, text):
+def _as_layers_get_it(who, net, modules, text):
     "A text as the layers of a network get it."
-    project = getattr(net, 'encoder_hid_proj', None)
-    if project is None:
-        return text
-    if not isinstance(project, nn.Linear):
-        raise ValueError(f'{who}: expected a text alone, got {type(project).__name__} in the U-Net')
-    return project(text.to(project.weight))
+    for name in modules:
+        project = attrgetter(name)(net)
+        if name == 'encoder_hid_proj' and not isinstance(project, (nn.Linear, NoneType)):
+            got = type(project).__name__
+            raise ValueError(f'{who}: expected a text alone, got {got} in the U-Net')
+        text = text if project is None else project(text.to(net.dtype))
+    return text
 
 
 # %% ../nbs/13_text.ipynb #9a5c82b9
@@ -88,15 +158,16 @@ class _OtherText(Inside):
     "Guidance where the image attends to the text, away from another text."
 
     def __init__(self, net, cond, layers, text):
-        self.net, self.text, self.joint = _network_of(net), text, None
-        who, known = type(self).__name__, _joint_attentions(self.net)
-        if known:
-            self.joint, self.nfe = Layers(self.net, list(known)), 1
+        who, self.net, self.shared = type(self).__name__, _network_of(net), None
+        self.way = way = _way_of(who, self.net)
+        self.text = way.text if text is None else text
+        if way.through is None:
+            known = _shared_attentions(self.net, way.layers)
+            self.shared, self.nfe = Layers(self.net, list(known)), 1
             self.layers = _chosen_layers(self.net, layers, known, 'attention to the text')
         else:
-            known = _cross_attentions(who, self.net, f', or {_OF_JOINT}')
+            known = _cross_attentions(who, self.net)
             self.layers = _chosen_layers(self.net, layers, known)
-            _refuse_transformed_text(who, self.net)
         if cond is not None and not isinstance(cond, Mapping):
             raise TypeError(f'cond: expected a dict of tensors by name, got {type(cond).__name__}')
         self.cond = None if cond is None else dict(cond)
@@ -113,14 +184,19 @@ class _OtherText(Inside):
         _check_inside(who, D, self.net)
         if self.cond is None:
             raise ValueError(f'{who}: expected cond=, or a pipeline guided by guided(pipe, ...)')
-        _check_text(who, self.text, self.cond, cond)
-        second = self.second_row(cond) or self.rows([self.text], cond)
-        for k, other in second.items():
+        _check_text(who, self.text, self.way, self.cond, cond)
+        self.rows([self.text], cond)
+        cond = self.fit(cond)
+        for k, other in (self.second_row(cond) or {}).items():
             want, got = tuple(cond[k].shape[1:]), tuple(other.shape[1:])
-            if self.joint and want != got:
+            if want != got:
                 raise ValueError(
                     f'{k}: {who} expects {want} per sample, as in the prompt, got {got}'
                 )
+
+    def of_text(self, cond):
+        "Names of the text and of what belongs to it."
+        return [k for k in (self.text, self.way.mask, *self.way.beside) if k in cond]
 
     def rows(self, names, cond):
         "Conditions of the other text by name, with one row per sample, in the prompt's types."
@@ -128,35 +204,66 @@ class _OtherText(Inside):
         some = _expand_rows({k: self.cond[k] for k in names}, len(own), own.device)
         return {k: v.to(cond[k].dtype) for k, v in some.items()}
 
-    def texts(self, cond):
-        "The other text, (B, L, features), as the layers of cross-attention get it."
-        text = self.rows([self.text], cond)[self.text]
-        return _as_layers_get_it(type(self).__name__, self.net, text)
+
+# %% ../nbs/13_text.ipynb #c0a0c1e4
+def _lengthened(o, n):
+    "(B, L, ...) with at least `n` tokens, by zeros at the end."
+    return nn.functional.pad(o, (0, 0) * (o.ndim - 2) + (0, max(0, n - o.shape[1])))
 
 
-def _refuse_transformed_text(who, net):
-    kinds = [o.__name__ for o in type(net).__mro__]
-    if hasattr(net, 'config') and not {*kinds} & {*_AS_GIVEN}:
-        raise ValueError(
-            f'{who}: expected {", ".join(_AS_GIVEN)}, {_OF_JOINT}, or a network of your own, got '
-            f'{kinds[0]}, which transforms its text'
-        )
+@patch
+def fit(self: _OtherText, cond):
+    names = self.of_text(cond) if self.shared and self.way.padded else ()
+    longer = {}
+    for k in names:
+        if cond[k].ndim > 1 and self.cond[k].shape[1] > cond[k].shape[1]:
+            longer[k] = _lengthened(cond[k], self.cond[k].shape[1])
+    return {**cond, **longer} if longer else cond
+
+
+@patch
+def padded_rows(self: _OtherText, names, cond):
+    "Conditions of a second row; `cond` are those of the prompt, as `fit` returns them."
+    rows = self.rows(names, cond)
+    for k in self.of_text(cond) if self.way.padded else ():
+        if cond[k].ndim > 1:
+            rows[k] = _lengthened(rows[k], cond[k].shape[1])
+    return rows
+
+
+@patch
+def there(self: _OtherText, cond):
+    "(B, L) bools: which tokens of the other text are there; None: all."
+    if self.way.mask not in cond:
+        return None
+    mask, length = self.rows([self.way.mask], cond)[self.way.mask], self.cond[self.text].shape[1]
+    return mask[:, :length].bool()
+
+
+@patch
+def texts(self: _OtherText, cond):
+    "The other text, (B, L, features), as the layers of cross-attention get it."
+    text = self.rows([self.text], cond)[self.text]
+    return _as_layers_get_it(type(self).__name__, self.net, self.way.through, text)
 
 
 # %% ../nbs/13_text.ipynb #2f626dc6
-def _check_text(who, name, other, cond):
-    "An error unless both have a text by this name, of the same width, without masks."
+def _check_text(who, name, way, other, cond):
+    "An error unless both have a text by this name, of the same width, with the same masks."
+    beside = way.mask, *way.beside
     for k in (*cond, *other):
-        if 'mask' in k:
+        if 'mask' in k and k not in beside:
             raise ValueError(f'{who}: expected a text without a mask, got {k}')
+        if k in beside and not (k in cond and k in other):
+            raise ValueError(f'{who}: expected {k} for both texts, or for none of them')
     for o in (cond, other):
         if name not in o:
             raise ValueError(f'{who}: expected {name} among the conditions, got {sorted(o)}')
         if not torch.is_tensor(o[name]):
             raise TypeError(f'{name}: {who} expects a tensor, got {type(o[name]).__name__}')
     own, new = cond[name], other[name]
-    if own.ndim != 3 or new.ndim != 3 or own.shape[2] != new.shape[2]:
-        want = f'(B, L, {own.shape[-1]})'
+    if own.ndim < 3 or own.ndim != new.ndim or own.shape[2:] != new.shape[2:]:
+        want = f'(B, L, {", ".join(map(str, own.shape[2:]))})'
         raise ValueError(f'{name}: {who} expects texts {want}, got {tuple(new.shape)}')
 
 
@@ -182,19 +289,75 @@ def _normalised(neg, pos, w, tau, alpha):
 @dataclass(frozen=True)
 class _Normalised:
     text: torch.Tensor  # (B, L, features)
+    there: torch.Tensor  # (B, L) bools: which of its tokens are there; None: all
     w: object
     tau: float
     alpha: float
 
     def __call__(self, q, k, v, site):
-        text = self.text[site.samples.to(self.text.device)].to(k)
-        pos, neg = site.attend(q, k, v), site.attend(q, *site.keys_and_values(text))
+        at = site.samples.to(self.text.device)
+        other = site.keys_and_values(self.text[at].to(k), masked=self.there is not None)
+        mask = None if self.there is None else self.there[at][:, None, None].to(q.device)
+        pos, neg = site.attend(q, k, v), site.attend(q, *other, mask=mask)
         w = _per_row(self.w, site.samples, pos)
         return _normalised(neg, pos, w, self.tau, self.alpha).to(pos.dtype)
 
 
 # %% ../nbs/13_text.ipynb #58fdab9b
-def _with_one_image(q, k, v, site):
+def _index(at, o):
+    return at[:, None, :, None].expand(-1, o.shape[1], -1, o.shape[3])
+
+
+def _take(o, at):
+    "Tokens of (R, heads, N, features): a slice, or (R, n) numbers for each row."
+    return o[..., at, :] if isinstance(at, slice) else o.gather(2, _index(at, o))
+
+
+def _put(o, at, new):
+    if not isinstance(at, slice):
+        return o.scatter(2, _index(at, o), new)
+    o = o.clone()
+    o[..., at, :] = new
+    return o
+
+
+@dataclass(frozen=True)
+class _Place:
+    "Where the image is among the tokens of two rows per sample."
+
+    way: _Way
+    starts: torch.Tensor = None  # (2, B) its first token, if that is another one in each row
+
+    def images(self, q, k, site):
+        "Its tokens in the first rows, and in the second rows: slices, or numbers for each row."
+        if self.way.cross:
+            return (slice(0, q.shape[-2]),) * 2
+        if self.starts is None:
+            image, multiple = site.image_of(q, k), self.way.multiple
+            return (slice(image.start, -(-image.stop // multiple) * multiple),) * 2
+        first, second = (self.starts[i][o] for i, o in enumerate(site.samples.chunk(2)))
+        numbers = torch.arange(site.image_count(q.shape[-2]))
+        return [(o.cpu()[:, None] + numbers).to(q.device) for o in (first, second)]
+
+    def text(self, image, length):
+        "The tokens of the other text in the second rows."
+        if self.starts is not None:
+            return slice(0, length)
+        start = image.start - length if image.start else image.stop
+        return slice(start, start + length)
+
+
+# %% ../nbs/13_text.ipynb #1368273f
+@patch
+def place(self: _OtherText, cond):
+    if not self.way.packed:
+        return _Place(self.way)
+    own, other = cond[self.way.mask], self.rows([self.way.mask], cond)[self.way.mask]
+    return _Place(self.way, torch.stack([own.sum(1), other.sum(1)]))
+
+
+# %% ../nbs/13_text.ipynb #95a568a6
+def _with_one_image(q, k, v, site, place):
     "The same for two rows per sample, the second with the image of the first; where the image is."
     n = len(q) // 2
     if not torch.equal(site.samples[:n], site.samples[n:]):
@@ -202,29 +365,30 @@ def _with_one_image(q, k, v, site):
             f'{site.name}: expected both texts of a sample in one forward; evaluate two or more '
             'rows at once'
         )
-    image, out = site.image_of(q, k), []
+    images, out = place.images(q, k, site), []
     for o in (q, k, v):
-        o = o.clone()
-        o[n:, ..., image, :] = o[:n, ..., image, :]
+        if o is q or not place.way.cross:
+            o = torch.cat([o[:n], _put(o[n:], images[1], _take(o[:n], images[0]))])
         out.append(o)
-    return *out, image
+    return *out, images
 
 
 @dataclass(frozen=True)
-class _NormalisedJoint:
+class _NormalisedShared:
     layers: frozenset  # names of those that guide; in others the second row gets the image only
+    place: _Place
     w: object
     tau: float
     alpha: float
 
     def __call__(self, q, k, v, site):
-        q, k, v, image = _with_one_image(q, k, v, site)
+        q, k, v, (first, second) = _with_one_image(q, k, v, site, self.place)
         out, n = site.attend(q, k, v), len(q) // 2
         if site.name in self.layers:
-            pos, neg = out[..., image, :].split(n)
+            pos, neg = _take(out[:n], first), _take(out[n:], second)
             w = _per_row(self.w, site.samples[:n], pos)
-            out = out.clone()
-            out[:n, ..., image, :] = _normalised(neg, pos, w, self.tau, self.alpha).to(out.dtype)
+            new = _normalised(neg, pos, w, self.tau, self.alpha).to(out.dtype)
+            out = torch.cat([_put(out[:n], first, new), out[n:]])
         return out
 
 
@@ -232,9 +396,9 @@ class _NormalisedJoint:
 class NAG(_OtherText):
     """Normalized attention guidance (arXiv:2505.21179, eq. 7-10). The paper's scale is `w - 1`.
 
-    It changes the attention of the positive's evaluation. Where the image attends to a text that
-    stays as it is (U-Nets), there is no further evaluation. Where text and image attend together
-    (Stable Diffusion 3, Flux, Flux.2, AuraFlow), the other text is a second row, and one more.
+    It changes the attention of the positive's evaluation. In layers of cross-attention (U-Nets,
+    PixArt, Sana, Wan, LTX), there is no further evaluation. Where text and image attend together
+    (Stable Diffusion 3, Flux, Qwen-Image), the other text is a second row, and one more.
     """
 
     w = 3.0
@@ -250,7 +414,7 @@ class NAG(_OtherText):
         # SD 3.5 and 0.25 for Flux
         alpha: float = 0.5,
         layers=None,  # which attentions to the text: names with wildcards; None: all
-        text: str = 'encoder_hidden_states',  # which condition is the text
+        text: str = None,  # which condition is the text; None: as it is called in diffusers
     ):
         super().__init__(net, cond, layers, text)
         self.tau = _check_number('tau', tau, 'a number above 0', lambda o: o > 0)
@@ -258,12 +422,14 @@ class NAG(_OtherText):
 
     def change(self, w, sigma, cond):
         settings = w, self.tau, self.alpha
-        if self.joint:
-            return Change(self.joint, _NormalisedJoint(frozenset(self.layers), *settings))
-        return Change(self.layers, _Normalised(self.texts(cond), *settings))
+        if self.shared:
+            where = frozenset(self.layers), self.place(cond)
+            return Change(self.shared, _NormalisedShared(*where, *settings))
+        return Change(self.layers, _Normalised(self.texts(cond), self.there(cond), *settings))
 
     def second_row(self, cond):
-        return self.rows(self.cond.keys() & cond.keys(), cond) if self.joint else None
+        names = self.cond.keys() & cond.keys()
+        return self.padded_rows(names, cond) if self.shared else None
 
 
 # %% ../nbs/13_text.ipynb #cb7ab383
@@ -308,12 +474,16 @@ def _attend_flipped(
     words,  # (R, L) bool: which of its tokens are there
     w,
     offset,
+    mask=None,  # (1 or R, 1, 1 or N, tokens of the prompt)
 ):
     "Attention to a prompt, and with values of the other sign to a negative prompt (VSF)."
     v = torch.cat([v, other_v * (1 - w)], -2)
-    bias = torch.zeros(len(v), v.shape[-2], dtype=q.dtype, device=q.device)
-    bias[:, k.shape[-2] :] = torch.where(words.to(q.device), -offset, -torch.inf)
-    bias = bias.view(len(v), *(1,) * (q.ndim - 2), -1)
+    other = torch.where(words.to(q.device), -offset, -torch.inf).to(q.dtype)
+    other = other.view(len(v), *(1,) * (q.ndim - 2), -1)
+    own = other.new_zeros(*other.shape[:-1], k.shape[-2])
+    if mask is not None:
+        own = torch.where(mask, own, -torch.inf) if mask.dtype == torch.bool else own + mask
+    bias = torch.cat([own, other.expand(*own.shape[:-1], -1)], -1)
     return site.attend(q, torch.cat([k, other_k], -2), v, mask=bias)
 
 
@@ -321,39 +491,41 @@ def _attend_flipped(
 class _SignFlipped:
     text: torch.Tensor  # (B, L, features)
     words: torch.Tensor  # (B, L)
+    masked: bool
     w: object
     offset: float
 
     def __call__(self, q, k, v, site):
         at = site.samples.to(self.text.device)
-        other = site.keys_and_values(self.text[at].to(k))
+        other = site.keys_and_values(self.text[at].to(k), self.masked)
         w = _per_row(self.w, site.samples, v)
-        return _attend_flipped(site, q, k, v, *other, self.words[at], w, self.offset)
+        settings = self.words[at], w, self.offset, site.mask
+        return _attend_flipped(site, q, k, v, *other, *settings)
 
 
+# %% ../nbs/13_text.ipynb #ca008b9f
 @dataclass(frozen=True)
-class _SignFlippedJoint:
+class _SignFlippedShared:
     layers: frozenset  # names of those that guide; in others the second row gets the image only
+    place: _Place
     words: torch.Tensor  # (B, L)
     w: object
     offset: float
 
     def __call__(self, q, k, v, site):
-        if site.mask is not None:
-            raise ValueError(f'{site.name}: VSF expects attention without a mask')
-        q, k, v, image = _with_one_image(q, k, v, site)
-        out, n = site.attend(q, k, v), len(q) // 2
+        q, k, v, (image, second) = _with_one_image(q, k, v, site, self.place)
+        out, n, mask = site.attend(q, k, v), len(q) // 2, site.mask
         if site.name in self.layers:
-            length = self.words.shape[1]  # AuraFlow has other tokens before its text
-            start = image.start - length if image.start else image.stop
-            text = slice(start, start + length)
-            first = q[:n, ..., image, :], k[:n], v[:n]
+            text = self.place.text(second, self.words.shape[1])
+            first = _take(q[:n], image), k[:n], v[:n]
             other = k[n:, ..., text, :], v[n:, ..., text, :]
             words = self.words[site.samples[:n].to(self.words.device)]
             w = _per_row(self.w, site.samples[:n], v)
-            out = out.clone()
-            moved = _attend_flipped(site, *first, *other, words, w, self.offset)
-            out[:n, ..., image, :] = moved
+            if mask is not None:
+                mask = mask[:n] if len(mask) > 1 else mask
+                mask = _take(mask, image) if mask.shape[-2] > 1 else mask
+            new = _attend_flipped(site, *first, *other, words, w, self.offset, mask)
+            out = torch.cat([_put(out[:n], image, new), out[n:]])
         return out
 
 
@@ -361,9 +533,9 @@ class _SignFlippedJoint:
 class VSF(_OtherText):
     """Value sign flip (arXiv:2508.10931). The paper's scale alpha is `w - 1`.
 
-    It changes the attention of the positive's evaluation. Where the image attends to a text that
-    stays as it is (U-Nets), there is no further evaluation. Where text and image attend together
-    (Stable Diffusion 3, Flux, Flux.2, AuraFlow), the other text is a second row, and one more.
+    It changes the attention of the positive's evaluation. In layers of cross-attention (U-Nets,
+    PixArt, Sana, Wan, LTX), there is no further evaluation. Where text and image attend together
+    (Stable Diffusion 3, Flux, Qwen-Image), the other text is a second row, and one more.
     """
 
     w = 4.5
@@ -375,11 +547,14 @@ class VSF(_OtherText):
         words: torch.Tensor,  # (B, L) bool: which of its tokens are flipped, see `word_tokens`
         offset: float = 0.1,  # what is subtracted from the products with the negative's keys
         layers=None,  # which attentions to the text: names with wildcards; None: all
-        text: str = 'encoder_hidden_states',  # which condition is the text
+        text: str = None,  # which condition is the text; None: as it is called in diffusers
     ):
         if cond is None:
             raise TypeError('cond: expected a dict of tensors by name, got NoneType')
         super().__init__(net, cond, layers, text)
+        if not self.way.words:
+            got = type(self.net).__name__
+            raise ValueError(f'VSF: expected a text that is one sequence of tokens, got {got}')
         self.words = _checked_tokens('words', words)
         self.offset = _check_number('offset', offset, 'a finite number')
 
@@ -388,15 +563,18 @@ class VSF(_OtherText):
         _check_tokens_fit('words', self.words, self.cond[self.text], len(x))
 
     def change(self, w, sigma, cond):
-        own = cond[self.text]
+        own, there = cond[self.text], self.there(cond)
         words = self.words.expand(len(own), -1).to(own.device)
-        if self.joint:
-            settings = frozenset(self.layers), words, w, self.offset
-            return Change(self.joint, _SignFlippedJoint(*settings))
-        return Change(self.layers, _SignFlipped(self.texts(cond), words, w, self.offset))
+        words = words if there is None else words & there
+        if self.shared:
+            words = _lengthened(words, own.shape[1])
+            settings = frozenset(self.layers), self.place(cond), words, w, self.offset
+            return Change(self.shared, _SignFlippedShared(*settings))
+        masked = there is not None
+        return Change(self.layers, _SignFlipped(self.texts(cond), words, masked, w, self.offset))
 
     def second_row(self, cond):
-        return self.rows([self.text], cond) if self.joint else None
+        return self.padded_rows(self.of_text(cond), cond) if self.shared else None
 
 
 # %% ../nbs/13_text.ipynb #bca94caa
@@ -494,7 +672,7 @@ class CDG(Queries):
         return [Query(x, sigma, {**cond, self.text: torch.where(words, empty.to(own), own)})]
 
     def check(self, D, x, cond):
-        _check_text('CDG', self.text, self.empty, cond)
+        _check_text('CDG', self.text, _Way(), self.empty, cond)
         own, empty = cond[self.text], self.empty[self.text]
         if own.shape[1] != empty.shape[1]:
             got = f'{own.shape[1]} and {empty.shape[1]}'

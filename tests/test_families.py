@@ -9,10 +9,9 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from packaging.version import Version
 from pipeline_helpers import seeded
 from tiny_families import FAMILIES as MADE
-from tiny_families import STEPS, W, flux2_vae, run
+from tiny_families import STEPS, W, flux2_vae, make, run
 
 from cf_guidance import families, perturb, text
 from cf_guidance import transforms as T
@@ -24,20 +23,6 @@ from cf_guidance.pipelines import FAMILIES, NegativePrompt, guided, sigmas_of
 from cf_guidance.text import PLADIS
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore:[\\s\\S]*utocast')
-
-
-def make(what):
-    "A pipeline and a call of it; skipped where this diffusers does not have it."
-    cls, made = MADE[what]
-    since = '0.35' if 'experts' in what else FAMILIES[cls].since
-    if Version(diffusers.__version__) < Version(since):
-        pytest.skip(f'needs diffusers {since}')
-    try:
-        return made()
-    except RuntimeError as e:
-        if 'ftfy' not in str(e):
-            raise
-        pytest.skip('diffusers 0.33 and 0.34 import Wan only where ftfy is installed')
 
 
 def off(got, want):
