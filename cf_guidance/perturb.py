@@ -284,7 +284,7 @@ def _patch_size(net):
     return p if isinstance(p, int) else None
 
 
-# %% ../nbs/05_perturb.ipynb #9185e52b
+# %% ../nbs/05_perturb.ipynb #video-grid
 def _video_grid(cls, patch, shape):
     "Frames, height and width in tokens of a video (B, C, F, H, W); None: not known."
     frames = shape[1] if cls.startswith('CogVideoX') else shape[2]
@@ -292,6 +292,7 @@ def _video_grid(cls, patch, shape):
     return patch and tuple(s // p for s, p in zip((frames, *shape[3:]), patch, strict=True))
 
 
+# %% ../nbs/05_perturb.ipynb #9185e52b
 @functools.cache
 def _image_count(
     cls,  # name of the network's class
