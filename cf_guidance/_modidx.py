@@ -5885,6 +5885,10 @@ d = {
                 'text.html#_cross_attentions',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._has_second_row': (
+                'text.html#_has_second_row',
+                'cf_guidance/text.py',
+            ),
             'cf_guidance.text._index': ('text.html#_index', 'cf_guidance/text.py'),
             'cf_guidance.text._lengthened': ('text.html#_lengthened', 'cf_guidance/text.py'),
             'cf_guidance.text._normalised': ('text.html#_normalised', 'cf_guidance/text.py'),

@@ -107,6 +107,11 @@ def _way_of(who, net):
     return way or _Way(through=())
 
 
+def _has_second_row(name):
+    "Does the other text take a second row in networks of this class?"
+    return name in _WAYS and _WAYS[name].through is None
+
+
 def _cross_attentions(who, net):
     "The layers of cross-attention by name."
     known, every = {}, _named_modules(net)

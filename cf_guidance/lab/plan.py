@@ -863,7 +863,7 @@ def _cost(negative, model):
         return 1 + len(negative['prompts'])
     if negative['name'] in ('nag', 'vsf'):  # a second row where text and image attend together
         name = _class_of(model['name'], model['fingerprint'], 'transformer')
-        return int(text_guidance._is_joint(name))
+        return int(text_guidance._has_second_row(name))
     nfe = NEGATIVES[negative['name']].nfe
     return nfe if isinstance(nfe, int) else 1  # of another model it is known in a run only
 
