@@ -2592,10 +2592,6 @@ d = {
                 'lab/leaderboard.html#leaderboard.setting_rows',
                 'cf_guidance/lab/leaderboard.py',
             ),
-            'cf_guidance.lab.leaderboard._against': (
-                'lab/leaderboard.html#_against',
-                'cf_guidance/lab/leaderboard.py',
-            ),
             'cf_guidance.lab.leaderboard._check_methods': (
                 'lab/leaderboard.html#_check_methods',
                 'cf_guidance/lab/leaderboard.py',
@@ -2616,12 +2612,20 @@ d = {
                 'lab/leaderboard.html#_judge',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard._next_to': (
+                'lab/leaderboard.html#_next_to',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard._numbers': (
                 'lab/leaderboard.html#_numbers',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard._parser': (
                 'lab/leaderboard.html#_parser',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._rival': (
+                'lab/leaderboard.html#_rival',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard._settings_of': (

@@ -422,6 +422,9 @@ MADE = pd.DataFrame(
         made_row('b', 'best', 0.95),
         made_row('b', 'CFG, same effect', 0.8, w=1.0),
         made_row('b', 'CFG, same cost', 0.9, right=((-0.2, -0.3, -0.1), 'worse')),
+        made_row('c', 'best', 0.7),
+        made_row('c', 'CFG, same effect', 0.7, w=2.0),
+        made_row('c', 'CFG, same cost', 0.9),
         made_row('no guidance', 'best', 0.5, nfe=8.0, w=1.0),
         made_row('no guidance', 'CFG, same cost', 0.6),
     ]
@@ -430,7 +433,7 @@ MADE = pd.DataFrame(
 
 def test_each_method_is_put_into_words():
     words = in_words(MADE)
-    assert list(words.index) == ['b', 'a', 'no guidance']
+    assert list(words.index) == ['b', 'a', 'c', 'no guidance']
     assert words.sentence['a'] == (
         '`a` is right 0.800 of the time with 12 evaluations: not shown to differ from CFG at its '
         'cost, and more often than CFG with its effect, w=2.5 (+0.100, [0.050, 0.150]). Its '
@@ -440,6 +443,10 @@ def test_each_method_is_put_into_words():
         '`b` is right 0.950 of the time with 16 evaluations: less often than CFG at its cost '
         '(-0.200, [-0.300, -0.100]), and not shown to differ from no guidance, which has its '
         'effect.'
+    )
+    assert words.sentence['c'] == (
+        '`c` is right 0.700 of the time with 16 evaluations: not shown to differ from CFG at its '
+        'cost, nor from CFG with its effect, w=2.0.'
     )
     assert list(words.loc['a'])[:2] == ['better', 'cannot be told apart']
     assert words['CFG, same effect']['no guidance'] == ''
@@ -453,11 +460,11 @@ def test_differences_are_listed_and_drawn():
         difference_table(MADE, 'best')
 
     left, right = plot_differences(MADE, dict(right='R', diversity='D')).axes
-    assert [o.get_text() for o in left.get_yticklabels()] == ['no guidance', 'a', 'b']
+    assert [o.get_text() for o in left.get_yticklabels()] == ['no guidance', 'c', 'a', 'b']
     effect, cost = left.containers
-    assert effect.lines[0].get_xdata()[1] == 0.1
-    assert cost.lines[0].get_xdata()[2] == -0.2
-    assert right.containers[1].lines[0].get_xdata()[1] == 0.3
+    assert effect.lines[0].get_xdata()[2] == 0.1
+    assert cost.lines[0].get_xdata()[3] == -0.2
+    assert right.containers[1].lines[0].get_xdata()[2] == 0.3
 
 
 @pytest.mark.parametrize('lesson', ['leaderboard', 'part6', 'scenes'])

@@ -514,14 +514,26 @@ _OFTEN = {'better': 'more often than', 'worse': 'less often than'}
 _VARY = {'better': 'Its pictures vary more.', 'worse': 'Its pictures vary less.'}
 
 
-def _against(row):
-    "How often a method is right, next to one rival."
-    rival = f'CFG with its effect, w={row.w:.1f}' if row.row == _ROWS[1] else 'CFG at its cost'
-    rival = 'no guidance, which has its effect' if row.w == 1 else rival
-    if row['right verdict'] not in _OFTEN:
-        return f'not shown to differ from {rival}'
-    mean, low, high = (row[f'right difference{o}'] for o in _ENDS)
-    return f'{_OFTEN[row["right verdict"]]} {rival} ({mean:+.3f}, [{low:.3f}, {high:.3f}])'
+def _rival(row):
+    if row.row == _ROWS[2]:
+        return 'CFG at its cost'
+    return (
+        'no guidance, which has its effect' if row.w == 1 else f'CFG with its effect, w={row.w:.1f}'
+    )
+
+
+def _next_to(rivals):
+    "How often a method is right, next to its rivals: the end of a sentence."
+    if not {o['right verdict'] for o in rivals} & _OFTEN.keys():
+        return 'not shown to differ from ' + ', nor from '.join(map(_rival, rivals))
+    texts = []
+    for o in rivals:
+        ends = '{:+.3f}, [{:.3f}, {:.3f}]'.format(*(o[f'right difference{e}'] for e in _ENDS))
+        often = _OFTEN.get(o['right verdict'])
+        texts.append(
+            f'{often} {_rival(o)} ({ends})' if often else f'not shown to differ from {_rival(o)}'
+        )
+    return ', and '.join(texts)
 
 
 def in_words(
@@ -534,7 +546,7 @@ def in_words(
         best, rivals = some.loc['best'], [o for o in _ROWS[:0:-1] if o in some.index]
         text = f'`{method}` is right {best["right mean"]:.3f} of the time with '
         text += f'{best.nfe:.0f} evaluations: '
-        text += ', and '.join(_against(some.loc[o]) for o in rivals) + '.'
+        text += _next_to([some.loc[o] for o in rivals]) + '.'
         if vary := _VARY.get(some['diversity verdict'].get(_ROWS[2])):
             text += f' {vary}'
         verdicts = some['right verdict'].reindex(_ROWS[1:]).fillna('')
