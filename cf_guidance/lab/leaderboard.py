@@ -476,7 +476,10 @@ def difference_table(
     if rival not in known:
         raise ValueError(f'rival: expected one of {", ".join(known)}, got {_short(rival)}')
     some = rows[rows.row == rival].set_index('method').sort_values('right mean')
-    table = {'its weight': some.w.map('{:.1f}'.format), 'its evaluations': some.nfe.astype(int)}
+    table = {
+        'its weight': some.w.map('{:.1f}'.format),
+        'its evaluations': some.nfe.round().astype(int),
+    }
     table['it is right'] = some['right mean'].map('{:.3f}'.format)
     for value in values:
         ends = some[[f'{value} difference{o}' for o in _ENDS]].to_numpy(float)
