@@ -5276,6 +5276,10 @@ d = {
                 'pipelines.html#_run.post_for_parts',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._Run.refuse_changes': (
+                'pipelines.html#_run.refuse_changes',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._Run.result': (
                 'pipelines.html#_run.result',
                 'cf_guidance/pipelines.py',

@@ -396,6 +396,10 @@ def _out_of_a_row(z, sizes):
 def _ltx2_enter(args):
     "Pictures and sound in one row of numbers; the noise level is told once, as `timestep`."
     parts = args['hidden_states'], args['audio_hidden_states']
+    if args.get('spatio_temporal_guidance_blocks') or args.get('isolate_modalities'):
+        raise ValueError(
+            'pipe: expected no perturbed call of its network: give PAG or Perturbation as a Term'
+        )
     again = 'audio_hidden_states', 'audio_timestep', 'sigma'
     rest = {k: v for k, v in args.items() if k not in again}
     sizes = [tuple(o.shape[1:]) for o in parts]
@@ -451,7 +455,8 @@ def _ltx2_posts(given):
 
 
 # %% ../nbs/09_pipelines.ipynb #76c16ea0
-_OFF = dict(stg_scale=0.0, modality_scale=1.0, guidance_rescale=0.0)
+# Any negative number is off, and no callback sets it: so `refuse_changes` sees each change.
+_OFF = dict(stg_scale=-1.0, modality_scale=-1.0, guidance_rescale=-1.0)
 _LTX2 = Family(
     enter=_ltx2_enter,
     leave=_ltx2_leave,
@@ -1181,8 +1186,10 @@ class _Loop:
         if twice and self.first_step is None:
             pred = torch.cat([pred, torch.zeros_like(pred)], 1)
         z = self.pack(self.family.sign * pred)
-        # two networks have two outputs, and their pipeline combines them in single precision
-        return z if self.family.negative == 'second network' else z.to(latents.dtype)
+        # pipelines with two outputs, of two networks or of pictures and sound, go on in single
+        # precision
+        two = self.family.negative == 'second network' or self.family.parts
+        return z if two else z.to(latents.dtype)
 
 
 # %% ../nbs/09_pipelines.ipynb #5d20c7e1
@@ -1698,6 +1705,7 @@ class _Run(_Loop):
 
     def forward(self, net, /, *args, **kwargs):
         "What the pipeline gets when it calls one of its networks."
+        self.refuse_changes()
         self.second = None if net is self.net else net
         self.call = call = self.read(args, kwargs)
         if not self.has_negative() or self.family.cut and self.family.cut(self):
@@ -1723,7 +1731,7 @@ def _stand_in(net, forward):
 def _both_halves(self: _Run, call):
     "Prompt and negative prompt are in one batch, and both halves get the guided prediction."
     first, second = call.halves()
-    always = self.first_step is not None
+    always = self.first_step is not None or self.family.parts
     if (self.evaluations is None or always) and not torch.equal(first.latents, second.latents):
         raise ValueError(
             'pipe: expected the same latents for prompt and negative prompt, got different ones'
@@ -1841,7 +1849,8 @@ def _posts(self: _Run):
 @patch
 def _terms(self: _Run, n):
     "The terms of the call, for `n` images."
-    k, out = self.given.get('num_images_per_prompt') or 1, []
+    k = max(self.given.get(f'num_{o}_per_prompt') or 1 for o in ('images', 'videos'))
+    out = []
     for t in self.options.terms:
         if isinstance(t.neg, NegativePrompt):
             other = self.family.negative == 'second network'
@@ -1855,7 +1864,7 @@ def _terms(self: _Run, n):
         out.append(replace(t, neg=neg, w=w))
         if self.family.parts:
             sound = self.sound_weight(t.neg) if isinstance(t.neg, NegativePrompt) else w
-            out[-1] = self.for_parts(out[-1], sound)
+            out[-1] = self.for_parts(out[-1], _repeat_rows(sound, n // k, k))
     return out + (self.family.own(self) if self.family.own and self.prompted else [])
 
 
@@ -2018,14 +2027,30 @@ def _refuse_own_guidance(run):
         elif 'true_cfg_scale' in given:
             need = f'true_cfg_scale above 1 (got {given["true_cfg_scale"]}) and a negative prompt'
         else:
-            scale = given.get('guidance_scale')
-            least = f'{run.family.unguided:g}'
-            need = f'guidance_scale above {least} (got {scale}) and no distilled network'
+            scales = {k: given[k] for k in _SCALES if k in given}
+            least, got = f'{run.family.unguided:g}', ' and '.join(map(str, scales.values()))
+            need = f'{" or ".join(scales)} above {least} (got {got}) and no distilled network'
         name = type(run.options.terms[run.prompted[0]].neg).__name__
         raise ValueError(f'{name}: this call evaluates no negative prompt; it needs {need}')
 
 
+# %% ../nbs/09_pipelines.ipynb #7aa6c97b
+@patch
+def refuse_changes(self: _Run):
+    "Raise if a callback changed what the pipeline left to us."
+    for k, v in self.family.without.items():
+        now = vars(self.clone).get(f'_{k}', v)
+        if now != v:
+            raise ValueError(
+                f'{k}: expected it to stay during a call, got {now!r:.40} from a callback: give '
+                'guided a Term with one weight per step, or a post-rule'
+            )
+
+
 # %% ../nbs/09_pipelines.ipynb #d77ed249
+_SCALES = 'guidance_scale', 'audio_guidance_scale'
+
+
 def _checked_arguments(stock, sd, args, kwargs):
     "The arguments of a call by name, with the defaults of the stock pipeline."
     signature = inspect.signature(stock.__call__)
@@ -2037,16 +2062,16 @@ def _checked_arguments(stock, sd, args, kwargs):
     mine = inspect.signature(type(sd)._plain.__call__).bind(sd, *args, **kwargs).arguments
     given = {k: p.default for k, p in known.items() if p.default is not p.empty}
     given |= mine | mine.get('kwargs', {})
-    for k, low in (('num_inference_steps', 1), ('num_images_per_prompt', 1)):
+    for k in ('num_inference_steps', 'num_images_per_prompt', 'num_videos_per_prompt'):
         if given.get(k) is not None:
-            _check_whole(k, given[k], low=low)
+            _check_whole(k, given[k], low=1)
     most = getattr(sd.scheduler, 'alphas_cumprod', None)
     if most is not None and (given.get('num_inference_steps') or 1) > len(most):
         raise ValueError(
             f'num_inference_steps: expected at most {len(most)}, got {given["num_inference_steps"]}'
         )
-    for k in ('guidance_scale', 'true_cfg_scale', 'eta'):
-        free = k in known and known[k].default is None
+    for k in (*_SCALES, *_LTX2.without, 'true_cfg_scale', 'eta'):
+        free = k in known and known[k].default is None or k.startswith('audio_')
         if k in given and not T._is_number(given[k]) and not (free and given[k] is None):
             raise TypeError(f'{k}: expected a finite number, got {given[k]!r:.60}')
     _check_types(given)
@@ -2144,9 +2169,15 @@ def _why_idle(term, sigmas):
             f'{max(sigmas):.3g} to {min(sigmas):.3g} of this call (see sigmas_of)'
         )
     at = getattr(term.rule, 'pos_at', None)
-    if term.w.values is not None and at is not None and bool((term.w.values == at).all()):
-        return f'its weight is {at:g}, which is unguided'
-    return 'it was switched off, or it only works below the largest noise level'
+    each = isinstance(term.rule, _EachPart)
+    values = [w.values for w in (term.rule.weights if each else (term.w,))]
+    if at is not None and all(v is not None and bool((v == at).all()) for v in values):
+        which = 'its weights for pictures and sound are' if each else 'its weight is'
+        return f'{which} {at:g}, which is unguided'
+    return (
+        'it was switched off, its weight was an unguided one all the time, or it only works below '
+        'the largest noise level'
+    )
 
 
 # %% ../nbs/09_pipelines.ipynb #0046b0c6
@@ -2243,6 +2274,10 @@ def _guided_class(cls):
 
 def _guide(pipe, guidance):
     "A guided pipeline that shares all but the scheduler with `pipe`."
+    if any(getattr(t.neg, 'sound', None) for t in guidance.terms) and not _family_of(pipe).parts:
+        raise ValueError(
+            f'sound: expected a pipeline with sound, got {_stock_class(pipe).__name__}'
+        )
     sd = object.__new__(_guided_class(type(pipe)))
     vars(sd).update(vars(pipe))
     own = dict(scheduler=deepcopy(pipe.scheduler), _guidance=guidance)
@@ -2275,10 +2310,6 @@ def guided(
     if max_batch is not None:
         _check_whole('max_batch', max_batch, low=1)
     _check_cads(pipe, cads)
-    if any(getattr(t.neg, 'sound', None) for t in checked.terms) and not _family_of(pipe).parts:
-        raise ValueError(
-            f'sound: expected a pipeline with sound, got {_stock_class(pipe).__name__}'
-        )
     posts = None if post is None else checked.posts
     return _guide(pipe, _Guidance(checked.terms, posts, zero_init, max_batch, cads))
 

@@ -208,6 +208,28 @@ def test_several_pictures_of_a_prompt():
     assert off(run(guided(pipe, w=w), call), rows) < 1e-5
 
 
+@pytest.mark.parametrize('name', ['Wan', 'LTX'])
+def test_several_videos_of_a_prompt(name):
+    "A weight, a row of conditions and a list of weights per prompt stand for all its videos."
+    pipe, call = make(name)
+    many = dict(prompt=['a', 'b'], num_videos_per_prompt=2)
+    texts = [f'{o}prompt_{k}' for k in ('embeds', 'attention_mask') for o in ('', 'negative_')]
+    texts = {k: call.pop(k) for k in texts if k in call}
+    repeated = {k: v.repeat_interleave(2, 0) for k, v in texts.items()}
+    order = sorted(texts, key=lambda k: ('negative' in k, 'mask' in k))
+    encode = dict(encode_prompt=lambda self, **kw: [repeated[k] for k in order])
+    mine = type('Mine', (type(pipe),), encode)(**pipe.components)
+    mine.set_progress_bar_config(disable=True)
+    want = torch.cat([run(mine, call, **many)[:2], run(mine, call, **many, guidance_scale=5.0)[2:]])
+    w = torch.tensor([W, 5.0])
+    assert off(run(guided(mine, w=w), call, **many), want) < 1e-5
+    assert off(run(guided(mine, w=[[W, 5.0]] * STEPS), call, **many), want) < 1e-5
+    named = dict(embeds='encoder_hidden_states', attention_mask='encoder_attention_mask')
+    cond = {v: texts.get(f'negative_prompt_{k}') for k, v in named.items()}
+    term = Term({k: v for k, v in cond.items() if v is not None}, w)
+    assert off(run(guided(mine, term), call, **many, guidance_scale=1.0), want) < 1e-5
+
+
 def test_layers_of_the_second_network_are_refused():
     pipe, call = make('Ideogram 4')
     with pytest.raises(ValueError, match='its layers belong to another network'):

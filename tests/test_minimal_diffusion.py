@@ -400,6 +400,11 @@ def test_a_negative_of_its_own_in_other_families(make):
     near(got, guided(pipe, term)('a red bag', generator=[seeded(1)], **more).images)
 
 
+def test_a_weight_for_sound_is_refused(md):
+    with pytest.raises(ValueError, match='sound: expected a pipeline with sound, got StableDiff'):
+        md.sample(PROMPTS[0], Term(NegativePrompt(sound=2.0), 4.0), num_steps=2)
+
+
 def test_checkpoints(tmp_path):
     "A folder runs; what does not fit is refused in one sentence."
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(embedded_path())

@@ -100,7 +100,8 @@ def test_a_weight_for_each(made, w, sound):
 def test_neither_is_guided(made):
     pipe, call = made
     sd = guided(pipe, NegativePrompt(sound=1.0), w=1.0)
-    with pytest.warns(UserWarning, match='never guided'):
+    why = 'never guided: its weights for pictures and sound are 1, which is unguided'
+    with pytest.warns(UserWarning, match=why):
         got = call_of(sd, call)
     want = call_of(pipe, call, guidance_scale=1.0, audio_guidance_scale=1.0)
     assert max(offs(got, want)) < 1e-5
@@ -231,15 +232,114 @@ def test_sharper_attention_to_the_text(made, own):
     assert min(offs(call_of(guided(pipe, NegativePrompt(), neg), call), own)) > 1e-3
 
 
-def test_bfloat16():
-    pipe, call = ltx2()
-    pipe.to(torch.bfloat16)
-    call = {
+def in_half_precision(call):
+    return {
         k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v
         for k, v in call.items()
     }
-    got, want = call_of(guided(pipe), call, **SCALES), call_of(pipe, call, **SCALES)
-    assert max(offs(got, want)) < 0.2
+
+
+def test_bfloat16():
+    "As near to single precision as the pipeline itself is."
+    pipe, call = ltx2()
+    half = in_half_precision(call)
+    pipe.to(torch.bfloat16)
+    ours, own = call_of(guided(pipe), half, **SCALES), call_of(pipe, half, **SCALES)
+    pipe.to(torch.float32)
+    single = {k: v.float() if v is not call[k] else v for k, v in half.items()}
+    want = call_of(pipe, single, **SCALES)
+    for a, b, c in zip(ours, own, want, strict=True):
+        assert (a - c).norm() < 1.5 * (b - c).norm()
+
+
+def test_the_prediction_is_not_rounded():
+    "The pipeline goes on with it in single precision."
+    pipe, call = ltx2()
+    seen = []
+
+    class Mine(type(pipe)):
+        def convert_velocity_to_x0(self, sample, output, *args):
+            seen.append(output)
+            return super().convert_velocity_to_x0(sample, output, *args)
+
+    mine = Mine(**pipe.components).to(torch.bfloat16)
+    mine.set_progress_bar_config(disable=True)
+    call_of(guided(mine), in_half_precision(call))
+    assert len(seen) == 4 * STEPS
+    for o in seen:
+        assert not torch.equal(o, o.bfloat16().float())
+
+
+@pytest.mark.parametrize('change', ['_stg_scale', '_audio_modality_scale', '_guidance_rescale'])
+@pytest.mark.parametrize('value', [0.0, 1.0, 2.0])
+def test_callbacks_cannot_change_its_other_scales(made, change, value):
+    pipe, call = made
+
+    def callback(pipe, i, t, kwargs):
+        setattr(pipe, change, value)
+        return kwargs
+
+    with pytest.raises(ValueError, match=f'{change[1:]}: expected it to stay .* got {value}'):
+        call_of(guided(pipe), call, callback_on_step_end=callback, **SCALES)
+
+
+@pytest.mark.parametrize('scale', ['stg', 'modality'])
+def test_perturbed_calls_of_a_pipeline_are_refused(made, scale):
+    "Of a subclass, for example."
+    pipe, call = made
+    do = 'do_spatio_temporal_guidance' if scale == 'stg' else 'do_modality_isolation_guidance'
+    mine = type('Mine', (type(pipe),), {do: True})(**pipe.components)
+    mine.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match='give PAG or Perturbation as a Term'):
+        call_of(guided(mine), call)
+
+
+def test_other_latents_for_the_negative_prompt_are_refused(made):
+    "In any step: here after the first one."
+    pipe, call = made
+
+    def callback(pipe, i, t, kwargs):
+        forward = pipe.transformer.forward
+
+        def other(hidden_states, **kwargs):
+            moved = torch.arange(len(hidden_states)).view(-1, 1, 1)
+            return forward(hidden_states=hidden_states + moved, **kwargs)
+
+        pipe.transformer.forward = other
+        return kwargs
+
+    with pytest.raises(ValueError, match='expected the same latents'):
+        call_of(guided(pipe), call, callback_on_step_end=callback)
+
+
+def words(call, *, n):
+    "A stand-in for the text encoder: prompts by name, each `n` times in a row."
+
+    def encode_prompt(self, prompt, negative_prompt, **kwargs):
+        names = ['prompt_embeds', 'prompt_attention_mask']
+        names += [f'negative_{o}' for o in names]
+        return [call[o].repeat_interleave(n, 0) for o in names]
+
+    return encode_prompt
+
+
+def test_several_videos_of_a_prompt(made):
+    "Weights are per prompt, for the sound, too."
+    pipe, call = made
+    rest = {k: v for k, v in call.items() if 'prompt' not in k}
+    mine = type('Mine', (type(pipe),), dict(encode_prompt=words(call, n=2)))(**pipe.components)
+    mine.set_progress_bar_config(disable=True)
+    many = dict(prompt=['a', 'b'], num_videos_per_prompt=2)
+    parts = [
+        call_of(mine, rest, **many, guidance_scale=w, audio_guidance_scale=sound)
+        for w, sound in [(W, SOUND), (5.0, 3.0)]
+    ]
+    want = [torch.cat([a[:2], b[2:]]) for a, b in zip(*parts, strict=True)]
+    sound, w = torch.tensor([SOUND, 3.0]), torch.tensor([W, 5.0])
+    got = call_of(guided(mine, NegativePrompt(sound=sound), w=w), rest, **many)
+    assert max(offs(got, want)) < 1e-5
+    with pytest.raises(ValueError, match='num_videos_per_prompt: expected a whole number from 1'):
+        call_of(guided(mine), rest, **many | dict(num_videos_per_prompt=0))
 
 
 @pytest.mark.parametrize('neg', ['HiGS', 'SAG'])
@@ -264,3 +364,10 @@ def test_refused(made):
         guided(wan()[0], NegativePrompt(sound=2.0))
     with pytest.raises(ValueError, match='cads: expected a pipeline with prompts, got one without'):
         guided(pipe, cads=dict(s=0.1))
+    ones = dict(guidance_scale=1.0, audio_guidance_scale=1.0)
+    least = r'needs guidance_scale or audio_guidance_scale above 1 \(got 1.0 and 1.0\)'
+    with pytest.raises(ValueError, match=least):
+        call_of(guided(pipe), call, **ones)
+    for name in ('guidance_scale', 'audio_guidance_scale', 'audio_stg_scale'):
+        with pytest.raises(TypeError, match=f"^{name}: expected a finite number, got '7'"):
+            call_of(guided(pipe), call, **{name: '7'})
