@@ -5825,6 +5825,10 @@ d = {
                 'text.html#_othertext.of_text',
                 'cf_guidance/text.py',
             ),
+            'cf_guidance.text._OtherText.paddable': (
+                'text.html#_othertext.paddable',
+                'cf_guidance/text.py',
+            ),
             'cf_guidance.text._OtherText.padded_rows': (
                 'text.html#_othertext.padded_rows',
                 'cf_guidance/text.py',

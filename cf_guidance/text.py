@@ -36,7 +36,8 @@ class _Way:
     "How a text gets to where the image attends to it, in a class of networks."
 
     text: str = 'encoder_hidden_states'  # its name among the conditions,
-    mask: str = None  # the name of what says which of its tokens are there, as (B, L) bools,
+    # the name of what says which of its tokens are there, as (B, L) bools or (B,) lengths,
+    mask: str = None
     beside: tuple = ()  # and of others that belong to it
     # modules through which it goes to the layers of cross-attention; None: it needs a second row
     through: tuple = None
@@ -78,10 +79,13 @@ _WAYS = dict(
     HunyuanVideoTransformer3DModel=_Way(**_PADDED),
     Lumina2Transformer2DModel=_Way(layers='layers.*', packed=True, **_PADDED),
     ZImageTransformer2DModel=_Way(
-        'cap_feats', beside=('text_lengths',), layers='layers.*', padded=True, multiple=32
+        'cap_feats', 'text_lengths', layers='layers.*', padded=True, multiple=32
     ),
     HiDreamImageTransformer2DModel=_Way(
-        'encoder_hidden_states_t5', layers='*stream_blocks.*', words=False
+        'encoder_hidden_states_t5',
+        beside=('encoder_hidden_states_llama3',),
+        layers='*stream_blocks.*',
+        words=False,
     ),
     Ideogram4Transformer2DModel=_Way(
         beside=('position_ids', 'segment_ids', 'indicator'), layers='layers.*', words=False
@@ -217,11 +221,18 @@ def _lengthened(o, n):
 
 
 @patch
+def paddable(self: _OtherText, cond):
+    "Names of what may get more tokens: of a text whose mask or lengths say which are padding."
+    if not self.shared or not self.way.padded or self.way.mask not in cond:
+        return []
+    return [k for k in self.of_text(cond) if cond[k].ndim > 1]
+
+
+@patch
 def fit(self: _OtherText, cond):
-    names = self.of_text(cond) if self.shared and self.way.padded else ()
     longer = {}
-    for k in names:
-        if cond[k].ndim > 1 and self.cond[k].shape[1] > cond[k].shape[1]:
+    for k in self.paddable(cond):
+        if self.cond[k].shape[1] > cond[k].shape[1]:
             longer[k] = _lengthened(cond[k], self.cond[k].shape[1])
     return {**cond, **longer} if longer else cond
 
@@ -230,18 +241,20 @@ def fit(self: _OtherText, cond):
 def padded_rows(self: _OtherText, names, cond):
     "Conditions of a second row; `cond` are those of the prompt, as `fit` returns them."
     rows = self.rows(names, cond)
-    for k in self.of_text(cond) if self.way.padded else ():
-        if cond[k].ndim > 1:
-            rows[k] = _lengthened(rows[k], cond[k].shape[1])
+    for k in self.paddable(cond):
+        rows[k] = _lengthened(rows[k], cond[k].shape[1])
     return rows
 
 
+# %% ../nbs/13_text.ipynb #5ef2e455
 @patch
 def there(self: _OtherText, cond):
     "(B, L) bools: which tokens of the other text are there; None: all."
     if self.way.mask not in cond:
         return None
     mask, length = self.rows([self.way.mask], cond)[self.way.mask], self.cond[self.text].shape[1]
+    if mask.ndim == 1:
+        return torch.arange(length, device=mask.device) < mask[:, None]
     return mask[:, :length].bool()
 
 
@@ -274,10 +287,14 @@ def _check_text(who, name, way, other, cond):
 
 # %% ../nbs/13_text.ipynb #ced62212
 def _per_row(w, samples, like):
-    "A weight in a shape that broadcasts over the rows of a change, which belong to samples."
+    """A weight in a shape that broadcasts over the rows of a change, which belong to samples.
+
+    It has 32 bits or more, so what it is multiplied with may have to go back to 16.
+    """
     if not torch.is_tensor(w):
         return w
-    return w[samples].to(like).view(-1, *(1,) * (like.ndim - 1))
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return w[samples].to(like.device, wide).view(-1, *(1,) * (like.ndim - 1))
 
 
 def _normalised(neg, pos, w, tau, alpha):
@@ -482,7 +499,7 @@ def _attend_flipped(
     mask=None,  # (1 or R, 1, 1 or N, tokens of the prompt)
 ):
     "Attention to a prompt, and with values of the other sign to a negative prompt (VSF)."
-    v = torch.cat([v, other_v * (1 - w)], -2)
+    v = torch.cat([v, (other_v * (1 - w)).to(v.dtype)], -2)
     other = torch.where(words.to(q.device), -offset, -torch.inf).to(q.dtype)
     other = other.view(len(v), *(1,) * (q.ndim - 2), -1)
     own = other.new_zeros(*other.shape[:-1], k.shape[-2])
@@ -525,6 +542,7 @@ class _SignFlippedShared:
             first = _take(q[:n], image), k[:n], v[:n]
             other = k[n:, ..., text, :], v[n:, ..., text, :]
             words = self.words[site.samples[:n].to(self.words.device)]
+            words = words[:, : other[0].shape[-2]]  # a forward is as long as its own rows need
             w = _per_row(self.w, site.samples[:n], v)
             if mask is not None:
                 mask = mask[:n] if len(mask) > 1 else mask
@@ -624,7 +642,9 @@ class _Sparse:
         elif site.mask is not None:
             scores = scores + site.mask
         sparse = entmax(scores, self.alpha).to(v.dtype) @ v
-        return dense + (_per_row(self.w, site.samples, dense) - 1) * (sparse - dense)
+        w = _per_row(self.w, site.samples, dense)
+        wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
+        return (wide + (w - 1) * (sparse - wide)).to(dense.dtype)
 
 
 class PLADIS(Inside):

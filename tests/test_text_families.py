@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cf_guidance.families import _texts
 from cf_guidance.guided import GuidedDenoiser, Microbatched, Term
 from cf_guidance.lab.fashion import quiet
 from cf_guidance.pipelines import FAMILIES, guided, pipeline_denoiser
-from cf_guidance.text import NAG, VSF
+from cf_guidance.text import NAG, PLADIS, VSF
 
 quiet()
 
@@ -280,8 +281,6 @@ def test_vsf_of_a_batch_is_that_of_each_sample_without_padding(name, monkeypatch
     words = torch.rand(neg[text].shape[:2], generator=seeded(4)) < 0.5
     words[:, 0] = True
     w = torch.tensor([2.0, 4.5])
-    if name == 'Z-Image':  # the tokens beyond a text belong to the network
-        words &= torch.arange(words.shape[1]) < neg['text_lengths'][:, None]
     vsf = VSF(net, neg, words)
     got = GuidedDenoiser(D, vsf, w=w)(*args, **cond)
     for i in range(2):
@@ -301,6 +300,65 @@ def vsf_alone(alpha, words):
         return flip(alpha, 0.1, here[None])(q, *own, *other)
 
     return combine
+
+
+def z_image_texts(neg):
+    "The second of three texts has more tokens than the network pads others to."
+    lengths = torch.tensor([6, 40, 3])
+    text = torch.randn((3, 40, 12), generator=seeded(7))
+    return {**neg, 'cap_feats': text, 'text_lengths': lengths}
+
+
+def lumina_texts(neg):
+    "Two short texts in more padding than there are tokens of a picture and a text."
+    return other_lengths('Lumina 2', neg, 40)
+
+
+@pytest.mark.parametrize('name, change', [('Z-Image', z_image_texts), ('Lumina 2', lumina_texts)])
+@pytest.mark.parametrize('most', [2, 4])
+def test_vsf_where_a_forward_is_shorter_than_the_padded_text(name, change, most, monkeypatch):
+    D, net, args, cond, neg = setting(name)
+    neg = change(neg)
+    text = neg[NAG(net).text]
+    rows = torch.arange(len(text)) % 2
+    args, cond = [o[rows] for o in args], {k: o[rows] for k, o in cond.items()}
+    words = torch.rand(text.shape[:2], generator=seeded(4)) < 0.7
+    vsf = VSF(net, neg, words)
+    got = GuidedDenoiser(Microbatched(D, most), vsf, w=4.5)(*args, **cond)
+    for i in range(len(text)):
+        of_text = words[i, : cut(name, neg, i)[vsf.text].shape[1]]
+        rest = vsf_alone(3.5, of_text), monkeypatch
+        other = {**cond, **{k: neg[k] for k in vsf.of_text(cond)}}
+        want = guided_alone(name, D, vsf.layers.values(), args, cond, other, i, *rest)
+        assert off(got[i : i + 1], want) < 1e-5
+
+
+# weights in 16 bits
+
+
+@pytest.mark.filterwarnings('ignore:Mismatch dtype between input and weight')
+@pytest.mark.parametrize(
+    'kind, name', [*product(['NAG', 'VSF'], ['PixArt', 'Chroma']), ('PLADIS', 'PixArt')]
+)
+def test_a_weight_per_sample_is_not_rounded(kind, name):
+    "4.3 is not a number of 16 bits: the next ones are 4.28125 and 4.3125."
+    D, net, args, cond, neg = setting(name)
+    text = neg[NAG(net).text]
+    inside = dict(
+        NAG=lambda: NAG(net, neg),
+        VSF=lambda: VSF(net, neg, torch.ones(text.shape[:2], dtype=torch.bool)),
+        PLADIS=lambda: PLADIS(net),
+    )[kind]()
+    w = torch.tensor([4.3, 3.7])
+    with torch.autocast('cpu', torch.bfloat16):
+        got = GuidedDenoiser(D, inside, w=w)(*args, **cond)
+        for i in range(2):
+            want, rounded = (
+                GuidedDenoiser(D, inside, w=o[i].item())(*args, **cond)[i]
+                for o in (w, w.bfloat16())
+            )
+            assert torch.equal(got[i], want)
+            assert not torch.equal(rounded, want)
 
 
 # what is refused
@@ -328,6 +386,45 @@ def test_texts_of_two_lengths_are_refused_without_a_mask():
     longer = {k: F.pad(v, (0, 0, 0, 16)) if v.ndim == 3 else v for k, v in neg.items()}
     with pytest.raises(ValueError, match='NAG expects .16, 12. per sample, as in the prompt, got'):
         GuidedDenoiser(D, NAG(net, longer))(*args, **cond)
+
+
+class Unmasked(torch.nn.Module):
+    "A denoiser of one's own around Qwen-Image, for texts without padding."
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, sigma, text):
+        shapes = [[(1, 4, 6)]] * len(x)
+        (out,) = self.net(x, text, timestep=sigma, img_shapes=shapes, return_dict=False)
+        return out
+
+
+def test_more_tokens_without_a_mask_are_refused():
+    "Qwen-Image attends to all tokens where it gets no mask, to those of padding too."
+    net = make('Qwen-Image')[0].transformer
+    D, args = Unmasked(net), (torch.randn((2, 24, 16), generator=seeded(0)), torch.ones(2))
+    short, long = (torch.randn((2, n, 12), generator=seeded(n)) for n in (7, 10))
+    with pytest.raises(ValueError, match='expects .7, 12. per sample, as in the prompt, got .10'):
+        GuidedDenoiser(D, NAG(net, dict(text=long), text='text'))(*args, text=short)
+    with pytest.raises(ValueError, match='expects .10, 12. per sample, as in the prompt, got .7'):
+        GuidedDenoiser(D, NAG(net, dict(text=short), text='text'))(*args, text=long)
+    same = dict(text=short.flip(0))
+    got = GuidedDenoiser(D, NAG(net, same, text='text'), w=4.0)(*args, text=short)
+    assert off(got, D(*args, text=short)) > 1e-3
+
+
+def test_half_a_text_is_refused():
+    "HiDream attends to two texts."
+    D, net, args, cond, neg = setting('HiDream')
+    name = 'encoder_hidden_states_llama3'
+    half = {k: v for k, v in neg.items() if k != name}
+    with pytest.raises(ValueError, match=f'NAG: expected {name} for both texts'):
+        GuidedDenoiser(D, NAG(net, half))(*args, **cond)
+    half = {k: v for k, v in neg.items() if k != 'encoder_hidden_states_t5'}
+    with pytest.raises(ValueError, match='expected encoder_hidden_states_t5 among the conditions'):
+        GuidedDenoiser(D, NAG(net, half))(*args, **cond)
 
 
 def test_the_refiners_are_left_alone():

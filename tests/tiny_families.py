@@ -99,7 +99,7 @@ def z_image():
         n_kv_heads=2,
         cap_feat_dim=12,
         axes_dims=[4, 6, 6],
-        axes_lens=[64, 16, 16],
+        axes_lens=[128, 16, 16],
     )
     net.x_pad_token.data.normal_(generator=seeded(5))
     net.cap_pad_token.data.normal_(generator=seeded(6))
