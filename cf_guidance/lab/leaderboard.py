@@ -512,7 +512,7 @@ def plot_differences(
     return fig
 
 
-# %% ../../nbs/lab/17_leaderboard.ipynb #lb-words
+# %% ../../nbs/lab/17_leaderboard.ipynb #lb-next-to
 _OFTEN = {'better': 'more often than', 'worse': 'less often than'}
 _VARY = {'better': 'Its pictures vary more.', 'worse': 'Its pictures vary less.'}
 
@@ -539,6 +539,7 @@ def _next_to(rivals):
     return ', and '.join(texts)
 
 
+# %% ../../nbs/lab/17_leaderboard.ipynb #lb-words
 def in_words(
     rows: pd.DataFrame,  # from `comparison_rows`, one row each
 ) -> pd.DataFrame:  # index method, the best first; columns: both rivals and the sentence
