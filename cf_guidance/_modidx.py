@@ -2584,6 +2584,10 @@ d = {
                 'lab/leaderboard.html#leaderboard.means',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard.Leaderboard.measure_with': (
+                'lab/leaderboard.html#leaderboard.measure_with',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard.Leaderboard.results': (
                 'lab/leaderboard.html#leaderboard.results',
                 'cf_guidance/lab/leaderboard.py',
@@ -2642,6 +2646,10 @@ d = {
             ),
             'cf_guidance.lab.leaderboard.difference_table': (
                 'lab/leaderboard.html#difference_table',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.difference_text': (
+                'lab/leaderboard.html#difference_text',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard.in_words': (

@@ -403,6 +403,25 @@ def test_rows_of_a_lesson_are_kept_once(drawn, tmp_path):
     assert row['right difference'] == pytest.approx(a - b)
 
 
+def test_pictures_that_no_plan_describes_are_measured(drawn):
+    board, seen = drawn[0], []
+
+    def draw(prompts, seed):
+        seen.append((tuple(prompts), seed))
+        return board.world.photographs(prompts, 1), dict(nfe=[seed] * len(prompts))
+
+    table = board.measure_with(draw, 'choosing')
+    prompts, seeds = board.choosing
+    assert seen == [(tuple(prompts), o) for o in seeds]
+    assert list(table.prompt) == prompts * len(seeds)
+    assert list(table.nfe) == list(table.seed)
+    right = table[list(board.parts)].to_numpy().min(1)
+    assert list(table.right) == list(right)
+    assert right.mean() > 0.7  # they are photographs of what the prompts say
+    with pytest.raises(ValueError, match="where: expected 'choosing' or 'comparing', got 'here'"):
+        board.measure_with(draw, 'here')
+
+
 def made_row(method, row, mean, **more):
     "A row as `comparison_rows` gives it; `more`: name of a measurement -> difference and verdict."
     out = dict(method=method, row=row, nfe=16.0, w=4.0) | {'right mean': mean}
@@ -448,7 +467,7 @@ def test_each_method_is_put_into_words():
         '`c` is right 0.700 of the time with 16 evaluations: not shown to differ from CFG at its '
         'cost, nor from CFG with its effect, w=2.0.'
     )
-    assert list(words.loc['a'])[:2] == ['better', 'cannot be told apart']
+    assert list(words.loc['a'])[:3] == [0.8, 'better', 'cannot be told apart']
     assert words['CFG, same effect']['no guidance'] == ''
 
 

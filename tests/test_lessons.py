@@ -56,6 +56,15 @@ def test_noise_on_prompts_is_repeated():
         assert new[k] == pytest.approx(old[k], abs=tol), (k, one)
 
 
+def test_feedback_is_repeated():
+    part = part_of('lessons/methods', 'CHOICES', 'means_of')
+    one = [random.choice([o for o in part['CHOICES'] if o['step'] == 'fbg'])]
+    (new,), old = part['means_of'](one), stored_rows('fbg', one).iloc[0]
+    assert new['nfe'] == old['nfe'] == 32
+    for k, tol in dict(right=0.01, recall=0.02, diversity=0.02).items():
+        assert new[k] == pytest.approx(old[k], abs=tol), (k, one)
+
+
 def test_part5_is_repeated():
     part = part_of('lessons/part5', 'requests', 'SWEEPS', 'run', 'measure', 'pipeline')
     o = random.choice([o for o in part['requests'] if o['before'] is not None])

@@ -7,6 +7,7 @@ __all__ = [
     'Leaderboard',
     'leaderboard',
     'keep_rows',
+    'difference_text',
     'difference_table',
     'plot_differences',
     'in_words',
@@ -31,6 +32,7 @@ from .fashion import quiet, world_of
 from .metrics import mmd2, saturation
 
 with needs('lab', 'cf_guidance.lab.leaderboard'):
+    import numpy as np
     import pandas as pd
 
     from cf_guidance.lab.commands import _errors_in_one_line
@@ -42,7 +44,7 @@ with needs('lab', 'cf_guidance.lab.leaderboard'):
         paired_differences,
         set_measures,
     )
-    from cf_guidance.lab.draw import draw, draw_in_processes
+    from cf_guidance.lab.draw import draw, draw_in_processes, measure_pictures
     from cf_guidance.lab.plan import (
         Sweep,
         _checked_request,
@@ -465,7 +467,39 @@ def keep_rows(
     Store(folder).rows(requests, lambda missing: [columns[key_of(o)] for o in missing])
 
 
+# %% ../../nbs/lab/17_leaderboard.ipynb #lb-with
+@patch
+def measure_with(
+    self: Leaderboard,
+    draw,  # `draw(prompts, seed) -> pixels, columns`: a picture per prompt; columns may be {}
+    where: str = 'comparing',  # on which prompts and seeds: 'choosing' or 'comparing'
+) -> pd.DataFrame:  # one row per picture, as `paired_differences` takes it; for embedded models
+    "Measure pictures that no plan describes, such as those of another sampler."
+    if where not in ('choosing', 'comparing'):
+        raise ValueError(f"where: expected 'choosing' or 'comparing', got {_short(where)}")
+    (prompts, seeds), tables = getattr(self, where), []
+    for seed in seeds:
+        pixels, columns = draw(prompts, seed)
+        about = [dict(prompt=o, seed=seed, model=dict(name=self.model)) for o in prompts]
+        columns = {**columns, **measure_pictures(pixels, about)}
+        tables.append(pd.DataFrame(about).join(pd.DataFrame(columns)))
+    table = pd.concat(tables, ignore_index=True)
+    table['right'] = table[list(self.parts)].min(axis=1)
+    features, reference = torch.tensor(np.stack(table.pop('features'))), self._reference(prompts)
+    if len(table) <= 2 * reference.shape[1]:  # too few for measures of sets, such as FID
+        return table
+    return set_measures(table.assign(setting=''), features, reference, 'setting')
+
+
 # %% ../../nbs/lab/17_leaderboard.ipynb #lb-table
+def difference_text(
+    row,  # from `comparison_rows`, as a Series or a dict
+    value: str,  # a measurement
+) -> str:
+    "The difference to the rival with its interval, such as '+0.010 (-0.005 to +0.025)'."
+    return '{:+.3f} ({:+.3f} to {:+.3f})'.format(*(row[f'{value} difference{o}'] for o in _ENDS))
+
+
 def difference_table(
     rows: pd.DataFrame,  # from `comparison_rows`, one row each
     rival: str,  # 'CFG, same effect' or 'CFG, same cost'
@@ -482,8 +516,7 @@ def difference_table(
     }
     table['it is right'] = some['right mean'].map('{:.3f}'.format)
     for value in values:
-        ends = some[[f'{value} difference{o}' for o in _ENDS]].to_numpy(float)
-        texts = ['{:+.3f} ({:+.3f} to {:+.3f})'.format(*o) for o in ends]
+        texts = [difference_text(o, value) for _, o in some.iterrows()]
         table[f'difference in {value}'] = texts
     return pd.DataFrame(table)
 
@@ -542,7 +575,7 @@ def _next_to(rivals):
 # %% ../../nbs/lab/17_leaderboard.ipynb #lb-words
 def in_words(
     rows: pd.DataFrame,  # from `comparison_rows`, one row each
-) -> pd.DataFrame:  # index method, the best first; columns: both rivals and the sentence
+) -> pd.DataFrame:  # index method, the best first; columns: right, both rivals, sentence
     "The verdicts of each method in `right` against both rivals, and all in one sentence."
     found = {}
     for method, some in rows[rows.method != 'cfg'].groupby('method'):
@@ -556,7 +589,7 @@ def in_words(
         verdicts = some['right verdict'].reindex(_ROWS[1:]).fillna('')
         found[method] = [best['right mean'], *verdicts, text]
     out = pd.DataFrame.from_dict(found, 'index', columns=['right', *_ROWS[1:], 'sentence'])
-    return out.rename_axis('method').sort_values('right', ascending=False).drop(columns='right')
+    return out.rename_axis('method').sort_values('right', ascending=False)
 
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #d4f9e39b
