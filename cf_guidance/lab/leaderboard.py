@@ -491,7 +491,7 @@ def measure_with(
     return set_measures(table.assign(setting=''), features, reference, 'setting')
 
 
-# %% ../../nbs/lab/17_leaderboard.ipynb #lb-table
+# %% ../../nbs/lab/17_leaderboard.ipynb #lb-text
 def difference_text(
     row,  # from `comparison_rows`, as a Series or a dict
     value: str,  # a measurement
@@ -500,6 +500,7 @@ def difference_text(
     return '{:+.3f} ({:+.3f} to {:+.3f})'.format(*(row[f'{value} difference{o}'] for o in _ENDS))
 
 
+# %% ../../nbs/lab/17_leaderboard.ipynb #lb-table
 def difference_table(
     rows: pd.DataFrame,  # from `comparison_rows`, one row each
     rival: str,  # 'CFG, same effect' or 'CFG, same cost'
