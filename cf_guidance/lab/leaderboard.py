@@ -32,7 +32,6 @@ from .fashion import quiet, world_of
 from .metrics import mmd2, saturation
 
 with needs('lab', 'cf_guidance.lab.leaderboard'):
-    import numpy as np
     import pandas as pd
 
     from cf_guidance.lab.commands import _errors_in_one_line
@@ -485,7 +484,8 @@ def measure_with(
         tables.append(pd.DataFrame(about).join(pd.DataFrame(columns)))
     table = pd.concat(tables, ignore_index=True)
     table['right'] = table[list(self.parts)].min(axis=1)
-    features, reference = torch.tensor(np.stack(table.pop('features'))), self._reference(prompts)
+    features = torch.stack([torch.from_numpy(o) for o in table.pop('features')])
+    reference = self._reference(prompts)
     if len(table) <= 2 * reference.shape[1]:  # too few for measures of sets, such as FID
         return table
     return set_measures(table.assign(setting=''), features, reference, 'setting')
