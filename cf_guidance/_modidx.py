@@ -2596,6 +2596,14 @@ d = {
                 'lab/leaderboard.html#leaderboard.setting_rows',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard.Leaderboard.time_rows': (
+                'lab/leaderboard.html#leaderboard.time_rows',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard.Leaderboard.times': (
+                'lab/leaderboard.html#leaderboard.times',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard._check_methods': (
                 'lab/leaderboard.html#_check_methods',
                 'cf_guidance/lab/leaderboard.py',
@@ -2632,12 +2640,20 @@ d = {
                 'lab/leaderboard.html#_rival',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard._seconds': (
+                'lab/leaderboard.html#_seconds',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard._settings_of': (
                 'lab/leaderboard.html#_settings_of',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard._shuffled': (
                 'lab/leaderboard.html#_shuffled',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._wait': (
+                'lab/leaderboard.html#_wait',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard.clip_judge': (

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cf_guidance import _cli
+from cf_guidance.lab import leaderboard as lab
 from cf_guidance.lab.compare import paired_differences
 from cf_guidance.lab.draw import Painter
 from cf_guidance.lab.fashion import fashion_path, world_of
@@ -289,13 +290,17 @@ interval = "0.3:5"
 def test_the_command_writes_its_tables_and_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / 'board.toml').write_text(BOARD)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['cf_sweep', 'board.toml', '--out', 'made'])
+    monkeypatch.setattr(sys, 'argv', 'cf_sweep board.toml --out made --rounds 1'.split())
     _cli.cf_sweep()
     out = capsys.readouterr().out
     assert '2 methods with 3 settings' in out
     assert 'CFG, same cost' in out
     parts = set((tmp_path / 'made').glob('part-*'))
     assert set(pd.read_csv('made/results.csv').method) == {'cfg', 'interval'}
+    times = pd.read_csv('made/times.csv').set_index('method')
+    assert set(times.index) == {'cfg', 'interval'}
+    assert (times.seconds > 0).all()
+    assert times.ratio['cfg'] == 1
     _cli.cf_sweep()
     assert set((tmp_path / 'made').glob('part-*')) == parts
 
@@ -381,7 +386,8 @@ def test_clip_judge_gives_the_cosine_of_both_embeddings(tmp_path):
 @pytest.mark.parametrize('plan', ['leaderboard', 'part6', 'scenes'])
 def test_each_setting_of_a_plan_has_a_row(plan):
     rows = Store(RESULTS / plan, write=False).rows()
-    board = Leaderboard.from_toml(RESULTS.parent / f'{plan}.toml')
+    board = Leaderboard.from_toml(RESULTS.parent / f'{plan}.toml', choose_on=(2, 2))
+    board.choose_on = 30, 10  # what the plans say: only the first request of a setting counts here
     wanted = {key_of(board._row_request('setting', name)) for name in board.settings}
     assert wanted == set(rows.index[rows.kind == 'setting'])
 
@@ -401,6 +407,40 @@ def test_rows_of_a_lesson_are_kept_once(drawn, tmp_path):
     row = rows[(rows.method == 'cfg + pag') & (rows.row == 'interval')].iloc[0]
     a, b = (tables[o, 'best'].right.mean() for o in ('cfg + pag', 'interval'))
     assert row['right difference'] == pytest.approx(a - b)
+
+
+def test_times_are_those_of_the_best_settings(drawn, monkeypatch):
+    board, _, chosen, _, _ = drawn
+
+    def evaluations(paint, unit):
+        paint.load(unit[0])
+        return sum(o['nfe'] for o in paint.paint(unit))
+
+    monkeypatch.setattr(lab, '_seconds', evaluations)
+    found = board.times(chosen, pictures=2, rounds=2)
+    assert list(found.index) == list(chosen.index[chosen.best])
+    found = found.droplevel('setting')
+    assert found.seconds['cfg'] == 6  # three steps with both predictions
+    assert found.ratio['cfg'] == 1
+    assert found.seconds['cfg + pag'] == 9
+    assert list(found.loc['cfg + pag', ['ratio', 'ratio_low', 'ratio_high']]) == [1.5] * 3
+
+
+def test_times_are_kept_as_rows(drawn, tmp_path):
+    board, _, chosen, _, _ = drawn
+    best = chosen.index[chosen.best]
+    times = pd.DataFrame(dict(seconds=[0.1] * len(best), ratio=1.0), index=best)
+    keep_rows(board.time_rows(times, machine='mine'), tmp_path)
+    rows = Store(tmp_path, write=False).rows()
+    assert set(zip(rows.method, rows.setting, strict=True)) == set(best)
+    assert set(rows.machine) == {'mine'}
+    assert set(rows.seconds) == {0.1}
+
+
+@pytest.mark.parametrize('name', ['pictures', 'rounds'])
+def test_times_take_whole_numbers(drawn, name):
+    with pytest.raises(ValueError, match=f'{name}: expected a whole number from 1, got 0'):
+        drawn[0].times(drawn[2], **{name: 0})
 
 
 def test_pictures_that_no_plan_describes_are_measured(drawn):

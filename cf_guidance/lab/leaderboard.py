@@ -17,6 +17,7 @@ __all__ = [
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #2b364e4d
 import math
+import time
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from functools import partial
@@ -43,7 +44,13 @@ with needs('lab', 'cf_guidance.lab.leaderboard'):
         paired_differences,
         set_measures,
     )
-    from cf_guidance.lab.draw import draw, draw_in_processes, measure_pictures
+    from cf_guidance.lab.draw import (
+        Painter,
+        draw,
+        draw_in_processes,
+        measure_pictures,
+        units,
+    )
     from cf_guidance.lab.plan import (
         Sweep,
         _checked_request,
@@ -491,6 +498,61 @@ def measure_with(
     return set_measures(table.assign(setting=''), features, reference, 'setting')
 
 
+# %% ../../nbs/lab/17_leaderboard.ipynb #bb08f24d
+@patch
+def times(
+    self: Leaderboard,
+    chosen: pd.DataFrame,  # from `choose`
+    *,
+    pictures: int = 24,  # of each method in a round, in one batch
+    rounds: int = 5,  # after a first one that does not count
+) -> pd.DataFrame:  # index method and setting; columns seconds, ratio, ratio_low, ratio_high
+    """Seconds per picture with the best setting of each method, and their ratio to CFG's.
+
+    Medians over the rounds, and the lowest and the highest ratio.
+    """
+    _check_whole('pictures', pictures, 'a whole number from 1', 1)
+    _check_whole('rounds', rounds, 'a whole number from 1', 1)
+    best, paint = chosen.request[chosen.best], Painter(_wait, 2 * pictures, keep_pictures=False)
+    prompts, seeds = self.comparing
+    where = [(prompts[i % len(prompts)], seeds[0] + i) for i in range(pictures)]
+    found = pd.DataFrame(index=best.index, columns=range(-1, rounds), dtype=float)
+    for i in found:
+        for name, request in best.items():
+            some = [{**request, 'prompt': p, 'seed': s} for p, s in where]
+            found.loc[name, i] = sum(_seconds(paint, o) for o in units(some, pictures))
+    found = found.drop(columns=-1) / pictures
+    ratio = found / found.xs('cfg').iloc[0]
+    columns = dict(seconds=found.median(axis=1), ratio=ratio.median(axis=1))
+    return pd.DataFrame(dict(columns, ratio_low=ratio.min(axis=1), ratio_high=ratio.max(axis=1)))
+
+
+def _wait(pixels, requests):
+    "Measure nothing, but wait until the pictures are there: a GPU works in the background."
+    pixels.cpu()
+    return {}
+
+
+def _seconds(paint, unit):
+    "Seconds that a unit of requests takes."
+    paint.load(unit[0])
+    start = time.perf_counter()
+    paint.paint(unit)
+    return time.perf_counter() - start
+
+
+# %% ../../nbs/lab/17_leaderboard.ipynb #c46bdf75
+@patch
+def time_rows(
+    self: Leaderboard,
+    times: pd.DataFrame,  # from `times`
+    **about,  # kept with the rows, such as the machine
+):  # pairs (request, columns)
+    "Seconds and ratios of each method at its best."
+    for name, columns in times.iterrows():
+        yield self._row_request('seconds', name, **about), dict(columns)
+
+
 # %% ../../nbs/lab/17_leaderboard.ipynb #lb-text
 def difference_text(
     row,  # from `comparison_rows`, as a Series or a dict
@@ -656,6 +718,7 @@ def _parser():
     parser.add_argument('--out', default='leaderboard', help='folder')
     parser.add_argument('--batch_size', type=int, default=64, help='pictures at a time')
     parser.add_argument('--processes', type=int, help='on this machine; 0: one per GPU')
+    parser.add_argument('--rounds', type=int, default=0, help='to measure seconds, such as 5')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser
 
@@ -685,4 +748,6 @@ def run_leaderboard(
         table = leaderboard(results, board.goal)
         chosen.drop(columns='request').to_csv(store.folder / 'settings.csv')
         results.to_csv(store.folder / 'results.csv')
+        if args.rounds:
+            board.times(chosen, rounds=args.rounds).to_csv(store.folder / 'times.csv')
         print(table.to_string(), f'All measurements are in {store.folder}/results.csv', sep='\n\n')
