@@ -2668,6 +2668,10 @@ d = {
                 'lab/leaderboard.html#difference_text',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard.grouped_words': (
+                'lab/leaderboard.html#grouped_words',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard.in_words': (
                 'lab/leaderboard.html#in_words',
                 'cf_guidance/lab/leaderboard.py',

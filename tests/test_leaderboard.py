@@ -17,6 +17,7 @@ from cf_guidance.lab.leaderboard import (
     Leaderboard,
     clip_judge,
     difference_table,
+    grouped_words,
     in_words,
     keep_rows,
     leaderboard,
@@ -509,6 +510,19 @@ def test_each_method_is_put_into_words():
     )
     assert list(words.loc['a'])[:3] == [0.8, 'better', 'cannot be told apart']
     assert words['CFG, same effect']['no guidance'] == ''
+
+
+def test_sentences_are_listed_by_their_verdict_at_the_same_cost():
+    words = in_words(MADE)
+    assert grouped_words(words).splitlines() == [
+        '### Not shown to differ from CFG at its cost',
+        '',
+        *(f'- {words.sentence[o]}' for o in ('a', 'c', 'no guidance')),
+        '',
+        '### Right less often than CFG at its cost',
+        '',
+        f'- {words.sentence["b"]}',
+    ]
 
 
 def test_differences_are_listed_and_drawn():

@@ -11,6 +11,7 @@ __all__ = [
     'difference_table',
     'plot_differences',
     'in_words',
+    'grouped_words',
     'clip_judge',
     'run_leaderboard',
 ]
@@ -653,6 +654,26 @@ def in_words(
         found[method] = [best['right mean'], *verdicts, text]
     out = pd.DataFrame.from_dict(found, 'index', columns=['right', *_ROWS[1:], 'sentence'])
     return out.rename_axis('method').sort_values('right', ascending=False)
+
+
+# %% ../../nbs/lab/17_leaderboard.ipynb #2f186fda
+_GROUPS = {
+    'better': 'Right more often than CFG at its cost',
+    'cannot be told apart': 'Not shown to differ from CFG at its cost',
+    'worse': 'Right less often than CFG at its cost',
+}
+
+
+def grouped_words(
+    words: pd.DataFrame,  # from `in_words`
+) -> str:  # Markdown
+    "The sentences as lists, one for each verdict at the same cost."
+    lists = []
+    for verdict, title in _GROUPS.items():
+        some = words[words[_ROWS[2]] == verdict]
+        if len(some):
+            lists.append('\n'.join([f'### {title}', '', *(f'- {o}' for o in some.sentence)]))
+    return '\n\n'.join(lists)
 
 
 # %% ../../nbs/lab/17_leaderboard.ipynb #d4f9e39b
