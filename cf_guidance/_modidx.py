@@ -2556,6 +2556,10 @@ d = {
                 'lab/leaderboard.html#leaderboard._sweep',
                 'cf_guidance/lab/leaderboard.py',
             ),
+            'cf_guidance.lab.leaderboard.Leaderboard._with_cfg': (
+                'lab/leaderboard.html#leaderboard._with_cfg',
+                'cf_guidance/lab/leaderboard.py',
+            ),
             'cf_guidance.lab.leaderboard.Leaderboard.choose': (
                 'lab/leaderboard.html#leaderboard.choose',
                 'cf_guidance/lab/leaderboard.py',
@@ -2606,6 +2610,10 @@ d = {
             ),
             'cf_guidance.lab.leaderboard._check_methods': (
                 'lab/leaderboard.html#_check_methods',
+                'cf_guidance/lab/leaderboard.py',
+            ),
+            'cf_guidance.lab.leaderboard._check_rivals': (
+                'lab/leaderboard.html#_check_rivals',
                 'cf_guidance/lab/leaderboard.py',
             ),
             'cf_guidance.lab.leaderboard._clip_columns': (

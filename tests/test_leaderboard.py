@@ -111,6 +111,29 @@ def test_the_probe_changes_no_picture(drawn):
         assert row.saturation == pytest.approx(pag[row.prompt, row.seed], abs=1e-3)
 
 
+def test_a_method_can_be_the_rival_of_another_one(drawn):
+    board, store, chosen, tables, _ = drawn
+    before = len(store.table())
+    found = board.compare(store, chosen, {'cfg + pag': 'pag', 'pag': 'interval'}, progress=False)
+    assert len(store.table()) == before
+    assert list(found) == [
+        *((o, 'best') for o in METHODS),
+        ('cfg + pag', 'pag'),
+        ('pag', 'interval'),
+    ]
+    assert list(found['pag', 'interval'].index) == list(tables['interval', 'best'].index)
+    results = board.results(store, chosen, found)
+    a, b = (tables[o, 'best'].right.mean() for o in ('pag', 'interval'))
+    assert results.difference['pag', 'interval', 'right'] == pytest.approx(a - b)
+
+
+@pytest.mark.parametrize('rivals', [{'pag': 'nobody'}, {'nobody': 'pag'}])
+def test_rivals_are_methods(drawn, rivals):
+    board, store, chosen, _, _ = drawn
+    with pytest.raises(ValueError, match=r"rivals: expected two of cfg, .*, got 'nobody'"):
+        board.compare(store, chosen, rivals)
+
+
 def test_no_more_pictures_are_drawn_than_it_said(drawn):
     board, store, _, tables, _ = drawn
     most = int(repr(board).rpartition('at most ')[2].split()[0].replace(',', ''))

@@ -292,13 +292,33 @@ def compare(
     self: Leaderboard,
     store,  # a `Store`, or its folder
     chosen: pd.DataFrame,  # from `choose`
+    # method -> another method, its rival; None: CFG with its effect, and at its cost
+    rivals: dict = None,
     **options,  # of `draw`, such as `measure`; with `processes`, of `draw_in_processes`
-) -> dict:  # (method, row) -> table; row is 'best', 'CFG, same effect' or 'CFG, same cost'
-    "Draw the best setting of each method, and CFG with its effect and at its cost."
+) -> dict:  # (method, row) -> table; row is 'best', 'CFG, same effect', 'CFG, same cost' or a rival
+    "Draw the best setting of each method, and its rivals."
     store = store if isinstance(store, Store) else Store(store)
     best = chosen.request[chosen.best].droplevel('setting')
+    if rivals is not None:
+        _check_rivals(rivals, list(best.index))
     every = {k: _for_each(o, self.comparing) for k, o in best.items()}
-    own, rivals = self._drawn(store, every, options), {}
+    own = self._drawn(store, every, options)
+    if rivals is not None:
+        return {(k, 'best'): o for k, o in own.items()} | {o: own[o[1]] for o in rivals.items()}
+    return self._with_cfg(store, best, own, options)
+
+
+def _check_rivals(rivals, methods):
+    "Are all of them methods?"
+    for name in (o for pair in rivals.items() for o in pair):
+        if name not in methods:
+            raise ValueError(f'rivals: expected two of {", ".join(methods)}, got {_short(name)}')
+
+
+@patch
+def _with_cfg(self: Leaderboard, store, best, own, options):
+    "Tables of methods, and of CFG with the effect of each, and at its cost."
+    own, rivals = dict(own), {}
     effects = self._effects(store, best.drop('cfg'), own, options)
     for method, request in best.drop('cfg').items():
         cost = round(own[method].nfe.mean())
