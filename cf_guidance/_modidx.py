@@ -4681,6 +4681,10 @@ d = {
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb._Thread': ('perturb.html#_thread', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._adapter_of': (
+                'perturb.html#_adapter_of',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._architecture_of': (
                 'perturb.html#_architecture_of',
                 'cf_guidance/perturb.py',
@@ -4778,6 +4782,10 @@ d = {
                 'cf_guidance/perturb.py',
             ),
             'cf_guidance.perturb._middle': ('perturb.html#_middle', 'cf_guidance/perturb.py'),
+            'cf_guidance.perturb._mochi_attention': (
+                'perturb.html#_mochi_attention',
+                'cf_guidance/perturb.py',
+            ),
             'cf_guidance.perturb._multi_head': (
                 'perturb.html#_multi_head',
                 'cf_guidance/perturb.py',
@@ -4837,6 +4845,7 @@ d = {
                 'perturb.html#_restrict_to_part',
                 'cf_guidance/perturb.py',
             ),
+            'cf_guidance.perturb._rotated': ('perturb.html#_rotated', 'cf_guidance/perturb.py'),
             'cf_guidance.perturb._row_numbers': (
                 'perturb.html#_row_numbers',
                 'cf_guidance/perturb.py',

@@ -254,7 +254,7 @@ class Change:
 
 
 # %% ../nbs/05_perturb.ipynb #516719c9
-_IMAGE_FIRST = 'SD3 HunyuanImage HunyuanVideo HiDreamImage ZImage'.split()
+_IMAGE_FIRST = 'SD3 HunyuanImage HunyuanVideo HiDreamImage Mochi ZImage'.split()
 _IMAGE_LAST = (
     'AuraFlow Bria Chroma CogVideoX CogView3Plus CogView4 Flux Flux2 GlmImage Ideogram4 Krea2 '
     'LongCatImage OvisImage QwenImage'
@@ -445,6 +445,44 @@ def image_of(
 ADAPTERS = {}
 
 
+# %% ../nbs/05_perturb.ipynb #593f3eab
+def _rotated(x, cos, sin):
+    "Pairs of features, turned by an angle for each position."
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+def _mochi_attention(
+    m, attend, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=None
+):
+    "Attention of all samples at once: (B, N, features) of the image, then (B, L, features)."
+    there = attention_mask.bool()
+    if (there[:, 1:] & ~there[:, :-1]).any():
+        raise ValueError('encoder_attention_mask: expected padding after the text only')
+    own = (m.to_q, m.norm_q), (m.to_k, m.norm_k), (m.to_v, nn.Identity())
+    added = (m.add_q_proj, m.norm_added_q), (m.add_k_proj, m.norm_added_k)
+    added = *added, (m.add_v_proj, nn.Identity())
+    q, k, v = (norm(f(hidden_states).unflatten(2, (m.heads, -1))) for f, norm in own)
+    if image_rotary_emb is not None:
+        q, k = (_rotated(o, *image_rotary_emb) for o in (q, k))
+    text = [norm(f(encoder_hidden_states).unflatten(2, (m.heads, -1))) for f, norm in added]
+    q, k, v = (torch.cat(o, 1).transpose(1, 2) for o in zip((q, k, v), text, strict=True))
+    n = hidden_states.shape[1]
+    mask = F.pad(there, (n, 0), value=True)[:, None, None]
+    out = attend(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    image, text = m.to_out[1](m.to_out[0](out[:, :n])), out[:, n:]
+    return image, text if m.context_pre_only else m.to_add_out(text)
+
+
+_OF_PROCESSORS = dict(MochiAttnProcessor2_0=_mochi_attention)
+
+
+def _adapter_of(m):
+    "The adapter of an attention module; None: it needs none."
+    processor = type(getattr(m, 'processor', None)).__name__
+    return ADAPTERS.get(type(m), _OF_PROCESSORS.get(processor))
+
+
 # %% ../nbs/05_perturb.ipynb #91b856bf
 class _Attention(TorchFunctionMode):
     "While it is active, changes of attention act on `scaled_dot_product_attention`."
@@ -526,10 +564,11 @@ def keys_and_values(
     given |= {own: tokens[:, :1] if tokens.ndim == 3 else tokens, name: text}
     given |= dict.fromkeys(masks)
     with _KeepKeys() as mode:
-        if type(module) in ADAPTERS:
-            ADAPTERS[type(module)](module, F.scaled_dot_product_attention, **given)
-        else:
+        adapter = _adapter_of(module)
+        if adapter is None:
             module(**given)
+        else:
+            adapter(module, F.scaled_dot_product_attention, **given)
     if len(mode.kept) != 1:
         raise ValueError(f'{self.name}: expected one attention, got {len(mode.kept)}')
     return mode.kept[0]
@@ -731,7 +770,7 @@ def _attention_forward(self, *args, **kwargs):
         return layer.run(*args, **kwargs)
     call.ran.add(layer.name)
     with _Attention(layer, call, args, kwargs) as mode:
-        adapter = ADAPTERS.get(type(layer.module))
+        adapter = _adapter_of(layer.module)
         if adapter is None:
             out = layer.run(*args, **kwargs)
         else:

@@ -77,6 +77,7 @@ _WAYS = dict(
     Krea2Transformer2DModel=_Way(layers='transformer_blocks.*', **_MASKED),
     QwenImageTransformer2DModel=_Way(mask='encoder_hidden_states_mask', padded=True),
     HunyuanVideoTransformer3DModel=_Way(**_PADDED),
+    MochiTransformer3DModel=_Way(**_PADDED),
     Lumina2Transformer2DModel=_Way(layers='layers.*', packed=True, **_PADDED),
     ZImageTransformer2DModel=_Way(
         'cap_feats', 'text_lengths', layers='layers.*', padded=True, multiple=32
@@ -91,7 +92,6 @@ _WAYS = dict(
         beside=('position_ids', 'segment_ids', 'indicator'), layers='layers.*', words=False
     ),
 )
-_NOT_POSSIBLE = dict(MochiTransformer3DModel='whose attention takes one sample after the other')
 
 
 # %% ../nbs/13_text.ipynb #106f1cd1
@@ -99,9 +99,6 @@ def _way_of(who, net):
     "The row of data for a network; one of your own has cross-attention, and a text without masks."
     kinds = [o.__name__ for o in type(net).__mro__]
     way = next((_WAYS[k] for k in kinds if k in _WAYS), None)
-    for k in kinds:
-        if k in _NOT_POSSIBLE:
-            raise ValueError(f'{who}: not possible in {k}, {_NOT_POSSIBLE[k]}')
     if way is None and hasattr(net, 'config'):
         known = sorted(re.sub('(Transformer)?[23]D(Condition)?Model', '', k) for k in _WAYS)
         raise ValueError(

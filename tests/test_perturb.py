@@ -676,6 +676,84 @@ def test_adapters(monkeypatch):
     assert far(perturbed(net, Change(None, lambda q, k, v, site: v))(x), net(x)) > 1e-3
 
 
+# Mochi, whose processor calls the attention for one sample after the other
+
+
+def mochi():
+    "A network, and a function that evaluates some of three samples with texts of 5, 1 and 0 tokens"
+    sizes = dict(num_attention_heads=2, attention_head_dim=8, num_layers=2, in_channels=4)
+    sizes |= dict(pooled_projection_dim=16, text_embed_dim=16, time_embed_dim=4)
+    net = randomized(diffusers.MochiTransformer3DModel(**sizes))
+    inputs = rand(3, 4, 2, 4, 6), rand(3, 5, 16), torch.tensor([900.0, 500.0, 100.0])
+    mask = torch.arange(5) < torch.tensor([[5], [1], [0]])
+
+    def ask(net, rows=slice(None)):
+        x, text, t = (o[rows].to(net.dtype) for o in inputs)
+        return net(x, text, t, mask[rows]).sample.float()
+
+    return net, ask
+
+
+def own_values(q, k, v, site):
+    "Each token of the image attends to itself alone"
+    out, image = site.attend(q, k, v), site.image_of(q, k)
+    out[:, :, image] = v[:, :, image]
+    return out
+
+
+ANY_CAST = pytest.mark.filterwarnings('ignore:[\\s\\S]*utocast')
+
+
+@ANY_CAST
+def test_mochi_with_a_change_that_changes_nothing():
+    net, ask = mochi()
+    change = Change('*.attn1', lambda q, k, v, site: None)
+    assert far(ask(perturbed(net, change)), ask(net)) < 1e-5
+    half = net.bfloat16()
+    assert far(ask(perturbed(half, change)), ask(half)) < 0.02
+
+
+@ANY_CAST
+def test_mochi_attends_to_all_samples_at_once(monkeypatch):
+    net, ask = mochi()
+    layer = 'transformer_blocks.1.attn1'
+    got, plain = ask(perturbed(net, Change(layer, own_values), rows=[0, 2])), ask(net)
+    module, own = net.transformer_blocks[1].attn1, F.scaled_dot_product_attention
+
+    def alone(q, k, v, **kwargs):
+        out = own(q, k, v, **kwargs)
+        if inside:
+            out[:, :, :12] = v[:, :, :12]
+        return out
+
+    inside = []
+    module.register_forward_pre_hook(lambda m, args: inside.append(m))
+    module.register_forward_hook(lambda m, args, out: inside.clear())
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', alone)
+    for i in (0, 2):
+        assert far(got[i], ask(net, slice(i, i + 1))[0]) < 1e-5
+        assert far(got[i], plain[i]) > 1e-3
+    assert far(got[1], plain[1]) < 1e-5
+
+
+@ANY_CAST
+def test_mochi_with_padding_before_the_text_is_refused():
+    net, _ = mochi()
+    mask = torch.tensor([[False, True, True, True, True]])
+    args = rand(1, 4, 2, 4, 6), rand(1, 5, 16), torch.tensor([900.0]), mask
+    with pytest.raises(ValueError, match='expected padding after the text only'):
+        perturbed(net, Change('*.attn1', own_values))(*args)
+
+
+@ANY_CAST
+def test_mochi_with_a_processor_of_your_own_has_one_row():
+    net, ask = mochi()
+    attn = net.transformer_blocks[0].attn1
+    attn.processor = type('Own', (type(attn.processor),), {})()
+    with pytest.raises(RuntimeError, match='expected one row per sample .3., got 1'):
+        ask(perturbed(net, Change('*.0.attn1', own_values)))
+
+
 # tokens of the image
 
 

@@ -11,6 +11,7 @@ from text_helpers import flip, nag_by_tokens, softmax
 from tiny_families import make
 from torch.nn import functional as F
 
+from cf_guidance.attention import PAG
 from cf_guidance.families import _texts
 from cf_guidance.guided import GuidedDenoiser, Microbatched, Term
 from cf_guidance.lab.fashion import quiet
@@ -18,6 +19,7 @@ from cf_guidance.pipelines import FAMILIES, guided, pipeline_denoiser
 from cf_guidance.text import NAG, PLADIS, VSF
 
 quiet()
+pytestmark = pytest.mark.filterwarnings('ignore:[\\s\\S]*utocast')  # Mochi turns it off on the CPU
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,7 @@ SIDES = {
     'AuraFlow': ('last', 24),
     'Flux.2 Klein': ('last', 24),
     'HunyuanVideo': ('first', 2 * 2 * 3),
+    'Mochi': ('first', 2 * 2 * 3),
     'HiDream': ('first', 16),
     'Z-Image': ('first', 32),  # 24, padded to a multiple of 32
     'Lumina 2': ('last', 24),
@@ -55,6 +58,7 @@ PADDED = {
     'Qwen-Image': ('encoder_hidden_states', 'encoder_hidden_states_mask'),
     'Chroma': ('encoder_hidden_states', 'attention_mask'),
     'HunyuanVideo': ('encoder_hidden_states', 'encoder_attention_mask'),
+    'Mochi': ('encoder_hidden_states', 'encoder_attention_mask'),
     'Lumina 2': ('encoder_hidden_states', 'encoder_attention_mask'),
     'Z-Image': ('cap_feats', 'text_lengths'),
 }
@@ -98,7 +102,7 @@ class SideBySide:
     "A prompt and a negative prompt in two threads; their attentions meet."
 
     def __init__(self, side, combine):
-        self.side, self.combine = side, combine
+        self.side, self.combine, self.layers = side, combine, None  # None: all guide
         self.own, self.local = F.scaled_dot_product_attention, threading.local()
         self.barrier, self.box = threading.Barrier(2, timeout=60), [None, None]
 
@@ -128,7 +132,12 @@ class SideBySide:
         (q, k, v, _), (_, other_k, other_v, _) = self.box
         if self.local.who == 1:
             return softmax(*self.box[1][:3])
+        if not self.guides():
+            return softmax(q, k, v)
         return self.combine(q, (k, v), (other_k, other_v), None)
+
+    def guides(self):
+        return self.layers is None or self.local.layer in self.layers
 
     def together(self):
         "Image and text in one sequence; the image is that of the prompt."
@@ -144,7 +153,8 @@ class SideBySide:
         if self.local.who == 1:
             return softmax(other_q, other_k, other_v)
         out = softmax(q, k, v)
-        out[:, :, image] = self.combine(q[:, :, image], (k, v), (other_k, other_v), is_text)
+        if self.guides():
+            out[:, :, image] = self.combine(q[:, :, image], (k, v), (other_k, other_v), is_text)
         return out
 
 
@@ -153,7 +163,7 @@ def met(both, layers, monkeypatch):
     "Inside, the attentions of these layers meet."
 
     def begin(m, args):
-        both.local.meets = True
+        both.local.meets, both.local.layer = True, m
 
     def end(m, args, out):
         both.local.meets = False
@@ -169,9 +179,10 @@ def met(both, layers, monkeypatch):
             hook.remove()
 
 
-def guided_alone(name, D, layers, args, cond, neg, i, combine, monkeypatch):
+def guided_alone(name, D, layers, args, cond, neg, i, combine, monkeypatch, chosen=None):
     "The prediction of one sample, by two networks side by side, without padding."
     both, outs = SideBySide(SIDES[name], combine), {}
+    both.layers = chosen
     conds = [cut(name, o, i) for o in (cond, neg)]
     D(*(o[i : i + 1] for o in args), **conds[0])  # what is made in the first call is made
 
@@ -221,6 +232,30 @@ def test_nag_of_a_batch_is_that_of_each_sample_without_padding(name, monkeypatch
         want = guided_alone(name, D, nag.layers.values(), args, cond, neg, i, *rest)
         assert off(got[i : i + 1], want) < 1e-5
         assert off(got[i : i + 1], D(*args, **cond)[i : i + 1]) > 1e-3
+
+
+@pytest.mark.parametrize('which', [0, -1])
+@pytest.mark.parametrize('name', ['Mochi', 'HunyuanVideo'])
+def test_nag_in_one_layer_keeps_one_image_in_the_others(name, which, monkeypatch):
+    D, net, args, cond, neg = setting(name)
+    layer = [*NAG(net).layers][which]
+    got = GuidedDenoiser(D, NAG(net, neg, layers=layer), w=4.0)(*args, **cond)
+    layers = NAG(net).layers
+    for i in range(2):
+        rest = nag_alone(4.0), monkeypatch, [layers[layer]]
+        want = guided_alone(name, D, layers.values(), args, cond, neg, i, *rest)
+        assert off(got[i : i + 1], want) < 1e-5
+        assert off(got[i : i + 1], D(*args, **cond)[i : i + 1]) > 1e-4
+
+
+@pytest.mark.parametrize('name', ['Mochi'])
+def test_nag_beside_pag_changes_the_positive(name):
+    D, net, args, cond, neg = setting(name)
+    pos = GuidedDenoiser(D, NAG(net, neg), w=4.0)(*args, **cond)
+    pag = GuidedDenoiser(D, PAG(net), w=3.0).parts(*args, **cond).neg
+    G = GuidedDenoiser(D, Term(PAG(net), 3.0), Term(NAG(net, neg), 4.0))
+    assert off(G(*args, **cond), pag + 3.0 * (pos - pag)) < 1e-5
+    assert off(pag, D(*args, **cond)) > 1e-3
 
 
 @pytest.mark.parametrize('name', SIDES)
@@ -365,9 +400,6 @@ def test_a_weight_per_sample_is_not_rounded(kind, name):
 
 
 def test_families_that_are_refused():
-    net = make('Mochi')[0].transformer
-    with pytest.raises(ValueError, match='NAG: not possible in MochiTransformer3DModel, whose'):
-        NAG(net)
     D, net, _, _, neg = setting('HunyuanDiT')
     words = torch.ones(2, 7, dtype=torch.bool)
     with pytest.raises(ValueError, match='one sequence of tokens, got HunyuanDiT2DModel'):
