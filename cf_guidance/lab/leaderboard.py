@@ -33,6 +33,7 @@ from ..noise import _as_generator, _check_whole
 from .fashion import quiet, world_of
 from .metrics import mmd2, saturation
 
+# %% ../../nbs/lab/17_leaderboard.ipynb #e1a40b52
 with needs('lab', 'cf_guidance.lab.leaderboard'):
     import pandas as pd
 
@@ -308,6 +309,7 @@ def compare(
     return self._with_cfg(store, best, own, options)
 
 
+# %% ../../nbs/lab/17_leaderboard.ipynb #c7d20f61
 def _check_rivals(rivals, methods):
     "Are all of them methods?"
     for name in (o for pair in rivals.items() for o in pair):
@@ -548,6 +550,7 @@ def times(
     return pd.DataFrame(dict(columns, ratio_low=ratio.min(axis=1), ratio_high=ratio.max(axis=1)))
 
 
+# %% ../../nbs/lab/17_leaderboard.ipynb #9a3e5d17
 def _wait(pixels, requests):
     "Measure nothing, but wait until the pictures are there: a GPU works in the background."
     pixels.cpu()
