@@ -563,7 +563,7 @@ def test_differences_are_listed_and_drawn():
     assert right.containers[1].lines[0].get_xdata()[2] == 0.3
 
 
-@pytest.mark.parametrize('lesson', ['leaderboard', 'part6', 'scenes'])
+@pytest.mark.parametrize('lesson', ['leaderboard', 'part6', 'scenes', 'free'])
 def test_pictures_of_the_lesson_are_drawn_again(lesson):
     rows = Store(RESULTS / lesson, write=False).rows()
     rows = rows[rows.kind == 'setting']
