@@ -3026,6 +3026,10 @@ d = {
                 'lab/plan.html#_name_and_settings',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._named_sigmas': (
+                'lab/plan.html#_named_sigmas',
+                'cf_guidance/lab/plan.py',
+            ),
             'cf_guidance.lab.plan._names': ('lab/plan.html#_names', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._negative': (
                 'lab/plan.html#_negative',
@@ -3078,6 +3082,7 @@ d = {
                 'lab/plan.html#_revision',
                 'cf_guidance/lab/plan.py',
             ),
+            'cf_guidance.lab.plan._rounded': ('lab/plan.html#_rounded', 'cf_guidance/lab/plan.py'),
             'cf_guidance.lab.plan._rule_from': (
                 'lab/plan.html#_rule_from',
                 'cf_guidance/lab/plan.py',

@@ -82,7 +82,8 @@ def test_every_scheduler(name):
     if name == 'LMSDiscrete':
         pytest.importorskip('scipy')
     md = minimal(f'{name}Scheduler')
-    near(md.sample(PROMPTS[0], CFG, generator=[3]), stock(md))
+    # an eighth of a level of 8 bits; the steps of KDPM2 make rounding errors larger
+    near(md.sample(PROMPTS[0], CFG, generator=[3]), stock(md), tol=5e-4)
 
 
 def test_tcd():

@@ -328,6 +328,11 @@ def _weights(what, values):
 
 
 # %% ../../nbs/lab/09_plan.ipynb #15b7ffb7
+def _rounded(values, digits=4):
+    "What two processors agree on: the tables of schedulers differ in the last digits of float32."
+    return [float(f'{v:.{digits}g}') for v in values]
+
+
 def _schedule_values(schedule, w, usual, sigmas):
     "The weight at each step; `sigmas` are where they begin."
     steps = len(sigmas)
@@ -349,7 +354,8 @@ def _schedule_values(schedule, w, usual, sigmas):
         settings[main] = usual if w is None else w
     try:
         sampler = dict(num_steps=steps, sigmas=sigmas)
-        return _weights('schedule', f(**_some(sampler, sampler.keys() & known), **settings))
+        values = _weights('schedule', f(**_some(sampler, sampler.keys() & known), **settings))
+        return _rounded(values, 12)
     except (TypeError, ValueError) as e:
         raise ValueError(f'schedule: {schedule["name"]}: {e}'[:150]) from None
 
@@ -528,7 +534,7 @@ def _levels(model, scheduler, steps):
     D = _scheduler_denoiser(made, torch.nn.Identity())
     eta = 'eta' in inspect.signature(made.step).parameters
     evaluations = _evaluations(made, D)
-    begins = evaluations.begins
+    begins = _rounded(evaluations.begins)
     falls = len(begins) < 2 or begins[0] > begins[-1]
     return _Levels(D, evaluations, [*begins, 0.0] if falls else begins, eta)
 
@@ -601,20 +607,25 @@ def _sigmas(name, value):
 def _sigmas_for(request, spec):
     "The noise levels of a sampler; `spec` is what a plan says of them."
     if spec is None:
-        return karras._checked_sigmas(_levels_of(request).sigmas)
+        return _rounded(karras._checked_sigmas(_levels_of(request).sigmas))
     parts = (json.dumps(request[k], sort_keys=True) for k in ('model', 'scheduler'))
-    D, values = _bare_denoiser(*parts), spec
-    if isinstance(spec, Mapping):
-        ends = dict(sigma_min=D.sigma_min, sigma_max=D.sigma_max)
-        settings = {**ends, **{k: v for k, v in spec.items() if k != 'name'}}
-        make, n = SIGMAS[spec['name']], request['steps']
-        try:
-            values = (make(n, **settings) if make else D.get_sigmas(n)).tolist()
-        except (TypeError, ValueError) as e:
-            raise ValueError(f'sigmas: {spec["name"]}: {e}') from None
+    D, named = _bare_denoiser(*parts), isinstance(spec, Mapping)
+    values = _named_sigmas(request, spec, D) if named else spec
     if values[0] > D.sigma_max * (1 + 1e-3):
         raise ValueError(f'sigmas: expected at most {D.sigma_max:.6g}, got {values[0]:.6g}')
-    return karras._checked_sigmas(values)
+    values = karras._checked_sigmas(values)
+    return _rounded(values) if named else values
+
+
+def _named_sigmas(request, spec, D):
+    "The noise levels of a family between the ends of a model."
+    settings = {k: v for k, v in spec.items() if k != 'name'}
+    settings = dict(sigma_min=D.sigma_min, sigma_max=D.sigma_max) | settings
+    make, n = SIGMAS[spec['name']], request['steps']
+    try:
+        return (make(n, **settings) if make else D.get_sigmas(n)).tolist()
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'sigmas: {spec["name"]}: {e}') from None
 
 
 # %% ../../nbs/lab/09_plan.ipynb #7a3be0d5
