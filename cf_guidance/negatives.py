@@ -672,6 +672,7 @@ def _hidden(self: CADS, y, clear, generators):
 def _generators(self: CADS, sigma):
     "One generator per sample, which follows from its seed and its noise level."
     seeds = [g.initial_seed() for g in split_generator(self.seed, len(sigma))]
-    levels = sigma.detach().float().cpu().view(torch.int32).tolist()
+    # steps of a thousandth: two processors compute noise levels that differ in the last digit
+    levels = sigma.detach().cpu().double().clamp(min=1e-9).log().mul(1000).round().long().tolist()
     mixed = [(a + 0x9E3779B97F4A7C15 * b) % 2**63 for a, b in zip(seeds, levels, strict=True)]
     return [torch.Generator().manual_seed(o) for o in mixed]

@@ -572,6 +572,13 @@ def test_a_picture_with_cads_does_not_depend_on_its_batch():
     assert (other - shown(cads(seed=8), 9.5)).abs().max() > 0.1
 
 
+def test_the_noise_of_cads_is_the_same_on_processors_that_round_differently():
+    for sigma in (6.1, 7.5, 8.7):
+        here = torch.tensor([sigma])
+        there = torch.nextafter(torch.nextafter(here, here + 1), here + 1)
+        close(shown(cads(), there.item()), shown(cads(), sigma), 1e-5)
+
+
 @pytest.mark.parametrize(
     'settings, match',
     [
