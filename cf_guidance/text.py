@@ -66,6 +66,14 @@ _WAYS = dict(
         cross=True,
         words=False,
     ),
+    # pictures and sound attend to texts of their own
+    LTX2VideoTransformer3DModel=_Way(
+        beside=('audio_encoder_hidden_states', 'audio_encoder_attention_mask'),
+        layers='transformer_blocks.*attn2',
+        cross=True,
+        words=False,
+        **_MASKED,
+    ),
     # the attn2 of Stable Diffusion 3.5 Medium is for the image alone
     SD3Transformer2DModel=_Way(layers='transformer_blocks.*.attn'),
     FluxTransformer2DModel=_Way(),

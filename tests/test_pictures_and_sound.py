@@ -6,6 +6,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from pipeline_helpers import seeded
 from tiny_families import STEPS, W, ltx2, wan
 
@@ -14,7 +15,7 @@ from cf_guidance.attention import PAG, SAG, Perturbation
 from cf_guidance.guided import Term
 from cf_guidance.negatives import HiGS
 from cf_guidance.pipelines import NegativePrompt, guided, pipeline_denoiser
-from cf_guidance.text import PLADIS
+from cf_guidance.text import NAG, PLADIS, VSF
 
 cls = getattr(diffusers, 'LTX2Pipeline', object)
 if 'audio_guidance_scale' not in inspect.signature(cls.__call__).parameters:
@@ -371,3 +372,59 @@ def test_refused(made):
     for name in ('guidance_scale', 'audio_guidance_scale', 'audio_stg_scale'):
         with pytest.raises(TypeError, match=f"^{name}: expected a finite number, got '7'"):
             call_of(guided(pipe), call, **{name: '7'})
+
+
+class Attentions:
+    "What goes through the attentions to the text, in order; `change(q, k, v, mask)` may differ."
+
+    def __init__(self, net, monkeypatch):
+        self.seen, self.change, self.inside = [], None, False
+        self.own = F.scaled_dot_product_attention
+        for name, m in net.named_modules():
+            if name.endswith('attn2'):
+                m.register_forward_pre_hook(lambda *args: setattr(self, 'inside', True))
+                m.register_forward_hook(lambda *args: setattr(self, 'inside', False))
+        monkeypatch.setattr(F, 'scaled_dot_product_attention', self.attend)
+
+    def attend(self, query, key, value, attn_mask=None, **kw):
+        if not self.inside:
+            return self.own(query, key, value, attn_mask, **kw)
+        self.seen.append((key, value, attn_mask))
+        return (self.change or self.own)(query, key, value, attn_mask)
+
+
+def test_nag_is_that_of_the_equation_for_pictures_and_sound(monkeypatch):
+    pipe, call = ltx2()
+    unguided = dict(guidance_scale=1.0, audio_guidance_scale=1.0)
+    got = call_of(guided(pipe, NAG(pipe.transformer), w=4.0), call)
+    negative = {k: call[f'negative_{k}'] for k in ('prompt_embeds', 'prompt_attention_mask')}
+    attentions = Attentions(pipe.transformer, monkeypatch)
+    apart = call_of(pipe, {**call, **negative}, **unguided)
+    others = iter(attentions.seen)
+    assert len(attentions.seen) == 2 * 2 * STEPS  # two layers, each for pictures and for sound
+
+    def by_tokens(q, k, v, mask):
+        other_k, other_v, other_mask = next(others)
+        pos, neg = attentions.own(q, k, v, mask), attentions.own(q, other_k, other_v, other_mask)
+        z = pos.transpose(1, 2).flatten(2)
+        far = z * 4 - 3 * neg.transpose(1, 2).flatten(2)
+        ratio = far.abs().sum(-1, keepdim=True) / z.abs().sum(-1, keepdim=True)
+        far = far * (2.5 / ratio).clamp(max=1)
+        return (0.5 * far + 0.5 * z).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+
+    attentions.change, attentions.seen = by_tokens, []
+    want = call_of(pipe, call, **unguided)
+    assert max(offs(got, want)) < 1e-4
+    assert min(offs(got, apart)) > 1e-3
+
+
+def test_nag_costs_a_second_row_of_pictures_and_sound(made):
+    pipe, call = made
+    sd = guided(pipe, NAG(pipe.transformer), w=4.0)
+    got = call_of(sd, call)
+    assert sd.report.nfe == [2 * STEPS] * 2
+    pictures = NAG(pipe.transformer, layers='transformer_blocks.*.attn2')
+    assert max(offs(call_of(guided(pipe, pictures, w=4.0), call), got)) > 1e-3
+    text = dict(encoder_hidden_states=torch.zeros(1, 8, 16))
+    with pytest.raises(ValueError, match='one sequence of tokens, got LTX2VideoTransformer3DModel'):
+        VSF(pipe.transformer, text, torch.ones(1, 8, dtype=torch.bool))
