@@ -225,10 +225,15 @@ def _refuse_cross_attention(layers):
 
 def _check_inside(name, D, net):
     "An error, before the first evaluation, if the layers of `net` cannot be changed in `D`."
-    if not isinstance(D, nn.Module) or _path(D, net) is None:
+    path = _path(D, net) if isinstance(D, nn.Module) else None
+    if path is None:
         raise ValueError(
             f'{name}: its layers belong to another network than the one that is guided; '
             'make the negative of the denoiser itself'
+        )
+    if any(getattr(m, 'later', None) is not None for m in path):
+        raise ValueError(
+            f'{name}: expected one network, got a denoiser with another one for the later steps'
         )
     refuse_caches(net)
     _refuse_tracing()

@@ -449,6 +449,8 @@ def _texts(call, negative):
 def _denoiser(trial):
     "Euler's method on `pipeline_denoiser` ends where the pipeline ends with Euler's method."
     pipe, family, pos = _with_euler(trial.pipe), _family_of(trial.pipe), _texts(trial.call, False)
+    if 'guidance_scale_2' in trial.call:  # one weight for the steps of both networks
+        trial = replace(trial, call={**trial.call, 'guidance_scale_2': trial.w})
     names = [k for k in trial.call if 'prompt' not in k and 'scale' not in k]
     if family.text is not None:
         names = [k for k in names if k in ('height', 'width')]

@@ -47,6 +47,7 @@ from .guided import (
     Term,
     Weight,
     _as_posts,
+    _expand_rows,
 )
 from .negatives import CADS
 from .noise import _check_generators, _check_whole, split_generator
@@ -1312,10 +1313,14 @@ class _RehearsedNet(_Latents, _LoopNet):
 
     def __init__(self, pipe, given):
         name, family, nets = _stock_class(pipe).__name__, _family_of(pipe), _networks(pipe)
-        if family is _UNLISTED or len(nets) > 1:
+        if family is _UNLISTED or (len(nets) > 1 and family.negative == 'second network'):
             what = 'is not listed' if family is _UNLISTED else f'has {" and ".join(nets)}'
             raise ValueError(f'pipe: {name} {what}: use guided(pipe, ...)')
         super().__init__(_Loop(next(iter(nets.values())), family, pipe.device, pipe))
+        self.boundary = pipe.config.get(
+            'boundary_ratio'
+        )  # a share of the times, and the network below it
+        self.later = nets.get(family.second) if self.boundary is not None else None
         self.family, self.given = family, given  # arguments of the pipeline's call
         self.loop.D = _scheduler_denoiser(pipe.scheduler, nn.Identity(), inverted=family.inverted)
         self.loop.time = torch.tensor(math.nan, device=pipe.device)
@@ -1377,7 +1382,17 @@ def forward(self: _RehearsedNet, x, t, **cond):
         raise ValueError(f'x: expected latents (B, {expected}), got {tuple(x.shape)}')
     if cond.keys() != names.keys():
         raise ValueError(f'conditions: expected {", ".join(names)}, as D.cond(prompts) makes them')
-    return _LoopNet.forward(self, x, t, **cond)
+    if self.later is None:
+        return _LoopNet.forward(self, x, t, **cond)
+    cond, out = _expand_rows(cond, len(x), x.device), torch.empty_like(x)
+    boundary = self.boundary * self.pipe.scheduler.config.num_train_timesteps
+    late = self.loop.network_time(t) < boundary
+    for second, net in ((False, None), (True, self.later)):
+        if (rows := late == second).any():
+            self.loop.second = net
+            some = {k: v[rows] for k, v in cond.items()}
+            out[rows] = _LoopNet.forward(self, x[rows], t[rows], **some)
+    return out
 
 
 @patch

@@ -3,6 +3,8 @@
 That Euler's method on them ends where the pipeline ends is a property of `check_family`.
 """
 
+import copy
+
 import pytest
 import torch
 from pipeline_helpers import PROMPTS, close, ddim, sd, seeded, t5, tokenizer
@@ -11,11 +13,12 @@ from tiny_families import FAMILIES as MADE
 from tiny_families import VAES, W, embeddings, run, with_vae
 
 from cf_guidance import families
+from cf_guidance.attention import PAG
 from cf_guidance.guided import GuidedDenoiser
 from cf_guidance.pipelines import FAMILIES, pipeline_denoiser
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore:[\\s\\S]*utocast')
-NOT_YET = 'Wan, two experts', 'Ideogram 4', 'LTX-2'  # two networks, or pictures and sound
+NOT_YET = 'Ideogram 4', 'LTX-2'  # two networks, or pictures and sound
 REHEARSED = [k for k, (cls, _) in MADE.items() if FAMILIES[cls].text is None and k not in NOT_YET]
 
 
@@ -160,6 +163,39 @@ def test_the_loss_trains():
     assert pipe.transformer.proj_out.weight.grad.abs().sum() > 0
 
 
+def test_each_noise_level_has_its_expert():
+    "In one batch, each sample is predicted by the network of its noise level."
+    pipe, call = make('Wan, two experts')
+    D = denoiser(pipe, call)
+    cond, x, sigma = D.cond(**texts(call)), noise_of(D), torch.tensor([8.0, 1.0])  # the limit is 4
+    one_scale = {k: v for k, v in call.items() if k != 'guidance_scale_2'}
+    with torch.no_grad():
+        got = D(x, sigma, **cond)
+        for i, part in enumerate(('transformer', 'transformer_2')):
+            alone = copy.copy(pipe)
+            alone.transformer, alone.transformer_2 = getattr(pipe, part), None
+            alone.register_to_config(boundary_ratio=None)
+            want = denoiser(alone, one_scale)(x, sigma, **cond)
+            close(got[i : i + 1], want[i : i + 1])
+            assert (got - want)[1 - i].abs().max() > 1e-3
+
+
+def test_layers_of_one_expert_are_not_changed():
+    pipe, call = make('Wan, two experts')
+    D = denoiser(pipe, call)
+    with pytest.raises(ValueError, match='PAG: expected one network, got a denoiser with another'):
+        GuidedDenoiser(D, PAG(pipe.transformer))(noise_of(D), 1.0, **D.cond(**texts(call)))
+
+
+def test_without_a_boundary_the_first_network_predicts_all():
+    pipe, call = make('Wan, two experts')
+    pipe.register_to_config(boundary_ratio=None)
+    call = {k: v for k, v in call.items() if k != 'guidance_scale_2'}
+    D = denoiser(pipe, call)
+    assert D.inner_model.later is None
+    assert D(noise_of(D), 1.0, **D.cond(**texts(call))).isfinite().all()
+
+
 def aura(**kw):
     "A denoiser without an autoencoder, and its conditions."
     pipe, call = make('AuraFlow')
@@ -169,8 +205,8 @@ def aura(**kw):
 
 BAD = {  # what is done -> what the error says
     'two networks': (
-        lambda: denoiser(*make('Wan, two experts')),
-        'pipe: WanPipeline has transformer and transformer_2: use guided',
+        lambda: denoiser(*make('Ideogram 4')),
+        'pipe: Ideogram4Pipeline has transformer and unconditional_transformer: use guided',
     ),
     'no text encoder': (
         lambda: pipeline_denoiser(make('Sana')[0]).cond(PROMPTS),
