@@ -5240,6 +5240,10 @@ d = {
                 'pipelines.html#_rehearsednet.latent_shape',
                 'cf_guidance/pipelines.py',
             ),
+            'cf_guidance.pipelines._RehearsedNet.later': (
+                'pipelines.html#_rehearsednet.later',
+                'cf_guidance/pipelines.py',
+            ),
             'cf_guidance.pipelines._RehearsedNet.one_frame': (
                 'pipelines.html#_rehearsednet.one_frame',
                 'cf_guidance/pipelines.py',
@@ -5532,6 +5536,10 @@ d = {
             ),
             'cf_guidance.pipelines._networks': (
                 'pipelines.html#_networks',
+                'cf_guidance/pipelines.py',
+            ),
+            'cf_guidance.pipelines._networks_of_steps': (
+                'pipelines.html#_networks_of_steps',
                 'cf_guidance/pipelines.py',
             ),
             'cf_guidance.pipelines._noise_levels': (

@@ -1307,20 +1307,23 @@ class _Rehearsal(_Loop):
         raise _Stop
 
 
+# %% ../nbs/09_pipelines.ipynb #b7c1d4e8
+def _networks_of_steps(pipe):
+    "The networks that take turns in the steps, by name, or an error."
+    name, family, nets = _stock_class(pipe).__name__, _family_of(pipe), _networks(pipe)
+    if family is _UNLISTED or (len(nets) > 1 and family.negative == 'second network'):
+        what = 'is not listed' if family is _UNLISTED else f'has {" and ".join(nets)}'
+        raise ValueError(f'pipe: {name} {what}: use guided(pipe, ...)')
+    return nets
+
+
 # %% ../nbs/09_pipelines.ipynb #940e1f92
 class _RehearsedNet(_Latents, _LoopNet):
     "The network of a pipeline as `net(x, t, **cond)`, called as in a rehearsal."
 
     def __init__(self, pipe, given):
-        name, family, nets = _stock_class(pipe).__name__, _family_of(pipe), _networks(pipe)
-        if family is _UNLISTED or (len(nets) > 1 and family.negative == 'second network'):
-            what = 'is not listed' if family is _UNLISTED else f'has {" and ".join(nets)}'
-            raise ValueError(f'pipe: {name} {what}: use guided(pipe, ...)')
+        family, nets = _family_of(pipe), _networks_of_steps(pipe)
         super().__init__(_Loop(next(iter(nets.values())), family, pipe.device, pipe))
-        self.boundary = pipe.config.get(
-            'boundary_ratio'
-        )  # a share of the times, and the network below it
-        self.later = nets.get(family.second) if self.boundary is not None else None
         self.family, self.given = family, given  # arguments of the pipeline's call
         self.loop.D = _scheduler_denoiser(pipe.scheduler, nn.Identity(), inverted=family.inverted)
         self.loop.time = torch.tensor(math.nan, device=pipe.device)
@@ -1374,6 +1377,13 @@ class _RehearsedNet(_Latents, _LoopNet):
 
 
 # %% ../nbs/09_pipelines.ipynb #1febe876
+@patch(as_prop=True)
+def later(self: _RehearsedNet):
+    "The network of the later steps, or None."
+    turns = self.pipe.config.get('boundary_ratio') is not None
+    return _networks(self.pipe).get(self.family.second) if turns else None
+
+
 @patch
 def forward(self: _RehearsedNet, x, t, **cond):
     shape, names = self.latent_shape, self.loop.call.conditions
@@ -1385,8 +1395,8 @@ def forward(self: _RehearsedNet, x, t, **cond):
     if self.later is None:
         return _LoopNet.forward(self, x, t, **cond)
     cond, out = _expand_rows(cond, len(x), x.device), torch.empty_like(x)
-    boundary = self.boundary * self.pipe.scheduler.config.num_train_timesteps
-    late = self.loop.network_time(t) < boundary
+    times = self.pipe.scheduler.config.num_train_timesteps
+    late = self.loop.network_time(t) < self.pipe.config.boundary_ratio * times
     for second, net in ((False, None), (True, self.later)):
         if (rows := late == second).any():
             self.loop.second = net

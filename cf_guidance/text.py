@@ -74,6 +74,10 @@ _WAYS = dict(
         words=False,
         **_MASKED,
     ),
+)
+
+# %% ../nbs/13_text.ipynb #c3d1e8a2
+_WAYS |= dict(
     # the attn2 of Stable Diffusion 3.5 Medium is for the image alone
     SD3Transformer2DModel=_Way(layers='transformer_blocks.*.attn'),
     FluxTransformer2DModel=_Way(),
