@@ -91,10 +91,11 @@ _BETWEEN = 'audio_to_video_attn', 'video_to_audio_attn'
 
 
 def _attentions(net):
-    "The layers of self-attention."
+    "The layers of self-attention; one that pools a text is none."
     every, named = _named_modules(net), {}
     for n, m in every.items():
         other = _is_cross_attention(n, m, every) or n.endswith(_BETWEEN)
+        other = other or 'Pool' in type(m).__name__
         if 'Attention' in type(m).__name__ and not other:
             named[n] = m
     outer = {n.rsplit('.', i)[0] for n in named for i in range(1, n.count('.') + 1)}

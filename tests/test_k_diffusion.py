@@ -247,9 +247,9 @@ def test_dpm_adaptive(options):
         assert a.keys() == KEYS | COUNTS
         assert [a[k] for k in ('i', *counts)] == [b[k] for k in ('i', *counts)]
         for k in ('sigma', 'sigma_hat', 'error', 'h'):
-            assert float(a[k]) == pytest.approx(float(b[k]), rel=1e-6)
-        close(a['x'], b['x'], 1e-7)
-        close(a['denoised'], b['denoised'], 1e-7)
+            assert float(a[k]) == pytest.approx(float(b[k]), rel=1e-5)
+        close(a['x'], b['x'], 1e-6)
+        close(a['denoised'], b['denoised'], 1e-6)
 
 
 def test_some_adaptive_steps_are_rejected():

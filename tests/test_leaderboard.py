@@ -407,7 +407,7 @@ def test_clip_judge_gives_the_cosine_of_both_embeddings(tmp_path):
     assert all(-1 <= o <= 1 for o in each)
 
 
-@pytest.mark.parametrize('plan', ['leaderboard', 'part6', 'scenes'])
+@pytest.mark.parametrize('plan', ['leaderboard', 'part6', 'scenes', 'free'])
 def test_each_setting_of_a_plan_has_a_row(plan):
     rows = Store(RESULTS / plan, write=False).rows()
     board = Leaderboard.from_toml(RESULTS.parent / f'{plan}.toml', choose_on=(2, 2))

@@ -240,7 +240,7 @@ def test_cads_of_a_guided_pipeline(md):
     sd.set_progress_bar_config(disable=True)
     own = dict(generator=split_generator(1, 3), num_inference_steps=3, output_type='pt')
     near(x, sd(PROMPTS, **own).images)
-    assert (x - md.sample(PROMPTS, term, generator=1, num_steps=3)).abs().max() > 0.1
+    assert (x - md.sample(PROMPTS, term, generator=1, num_steps=3)).abs().max() > 0.02
     with pytest.raises(ValueError, match='s: expected a finite number from 0, got -1'):
         md.sample(PROMPTS, term, cads=dict(s=-1))
     with pytest.raises(TypeError, match=r'cads: expected settings such as dict\(s=0.1\), got 0.5'):

@@ -694,6 +694,11 @@ def mochi():
     return net, ask
 
 
+def test_a_pool_of_a_text_is_no_self_attention():
+    net, _ = mochi()
+    assert all(n.startswith('transformer_blocks') for n in find_layers(net, '*'))
+
+
 def own_values(q, k, v, site):
     "Each token of the image attends to itself alone"
     out, image = site.attend(q, k, v), site.image_of(q, k)

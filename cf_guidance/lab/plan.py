@@ -614,7 +614,7 @@ def _sigmas_for(request, spec):
     if values[0] > D.sigma_max * (1 + 1e-3):
         raise ValueError(f'sigmas: expected at most {D.sigma_max:.6g}, got {values[0]:.6g}')
     values = karras._checked_sigmas(values)
-    return _rounded(values) if named else values
+    return _rounded(values, 4 if named else 6)  # a list has what float32 can hold
 
 
 def _named_sigmas(request, spec, D):
